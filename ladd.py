@@ -1,0 +1,954 @@
+"""LADD: latent adversarial diffusion distillation, arXiv 2403.12015. Presets, training, command line.
+
+A teacher that needs many steps becomes a student that needs one to four. One iteration:
+
+    1  x_t   = (1 - t)·x_0 + t·ε            t from the student's few levels, x_0 made by the teacher
+    2  x̂_0   = x_t - t·v_θ(x_t, t, c)       one evaluation of the student
+    3  noise x̂_0 and x_0 to a level t̂       t̂ ~ logit-normal(m, s), the same for both
+    4  f, r  = features of the frozen teacher on the noised x̂_0 and x_0
+    5  L_D   = E[relu(1 - D(r))] + E[relu(1 + D(sg f))]      the heads learn
+    6  L_G   = -E[D(f)]                                       the student learns, through the teacher
+
+sg means stop-gradient. The features f of the fakes serve both players, so an iteration costs six
+forward units (a backward counts two, one through the frozen teacher): student 1 + 2, teacher on fakes
+1 + 1, teacher on reals 1. The paper published neither code nor learning rates, batch size, optimiser
+or EMA: those are ours, chosen by the experiments in docs/log.md.
+
+    python ladd.py --preset nano                  everything, on a laptop, with built-in data
+    python ladd.py --preset tiny                  CIFAR-10 on one GPU
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import sample
+from discriminator import Discriminator, hinge_d, hinge_g, r1
+from mmdit import MMDiT
+from sample import add_noise, logit_normal, predict_x0
+
+# ---------------------------------------------------------------------------------------------
+# Settings and presets
+# ---------------------------------------------------------------------------------------------
+
+
+def setting(default, help):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Every setting, its default and its meaning; the command line is made from this."""
+
+    preset: str = setting("nano", "the row of PRESETS to start from")
+    data: str = setting("shapes", "shapes, cifar10, or a folder or zip of images")
+    seed: int = setting(0, "of all randomness")
+    size: int = setting(16, "side of the images, pixels")
+    # the network: teacher and student
+    channels: int = setting(3, "of x_0: 3 for pixels")
+    patch: int = setting(2, "side of a patch")
+    width: int = setting(128, "D")
+    depth: int = setting(4, "blocks")
+    heads: int = setting(2, "attention heads")
+    qk_norm: bool = setting(False, "RMSNorm of queries and keys, as in SD3.5")
+    pos_size: int = setting(32, "side of the position table, patches")
+    text_dim: int = setting(64, "width of the text features")
+    text_length: int = setting(8, "words of a caption that are read")
+    # teacher (rectified flow, arXiv 2403.03206)
+    teacher_iterations: int = setting(2200, "updates of the teacher")
+    teacher_batch: int = setting(64, "images per update")
+    teacher_lr: float = setting(2e-3, "AdamW, for what Muon does not train")
+    muon_lr: float = setting(0.02, "Muon, for the blocks' matrices; 0: AdamW for all")
+    t_mean: float = setting(0.0, "logit-normal mean of t in training (paper: 0)")
+    t_std: float = setting(1.0, "its standard deviation (paper: 1)")
+    drop: float = setting(0.1, "share of captions dropped, for guidance")
+    teacher_ema: float = setting(0.995, "decay per update of the teacher's average")
+    teacher_steps: int = setting(32, "Euler steps of the teacher's samples")
+    cfg: float = setting(4.0, "guidance scale w of the teacher's samples")
+    shift: float = setting(1.0, "timestep shift α of Euler sampling")
+    # synthesis
+    synthetic: int = setting(3072, "samples the teacher makes for the student to learn from")
+    synthetic_cfg: float = setting(4.0, "their constant guidance scale")
+    synthetic_steps: int = setting(32, "their Euler steps")
+    # distillation (LADD)
+    iterations: int = setting(2000, "updates of the student")
+    batch: int = setting(32, "images per update")
+    levels: tuple = setting((1.0, 0.75, 0.5, 0.25), "noise levels t of the student")
+    level_p: tuple = setting((0.7, 0.1, 0.1, 0.1), "their probabilities")
+    warmup_iterations: int = setting(0, "first updates, with other probabilities")
+    warmup_p: tuple = setting((0.0, 0.0, 0.5, 0.5), "probabilities during those")
+    t_hat_mean: float = setting(-2.0, "m of t̂ ~ logit-normal(m, s)")
+    t_hat_std: float = setting(1.0, "s of t̂")
+    targets: str = setting("synthetic", "what is real to the heads: synthetic or real")
+    distill_weight: float = setting(0.0, "weight of a distillation loss beside the adversarial one")
+    taps: tuple = setting((), "blocks whose tokens the heads see; empty: all")
+    head_width: int = setting(64, "channels of a head")
+    student_lr: float = setting(1e-4, "AdamW")
+    heads_lr: float = setting(1e-3, "AdamW")
+    beta1: float = setting(0.9, "of both")
+    r1: float = setting(0.0, "weight γ of R1 on the heads' inputs")
+    student_ema: float = setting(0.99, "decay per update of the student's average")
+    clip: float = setting(1.0, "largest gradient norm, teacher and student")
+    # report
+    evaluation: int = setting(1000, "samples per row of the table")
+    judge_steps: int = setting(1000, "updates of the judge")
+    judge_width: int = setting(32, "its channels")
+    # how to run; these change no result on the same machine, or say so
+    out: str = setting("", "run folder (default: runs/PRESET)")
+    data_dir: str = setting("data", "where downloads and judges are kept")
+    device: str = setting("auto", "cpu, cuda, …")
+    precision: str = setting("auto", "bf16, fp32, or auto: bf16 where the hardware has it")
+    compile: bool = setting(False, "torch.compile the networks")
+    stage: str = setting("all", "run one stage: teacher, synthesis, distillation, report")
+    teacher: str = setting("", "a teacher's checkpoint to use instead of training one")
+    smoke: bool = setting(False, "two updates of every stage, to see that all of it runs")
+    steps_scale: float = setting(1.0, "multiplies all updates, the synthetic set, the evaluation")
+    save_every: int = setting(500, "updates between states from which a cut run goes on")
+    sample_every: int = setting(500, "updates between sample grids")
+    log_every: int = setting(20, "updates between lines of log.jsonl")
+    tensorboard: bool = setting(False, "also write logs for tensorboard")
+
+    @property
+    def tapped(self):
+        return self.taps or tuple(range(self.depth))
+
+    def model(self):
+        """MMDiT's arguments."""
+        return dict(
+            depth=self.depth,
+            width=self.width,
+            heads=self.heads,
+            patch=self.patch,
+            channels=self.channels,
+            context_dim=self.text_dim,
+            pooled_dim=self.text_dim,
+            pos_size=self.pos_size,
+            qk_norm=self.qk_norm,
+        )
+
+    def scaled(self):
+        """The settings with --smoke and --steps-scale worked in."""
+        changes = {}
+        if self.steps_scale != 1:
+            for name in ("teacher_iterations", "iterations", "synthetic", "evaluation"):
+                changes[name] = max(1, round(getattr(self, name) * self.steps_scale))
+        if self.smoke:
+            changes = dict(teacher_iterations=2, iterations=2, synthetic=32, evaluation=32)
+            changes |= dict(judge_steps=20, teacher_batch=16, batch=16, log_every=1, sample_every=2)
+            changes |= dict(teacher_steps=4, synthetic_steps=4)
+        return dataclasses.replace(self, **changes)
+
+
+PRESETS = {
+    "nano": dict(),
+    "tiny": dict(
+        data="cifar10", size=32, width=384, depth=8, heads=6, qk_norm=True, text_length=16,
+        teacher_iterations=20_000, teacher_batch=256, teacher_lr=1e-3, teacher_ema=0.999,
+        cfg=2.0, synthetic=50_000, synthetic_cfg=2.0, iterations=8_000, batch=256, t_hat_mean=-1.0,
+        student_ema=0.999, evaluation=10_000, judge_steps=8_000, judge_width=64, log_every=50,
+        save_every=2_000, sample_every=2_000,
+    ),
+}  # fmt: skip
+
+# Settings that may differ between two commands of the same run.
+FREE = {"out", "data_dir", "device", "stage", "save_every", "sample_every", "log_every"}
+FREE |= {"tensorboard", "compile"}
+
+
+class RunError(Exception):
+    """The run can't go on; the message says why and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------
+# The method: one function per quantity
+# ---------------------------------------------------------------------------------------------
+
+
+def teacher_loss(model, x0, text, t, noise):
+    """Rectified flow: E‖v_θ(x_t, t, c) - (ε - x_0)‖². x0, noise (B, C, H, W), t (B,) -> scalar"""
+    v, _ = model(add_noise(x0, noise, t), t, *text)
+    return (v.float() - (noise - x0)).square().mean()
+
+
+def student_predict(student, x0, text, t, noise):
+    """Boxes 1 and 2: noise x_0 to t and predict it back in one evaluation. -> x̂_0 (B, C, H, W)"""
+    xt = add_noise(x0, noise, t)
+    v, _ = student(xt, t, *text)
+    return predict_x0(xt, v, t)
+
+
+def teacher_features(teacher, x0, text, t_hat, noise, taps):
+    """Boxes 3 and 4: noise x_0 to t̂ and read the teacher's image tokens. -> [(B, N, D)]
+
+    The teacher is frozen but must not be in no_grad for the fakes: the gradient to the student
+    runs through it."""
+    return teacher(add_noise(x0, noise, t_hat), t_hat, *text, taps=taps, features_only=True)[1]
+
+
+def discriminator_loss(heads, real, fake, t_hat, pooled, grid, gamma):
+    """Box 5. The heads alone receive gradient. -> L_D, logits of reals, logits of fakes"""
+    real = [f.detach().requires_grad_(gamma > 0) for f in real]
+    real_logits = heads(real, t_hat, pooled, *grid)
+    fake_logits = heads([f.detach() for f in fake], t_hat, pooled, *grid)
+    loss = hinge_d(real_logits, fake_logits)
+    if gamma > 0:
+        loss = loss + gamma * r1(real_logits, real)
+    return loss, real_logits.detach().float(), fake_logits.detach().float()
+
+
+def generator_loss(heads, fake, t_hat, pooled, grid):
+    """Box 6. Gradient goes through the heads and the teacher to the student, and stays in neither."""
+    heads.requires_grad_(False)
+    logits = heads(fake, t_hat, pooled, *grid)
+    heads.requires_grad_(True)
+    return hinge_g(logits)
+
+
+def distillation_loss(x0_hat, x0):
+    """Optional, ours: smooth L1 between x̂_0 and the teacher's sample from the same noise."""
+    return F.smooth_l1_loss(x0_hat, x0)
+
+
+def draw_levels(settings, n, step, generator):
+    """n noise levels of the student, by their probabilities. -> (n,)"""
+    warm = step < settings.warmup_iterations
+    p = torch.tensor(settings.warmup_p if warm else settings.level_p)
+    index = torch.multinomial(p, n, replacement=True, generator=generator)
+    return torch.tensor(settings.levels)[index]
+
+
+# ---------------------------------------------------------------------------------------------
+# Stage 1: the teacher
+# ---------------------------------------------------------------------------------------------
+
+
+def train_teacher(run):
+    s, device = run.settings, run.device
+    model = run.network()
+    optimizers = make_optimizers(model, s.teacher_lr, s.muon_lr, s.beta1)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    words = run.text.ids(run.dataset.captions)
+    with run.loop("teacher", s.teacher_iterations, s.teacher_batch) as loop:
+        loop.resume(dict(model=model, ema=ema), optimizers)
+        for step in loop:
+            random = run.random("teacher", step)
+            index = np.arange(step * s.teacher_batch, (step + 1) * s.teacher_batch)
+            images, caption = run.dataset.batch(index)
+            kept = torch.rand(len(caption), generator=random) >= s.drop
+            text = run.text.features((words[caption] * kept[:, None]).to(device))
+            x0 = data.to_float(images.to(device))
+            t = logit_normal(len(x0), s.t_mean, s.t_std, random).to(device)
+            noise = torch.randn(x0.shape, generator=random).to(device)
+            with run.autocast():
+                loss = teacher_loss(model, x0, text, t, noise)
+            norm = update(optimizers, loss, model, s.clip, learning_rate(step, loop.total, 0.6))
+            update_ema(ema, model, s.teacher_ema, step)
+            loop.log(loss=loss, grad_norm=norm)
+            loop.checkpoint()
+            if loop.due(s.sample_every):
+                run.show("teacher", step + 1, ema)
+    run.save("teacher", ema, s.teacher_iterations)
+
+
+# ---------------------------------------------------------------------------------------------
+# Stage 2: synthesis
+# ---------------------------------------------------------------------------------------------
+
+SHARD = 512  # samples of one file
+
+
+def synthesise(run):
+    """The teacher's samples, in shards: what is real to the discriminator. A cut run goes on."""
+    s, folder = run.settings, run.out / "synthetic"
+    teacher = run.generator("teacher")
+    with progress("synthesis", s.synthetic) as bar:
+        for start in range(0, s.synthetic, SHARD):
+            index = np.arange(start, min(start + SHARD, s.synthetic))
+            path = folder / f"{start // SHARD:05d}.pt"
+            if not path.exists():
+                _, caption = run.dataset.batch(index + SYNTHETIC_INDEX)
+                captions = [run.dataset.captions[i] for i in caption]
+                x0 = teacher.sample(
+                    captions, index, seed=s.seed + 2, steps=s.synthetic_steps, cfg=s.synthetic_cfg
+                )
+                if not x0.isfinite().all():
+                    raise RunError(
+                        f"the teacher's samples {index[0]} to {index[-1]} are not finite."
+                    )
+                save_atomically(dict(x0=x0.half(), captions=captions, index=index.tolist()), path)
+            bar.update(len(index))
+
+
+SYNTHETIC_INDEX = 1 << 35  # where the captions of the synthetic set are drawn from
+
+
+def distillation_batches(run):
+    """A function (step, generator) -> x0, text, noise: what the student learns from.
+
+    Synthetic samples come with the noise they were made from only if a distillation loss pairs them."""
+    s, device = run.settings, run.device
+    if s.targets == "real":
+        words, dataset = run.text.ids(run.dataset.captions), run.dataset
+    else:
+        shards = [torch.load(p, weights_only=True) for p in run.shards()]
+        x0_all = torch.cat([shard["x0"].float() for shard in shards])
+        words = run.text.ids([caption for shard in shards for caption in shard["captions"]])
+        shape = x0_all.shape[1:]
+        paired = sample.noise_of(s.seed + 2, range(len(words)), shape) if s.distill_weight else None
+        dataset = data.ImageSet(
+            "synthetic", (x0_all, torch.arange(len(words))), seed=s.seed, flip=False
+        )
+
+    def draw(step, generator):
+        images, caption = dataset.batch(np.arange(step * s.batch, (step + 1) * s.batch))
+        x0 = data.to_float(images) if s.targets == "real" else images
+        noise = torch.randn(x0.shape, generator=generator)
+        if s.targets == "synthetic" and paired is not None:
+            noise = paired[caption]
+        text = run.text.features(words[caption].to(device))
+        return x0.to(device), text, noise.to(device)
+
+    return draw
+
+
+# ---------------------------------------------------------------------------------------------
+# Stage 3: LADD
+# ---------------------------------------------------------------------------------------------
+
+
+def distil(run):
+    s, device = run.settings, run.device
+    teacher = run.load("teacher")  # frozen
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    ema = copy.deepcopy(teacher)
+    heads = Discriminator(
+        width=s.width, taps=s.tapped, pooled_dim=s.text_dim, hidden=s.head_width
+    ).to(device)
+    student_optimizer = make_optimizers(student, s.student_lr, 0.0, s.beta1)
+    heads_optimizer = make_optimizers(heads, s.heads_lr, 0.0, s.beta1)
+    batch = distillation_batches(run)
+    grid = (s.size // s.patch,) * 2
+    with run.loop("distillation", s.iterations, s.batch) as loop:
+        loop.resume(
+            dict(student=student, ema=ema, heads=heads), student_optimizer + heads_optimizer
+        )
+        for step in loop:
+            random = run.random("distillation", step)
+            x0, text, noise = batch(step, random)
+            t = draw_levels(s, s.batch, step, random).to(device)
+            t_hat = logit_normal(s.batch, s.t_hat_mean, s.t_hat_std, random).to(device)
+            noise_fake, noise_real = (
+                torch.randn(x0.shape, generator=random).to(device) for _ in "12"
+            )
+            pooled = text[1]
+
+            with run.autocast():
+                x0_hat = student_predict(student, x0, text, t, noise)
+                fake = teacher_features(teacher, x0_hat, text, t_hat, noise_fake, s.tapped)
+                with torch.no_grad():
+                    real = teacher_features(teacher, x0, text, t_hat, noise_real, s.tapped)
+                loss_d, real_logits, fake_logits = discriminator_loss(
+                    heads, real, fake, t_hat, pooled, grid, s.r1
+                )
+            rate = learning_rate(step, loop.total, 0.3)
+            norm_d = update(heads_optimizer, loss_d, heads, math.inf, rate)
+
+            with run.autocast():
+                loss_g = generator_loss(heads, fake, t_hat, pooled, grid)
+                if s.distill_weight:
+                    loss_g = loss_g + s.distill_weight * distillation_loss(x0_hat, x0)
+            norm_g = update(student_optimizer, loss_g, student, s.clip, rate)
+            update_ema(ema, student, s.student_ema, step)
+
+            ranked = (real_logits.mean((1, 2, 3)) > fake_logits.mean((1, 2, 3))).float().mean()
+            loop.log(
+                loss_d=loss_d, loss_g=loss_g, d_real=real_logits.mean(), d_fake=fake_logits.mean(),
+                ranked=ranked, grad_norm=norm_g, grad_norm_heads=norm_d,
+            )  # fmt: skip
+            loop.checkpoint()
+            if loop.due(s.sample_every):
+                run.show("student", step + 1, ema)
+    run.save("student", ema, s.iterations)
+
+
+# ---------------------------------------------------------------------------------------------
+# Stage 4: report
+# ---------------------------------------------------------------------------------------------
+
+
+def report(run):
+    """Scores everything, draws the same noise by everyone, writes metrics.json, report.md, samples.png."""
+    s = run.settings
+    judge = run.judge()
+    teacher, student = run.generator("teacher"), run.generator("student")
+    real, caption = run.dataset.batch(np.arange(2000), held_out=True)
+    accuracy = (judge.read(real)[1] == run.dataset.labels[caption]).double().mean(0).tolist()
+    accuracy = dict(zip(run.dataset.attributes, accuracy, strict=True))
+    rows = sample.evaluate(run.dataset, judge, teacher, student, s.evaluation, s.seed)
+    run.write_report(rows, accuracy)
+    captions = [run.dataset.captions[i] for i in caption[:24]]
+    made = [(f"teacher, {s.teacher_steps} steps", teacher, dict(steps=s.teacher_steps))]
+    made += [(f"student, {n} step{'s'[: n > 1]}", student, dict(steps=n)) for n in (4, 2, 1)]
+    made += [("untrained, 1 step", teacher, dict(steps=1, cfg=1.0, sampler="renoise"))]
+    titled = [
+        (title, data.to_uint8(generator.sample(captions, seed=s.seed + 3, **options)))
+        for title, generator, options in made
+    ]
+    sample.save_png(sample.panels(titled, 4), run.out / "samples.png", captions="; ".join(captions))
+
+
+# ---------------------------------------------------------------------------------------------
+# Plumbing: optimisers, averages
+# ---------------------------------------------------------------------------------------------
+
+
+def make_optimizers(model, lr, muon_lr, beta1):
+    """[AdamW], or with muon_lr [AdamW, Muon], where Muon has the matrices of the blocks."""
+    matrices, rest = [], []
+    for name, parameter in model.named_parameters():
+        inner = muon_lr and parameter.ndim == 2 and name.startswith("joint_blocks")
+        (matrices if inner else rest).append(parameter)
+    optimizers = [torch.optim.AdamW(rest, lr, betas=(beta1, 0.99), weight_decay=0.0)]
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(
+                matrices, muon_lr, momentum=0.95, weight_decay=0.0, adjust_lr_fn="original"
+            )
+        )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
+
+
+def learning_rate(step, total, decay, warmup=40):
+    """A factor: linear warm-up, constant, linear to zero over the last `decay` of the updates."""
+    return min(1.0, (step + 1) / warmup, (total - step) / (decay * total))
+
+
+def update(optimizers, loss, model, clip, rate):
+    """Backward and one step of all optimisers at `rate` times their learning rate. -> gradient norm"""
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * rate
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    for optimizer in optimizers:
+        optimizer.step()
+    return norm
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay, step):
+    """ema ← decay·ema + (1 - decay)·model; the decay starts small, so that the start is forgotten."""
+    decay = min(decay, (step + 1) / (step + 10))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+# ---------------------------------------------------------------------------------------------
+# Plumbing: the run folder
+# ---------------------------------------------------------------------------------------------
+
+
+def save_atomically(value, path):
+    """torch.save that never leaves half a file under the final name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_atomically(text, path):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def progress(name, total, initial=0):
+    return tqdm(
+        total=total, initial=initial, desc=name, disable=not sys.stderr.isatty(), dynamic_ncols=True
+    )
+
+
+class Run:
+    """One run: its settings, device, data, and the files in its folder."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.out = Path(settings.out)
+        self.device = torch.device(
+            sample.best_device() if settings.device == "auto" else settings.device
+        )
+        self.text = data.HashedText(settings.text_dim, settings.text_length).to(self.device)
+        self.dataset = data.load(
+            settings.data,
+            settings.size,
+            settings.size,
+            data_dir=settings.data_dir,
+            seed=settings.seed,
+        )
+        self.notes = []  # lines the report must repeat
+        self.warned, self.board = False, None
+
+    # networks -------------------------------------------------------------------------------
+
+    def network(self):
+        """A fresh network, its weights drawn from the seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed)
+            return MMDiT(**self.settings.model()).to(self.device)
+
+    def path(self, kind):
+        return self.out / f"{kind}.pt"
+
+    def save(self, kind, model, step):
+        weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+        checkpoint = dict(format="ladd-1", kind=kind, model=model.config, weights=weights)
+        settings = dataclasses.asdict(self.settings)
+        save_atomically(checkpoint | dict(settings=settings, step=step), self.path(kind))
+
+    def load(self, kind):
+        """The finished teacher or student, frozen."""
+        return sample.build(sample.read_checkpoint(self.path(kind)), self.device)
+
+    def generator(self, kind, model=None):
+        """What samples from the finished teacher or student, or from a network in training."""
+        model = self.load(kind) if model is None else model
+        settings = dataclasses.asdict(self.settings)
+        return sample.Generator(model, settings, kind, self.device, self.settings.precision)
+
+    def judge(self):
+        s = self.settings
+        return sample.get_judge(
+            self.dataset, (s.size, s.size), self.device, data_dir=s.data_dir,
+            steps=s.judge_steps, width=s.judge_width, precision=s.precision,
+        )  # fmt: skip
+
+    # randomness and arithmetic --------------------------------------------------------------
+
+    def random(self, stage, step):
+        """The generator of one update: it depends on seed, stage and step alone, so that a resumed run
+        draws what the uninterrupted one would have drawn."""
+        key = data.hash_uniform(self.settings.seed, [step], 1 + STAGES.index(stage))[0, -1]
+        return torch.Generator().manual_seed(int(key * (1 << 53)))
+
+    def autocast(self):
+        return sample.autocast(self.device, self.settings.precision)
+
+    # files ----------------------------------------------------------------------------------
+
+    def shards(self):
+        return sorted((self.out / "synthetic").glob("*.pt"))
+
+    def show(self, kind, step, model):
+        """A grid from fixed noise and captions into samples/."""
+        _, caption = self.dataset.batch(np.arange(32), held_out=True)
+        captions = [self.dataset.captions[i] for i in caption]
+        images = data.to_uint8(
+            self.generator(kind, model).sample(captions, seed=self.settings.seed)
+        )
+        path = self.out / "samples" / f"{kind}-{step:06d}.png"
+        sample.save_png(sample.grid(images, 8), path, step=step, captions="; ".join(captions))
+
+    def log(self, **row):
+        with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def forget_log(self, stage, step):
+        """Drops the log's lines after a saved state: the updates they tell of are done again."""
+        path = self.out / "log.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = []
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:  # cut in the middle
+                continue
+            if row.get("stage") != stage or row.get("step", 0) <= step:
+                kept.append(line + "\n")
+        write_atomically("".join(kept), path)
+
+    def write_board(self, stage, step, values):
+        """tensorboard, if asked for."""
+        if not self.settings.tensorboard:
+            return
+        if self.board is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise RunError("--tensorboard needs: pip install tensorboard") from None
+            self.board = SummaryWriter(str(self.out / "tensorboard"))
+        for name, value in values.items():
+            self.board.add_scalar(f"{stage}/{name}", value, step)
+
+    def loop(self, stage, total, batch):
+        return Loop(self, stage, total, batch)
+
+    def write_report(self, rows, accuracy):
+        """metrics.json and report.md."""
+        s, where = self.settings, machine()
+        seconds = {}
+        for line in (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row.get("finished"):
+                seconds[row["stage"]] = row["seconds"]
+        metrics = dict(
+            rows=rows, judge_accuracy=accuracy, seconds=seconds, seed=s.seed, data=s.data
+        )
+        metrics |= dict(preset=s.preset, notes=self.notes, **where)
+        write_atomically(json.dumps(metrics, indent=1) + "\n", self.out / "metrics.json")
+        judged = ", ".join(f"{name} {value:.3f}" for name, value in accuracy.items())
+        dirty = " with uncommitted changes" if where["dirty"] else ""
+        took = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
+        lines = [
+            f"# {s.preset} on {s.data}, seed {s.seed}",
+            *self.notes,
+            "",
+            "![samples](samples.png)",
+        ]
+        lines += ["", sample.markdown_table(rows), ""]
+        lines += [
+            f"{s.evaluation} samples per row, captions of held-out images. Fréchet distance, precision "
+            "and recall in the judge's features. *untrained* is the student before distillation: the "
+            "teacher, sampled as the student is.",
+            "",
+            f"The judge reads held-out images right: {judged}.",
+            "",
+            f"Time: {took}. Commit {where['commit']}{dirty}, torch {where['torch']}, "
+            f"{where['gpu'] or where['processor']}, {where['threads']} threads.",
+        ]
+        write_atomically("\n".join(lines) + "\n", self.out / "report.md")
+
+
+class Loop:
+    """The steps of a stage, and around them: resuming, logging, progress, saved states."""
+
+    def __init__(self, run, stage, total, batch):
+        self.run, self.stage, self.total, self.batch = run, stage, total, batch
+        self.step, self.sums, self.path = 0, {}, run.out / f"{stage}-state.pt"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            self.path.unlink(missing_ok=True)
+
+    def resume(self, networks, optimizers):
+        """Remembers what a state consists of, and takes it from the last saved state if there is one."""
+        self.networks, self.optimizers = networks, optimizers
+        if self.path.exists():
+            state = torch.load(self.path, map_location=self.run.device, weights_only=True)
+            for name, network in networks.items():
+                network.load_state_dict(state["networks"][name])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.step, self.sums = state["step"], state["sums"]
+            print(f"{self.stage}: going on from update {self.step} of {self.total}", flush=True)
+        self.run.forget_log(self.stage, self.step)
+        if self.run.settings.compile:
+            for network in networks.values():
+                network.compile()
+
+    def __iter__(self):
+        self.start, self.first = time.perf_counter(), self.step
+        self.last_line = self.start
+        with progress(self.stage, self.total, self.step) as self.bar:
+            while self.step < self.total:
+                yield self.step
+                self.step += 1
+                self.bar.update()
+
+    def due(self, every):
+        """Whether something done every so many updates, and at the end, is due after this one."""
+        return (self.step + 1) % every == 0 or self.step + 1 == self.total
+
+    def log(self, **values):
+        """Adds up the values; at every log line writes their means. Non-finite ones end the run."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+        self.sums["n"] = self.sums.get("n", 0) + 1
+        if self.due(self.run.settings.log_every):
+            n = self.sums.pop("n")
+            means = {name: (total / n).item() for name, total in self.sums.items()}
+            self.sums = {}
+            if not all(map(math.isfinite, means.values())):
+                raise RunError(
+                    f"{self.stage}: a loss or gradient is not finite at update {self.step + 1} "
+                    f"({means}). Try a lower learning rate or --precision fp32; the last saved state "
+                    f"is {self.path}."
+                )
+            self.tell(means)
+
+    def tell(self, means):
+        now = time.perf_counter()
+        speed = (self.step + 1 - self.first) / (now - self.start)  # updates per second
+        means["images_per_s"] = speed * self.batch
+        self.run.log(stage=self.stage, step=self.step + 1, **means)
+        self.run.write_board(self.stage, self.step + 1, means)
+        shown = {k: f"{means[k]:.3f}" for k in SHOWN if k in means}
+        self.bar.set_postfix(shown | {"img/s": f"{means['images_per_s']:.0f}"})
+        left = (self.total - self.step - 1) / speed
+        if self.bar.disable and (now - self.last_line > 15 or self.due(self.total)):
+            self.last_line = now
+            line = ", ".join(f"{k} {v}" for k, v in shown.items())
+            print(
+                f"{self.stage} {self.step + 1}/{self.total}: {line}, "
+                f"{means['images_per_s']:.0f} images/s, {left / 60:.1f} min left",
+                flush=True,
+            )
+        if self.run.device.type == "cpu" and left > 3 * 3600 and not self.run.warned:
+            self.run.warned = True
+            print(
+                f"This stage alone needs about {left / 3600:.0f} more hours on this CPU. "
+                "`--preset nano` is made for a CPU: minutes in all.",
+                flush=True,
+            )
+
+    def checkpoint(self):
+        """Saves a state from which a cut run goes on, every `save_every` updates."""
+        if (self.step + 1) % self.run.settings.save_every or self.step + 1 == self.total:
+            return
+        state = dict(step=self.step + 1, sums=self.sums)
+        state["networks"] = {name: network.state_dict() for name, network in self.networks.items()}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        save_atomically(state, self.path)
+
+
+SHOWN = ("loss", "loss_d", "loss_g", "d_real", "d_fake")
+
+
+# ---------------------------------------------------------------------------------------------
+# Plumbing: command line
+# ---------------------------------------------------------------------------------------------
+
+STAGES = ("teacher", "synthesis", "distillation", "report")
+
+
+def parse(argv):
+    """The command line -> Settings: the preset's row, with every given flag replacing a field."""
+    parser = argparse.ArgumentParser(
+        "ladd.py",
+        description="Trains a teacher, lets it make samples, distils a few-step student, reports.",
+        allow_abbrev=False,
+    )
+    for field in dataclasses.fields(Settings):
+        flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        options = dict(default=argparse.SUPPRESS, help=help)
+        if field.name == "preset":
+            parser.add_argument(flag, **options, choices=list(PRESETS))
+        elif isinstance(field.default, bool):
+            parser.add_argument(flag, **options, action=argparse.BooleanOptionalAction)
+        elif isinstance(field.default, tuple):
+            kind = int if field.name == "taps" else float
+            parser.add_argument(
+                flag, **options, metavar="A,B,…", type=lambda text, kind=kind: numbers(text, kind)
+            )
+        else:
+            parser.add_argument(flag, **options, type=type(field.default), metavar="X")
+    given = vars(parser.parse_args(argv))
+    settings = Settings(**{**PRESETS[given.get("preset", "nano")], **given})
+    if not settings.out:
+        name = settings.preset
+        if settings.data != PRESETS[name].get("data", "shapes"):
+            name += "-" + Path(settings.data).stem
+        settings = dataclasses.replace(settings, out=f"runs/{name}")
+    check(settings, parser.error)
+    return settings.scaled(), "data" in given
+
+
+def numbers(text, kind):
+    return tuple(kind(part) for part in text.split(",") if part)
+
+
+def check(s, error):
+    """Refuses settings that can't work, with one clear line."""
+    if s.size % s.patch:
+        error(f"--size {s.size}: patches of {s.patch} pixels don't divide it")
+    if s.size // s.patch > s.pos_size:
+        error(f"--size {s.size}: more than {s.pos_size} patches a side (--pos-size)")
+    if s.width % s.heads or s.width % 4:
+        error(f"--width {s.width}: must be a multiple of 4 and of --heads {s.heads}")
+    if len(s.levels) != len(s.level_p) or len(s.levels) != len(s.warmup_p):
+        error("--levels, --level-p and --warmup-p need the same number of values")
+    if (
+        not s.levels
+        or s.levels[0] > 1
+        or any(a <= b for a, b in zip(s.levels, s.levels[1:] + (0,)))
+    ):
+        error("--levels: must fall, from at most 1 to above 0")
+    if min(s.level_p) < 0 or sum(s.level_p) <= 0:
+        error("--level-p: must be probabilities")
+    if s.targets not in ("synthetic", "real"):
+        error(f"--targets {s.targets}: must be synthetic or real")
+    if s.stage not in ("all", *STAGES):
+        error(f"--stage {s.stage}: must be all, {', '.join(STAGES)}")
+    if s.precision not in ("auto", "bf16", "fp32"):
+        error(f"--precision {s.precision}: must be auto, bf16 or fp32")
+    if any(not 0 <= i < s.depth for i in s.taps) or list(s.taps) != sorted(set(s.taps)):
+        error(f"--taps: ascending block numbers from 0 to {s.depth - 1}")
+    for name in ("size", "teacher_iterations", "iterations", "synthetic", "batch", "teacher_batch"):
+        if getattr(s, name) < 1:
+            error(f"--{name.replace('_', '-')}: must be at least 1")
+    for name in ("steps_scale", "teacher_lr", "student_lr", "heads_lr", "log_every", "save_every"):
+        if getattr(s, name) <= 0:
+            error(f"--{name.replace('_', '-')}: must be above 0")
+    try:
+        torch.empty(0, device=sample.best_device() if s.device == "auto" else s.device)
+    except (RuntimeError, AssertionError) as reason:
+        error(f"--device {s.device}: {str(reason).splitlines()[0]}")
+
+
+def open_folder(settings):
+    """Makes the run folder, or finds it made with the same settings."""
+    out, mine = Path(settings.out), dataclasses.asdict(settings)
+    mine = json.loads(json.dumps({k: v for k, v in mine.items() if k not in FREE}))
+    path = out / "config.json"
+    if path.exists():
+        try:
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UsageError(f"{path} is damaged: choose another folder with --out.") from None
+        names = [k for k in {**theirs, **mine} if theirs.get(k) != mine.get(k)]
+        if names:
+            different = ", ".join(f"{k} {theirs.get(k)} → {mine.get(k)}" for k in names)
+            raise UsageError(
+                f"{out} was made with other settings ({different}). "
+                f"Choose another folder with --out, or give the same settings to go on."
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise UsageError(f"{out} is not empty and not a run folder: choose another with --out.")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(json.dumps(mine, indent=1) + "\n", path)
+
+
+class UsageError(Exception):
+    """What the user asked for can't be done; exit status 2."""
+
+
+def machine():
+    """What the first row of a log says about where it was made."""
+
+    def git(*words):
+        try:
+            answer = subprocess.run(
+                ["git", *words],
+                cwd=Path(__file__).parent,
+                capture_output=True,
+                text=True,
+                timeout=10,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return dict(
+        commit=git("rev-parse", "HEAD"),
+        dirty=None if changed is None else bool(changed),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        numpy=np.__version__,
+        machine=platform.machine(),
+        processor=processor(),
+        threads=torch.get_num_threads(),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    )
+
+
+def processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def load_data(settings, given):
+    """The data set; where a preset's own default can't be had, shapes in its place, said loudly."""
+    try:
+        return settings, None, Run(settings)
+    except data.DataError as error:
+        if given or settings.data == "shapes":
+            raise
+        note = f"{settings.data} can't be had, so this run uses the built-in shapes. {error}"
+        settings = dataclasses.replace(settings, data="shapes")
+        return settings, note, Run(settings)
+
+
+def main(argv=None):
+    settings, given = parse(argv)
+    try:
+        settings, note, run = load_data(settings, given)
+        open_folder(settings)
+        if note:
+            run.notes.append(note)
+            print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
+        run.log(settings=dataclasses.asdict(settings), note=note, **machine())
+        execute(run)
+        if note:
+            print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
+    except (UsageError, data.DataError) as error:
+        print(f"ladd.py: {error}", file=sys.stderr)
+        return 2
+    except (RunError, sample.CheckpointError, OSError) as error:
+        print(f"ladd.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def execute(run):
+    """The stages in order; one that is finished is skipped."""
+    s, wanted = run.settings, STAGES if run.settings.stage == "all" else (run.settings.stage,)
+    if s.teacher and not run.path("teacher").exists():
+        own = sample.read_checkpoint(s.teacher)
+        if own["model"] != MMDiT(**s.model()).config:
+            raise UsageError(
+                f"--teacher {s.teacher}: its network is {own['model']}, not the preset's."
+            )
+        save_atomically(own, run.path("teacher"))
+    done = dict(
+        teacher=run.path("teacher").exists(),
+        synthesis=s.targets == "real" or len(run.shards()) == math.ceil(s.synthetic / SHARD),
+        distillation=run.path("student").exists(),
+        report=(run.out / "report.md").exists(),
+    )
+    work = dict(teacher=train_teacher, synthesis=synthesise, distillation=distil, report=report)
+    for i, stage in enumerate(STAGES):
+        if stage not in wanted:
+            continue
+        missing = [before for before in STAGES[:i] if not done[before]]
+        if missing:
+            raise UsageError(f"--stage {stage} needs the stage {missing[0]} first.")
+        if done[stage]:
+            print(f"{stage}: done before", flush=True)
+            continue
+        start = time.perf_counter()
+        work[stage](run)
+        seconds = time.perf_counter() - start
+        run.log(stage=stage, finished=True, seconds=seconds)
+        print(f"{stage}: {seconds:.0f} s", flush=True)
+        done[stage] = True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

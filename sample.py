@@ -1,0 +1,483 @@
+"""Rectified flow: noise levels, samplers, command line of a finished run.
+
+Rectified flow and its schedules: arXiv 2403.03206 (SD3). Few-step sampling: LADD, arXiv 2403.12015.
+
+    x_t = (1 - t)·x_0 + t·ε        t in [0, 1]: 0 is data, 1 is noise
+    v   = ε - x_0                  what the network predicts, the velocity dx_t/dt
+    x̂_0 = x_t - t·v                what one prediction says about the data
+
+    letter   meaning                              | symbol  variable  shape
+    B        batch                                | x_0     x0        (B, C, H, W)
+    C, H, W  channels, height, width              | ε       noise     (B, C, H, W), N(0, I)
+    M        text tokens                          | t       t         (B,)
+    n        number of positions of a latent, H·W | c, y    text      (B, M, D_c), (B, D_p)
+
+    python sample.py runs/nano --prompt "a large red circle on a blue background" --num 16 --out a.png
+    python sample.py runs/nano --evaluate
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, PngImagePlugin
+from tqdm import tqdm
+
+import data
+from mmdit import MMDiT
+
+# ---------------------------------------------------------------------------------------------
+# Rectified flow
+# ---------------------------------------------------------------------------------------------
+
+
+def per_sample(t, x):
+    """t (B,) shaped to multiply x (B, …)."""
+    return t.view(-1, *[1] * (x.dim() - 1))
+
+
+def add_noise(x0, noise, t):
+    """x_t = (1 - t)·x_0 + t·ε. x0, noise (B, C, H, W), t (B,) -> (B, C, H, W)"""
+    t = per_sample(t, x0)
+    return (1 - t) * x0 + t * noise
+
+
+def predict_x0(xt, v, t):
+    """x̂_0 = x_t - t·v. xt, v (B, C, H, W), t (B,) -> (B, C, H, W)"""
+    return xt - per_sample(t, xt) * v.float()
+
+
+def logit_normal(n, mean, std, generator=None):
+    """n draws of t = sigmoid(u), u ~ N(mean, std²). -> (n,)"""
+    return torch.sigmoid(torch.randn(n, generator=generator) * std + mean)
+
+
+def shift_t(t, alpha):
+    """t' = α·t / (1 + (α - 1)·t): odds t/(1-t) times α; more noise for α > 1 (SD3, section 5.3.2)."""
+    return alpha * t / (1 + (alpha - 1) * t)
+
+
+def euler_times(steps, alpha=1.0):
+    """The steps + 1 noise levels from 1 to 0 of an Euler sampler, shifted by α. -> (steps + 1,)"""
+    return shift_t(torch.linspace(1, 0, steps + 1, dtype=torch.float64), alpha).float()
+
+
+def student_levels(levels, steps):
+    """The `steps` of the trained levels that a sampler visits: 2 of {1, .75, .5, .25} are {1, .5}."""
+    if not 1 <= steps <= len(levels):
+        raise ValueError(
+            f"the student was trained for 1 to {len(levels)} steps, not {steps}; "
+            "--sampler euler takes any number"
+        )
+    return [levels[i * len(levels) // steps] for i in range(steps)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Samplers: each yields x̂_0 after every step; the last one is the sample
+# ---------------------------------------------------------------------------------------------
+
+
+def guided_velocity(model, x, t, text, uncond, cfg):
+    """v = v_uncond + w·(v_cond - v_uncond), both halves in one forward; no second half at w = 1."""
+    t = t.expand(len(x)).to(x.device)
+    if cfg == 1:
+        return model(x, t, *text)[0].float()
+    both = [torch.cat([c, u.expand_as(c)]) for c, u in zip(text, uncond, strict=True)]
+    v_cond, v_uncond = model(x.repeat(2, 1, 1, 1), t.repeat(2), *both)[0].float().chunk(2)
+    return v_uncond + cfg * (v_cond - v_uncond)
+
+
+def euler(model, x, times, text, uncond=None, cfg=1.0):
+    """Euler steps along dx/dt = v from times[0] to times[-1] = 0. x = x_t at times[0]."""
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        v = guided_velocity(model, x, t, text, uncond, cfg)
+        yield x - t * v
+        x = x + (t_next - t) * v
+
+
+def renoise(model, x, levels, text, fresh_noise):
+    """LADD's few-step sampler: predict x̂_0, noise it afresh to the next level, repeat.
+
+    x = x_t at levels[0]; fresh_noise(i) gives the noise of step i. Without guidance."""
+    for i, t in enumerate(levels):
+        t = torch.as_tensor(t, dtype=torch.float32)
+        if i > 0:
+            x = add_noise(x0, fresh_noise(i), t.expand(len(x)).to(x.device))  # noqa: F821
+        x0 = x - t * guided_velocity(model, x, t, text, None, 1.0)
+        yield x0
+
+
+def noise_of(seed, indices, shape, step=0):
+    """Noise per image from (seed, index, step) alone: image i is the same in any batch. -> (B, …)"""
+    out = torch.empty(len(indices), *shape)
+    for row, index in zip(out, indices, strict=True):
+        key = int(data.hash_uniform(seed + 7919 * step, [index], 1)[0, 0] * (1 << 53))
+        row.normal_(generator=torch.Generator().manual_seed(key))
+    return out
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------
+
+
+class CheckpointError(Exception):
+    """A file is not a checkpoint of this project; the message names it."""
+
+
+def read_checkpoint(path):
+    """The dict of a checkpoint: kind, model (arguments), weights, settings, step. No code is run."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file. Has the run got that far?") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0][:100]
+        raise CheckpointError(f"{path}: can't be read as a checkpoint ({reason}).") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "ladd-1":
+        raise CheckpointError(f"{path}: not a checkpoint of this program.")
+    return checkpoint
+
+
+def build(checkpoint, device="cpu"):
+    """The network of a checkpoint, weights included, ready for inference."""
+    model = MMDiT(**checkpoint["model"])
+    model.load_state_dict(checkpoint["weights"])
+    return model.to(device).eval().requires_grad_(False)
+
+
+def best_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def autocast(device, precision):
+    """bf16 autocast; `auto` takes bf16 where the hardware has it, float32 elsewhere."""
+    device = torch.device(device)
+    if precision == "auto":
+        precision = "bf16" if has_bf16(device) else "fp32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def has_bf16(device):
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+class Generator:
+    """A network with all that it takes to sample from it: text features, sizes, levels, guidance.
+
+    steps, sampler and cfg default to how the network was made: a student predicts and re-noises on
+    its levels without guidance, a teacher takes 32 Euler steps with guidance."""
+
+    def __init__(self, model, settings, kind, device="cpu", precision="auto"):
+        self.model, self.settings, self.kind = model, settings, kind
+        self.device, self.precision = torch.device(device), precision
+        self.text = data.HashedText(settings["text_dim"], settings["text_length"]).to(self.device)
+
+    def steps_or_default(self, steps, cfg):
+        student = self.kind == "student"
+        steps = steps or (
+            len(self.settings["levels"]) if student else self.settings["teacher_steps"]
+        )
+        return steps, (1.0 if student else self.settings["cfg"]) if cfg is None else cfg
+
+    @torch.no_grad()
+    def trajectory(
+        self,
+        captions,
+        indices,
+        *,
+        seed=0,
+        steps=None,
+        cfg=None,
+        sampler=None,
+        size=None,
+        start=None,
+    ):
+        """Yields x̂_0 (B, C, H, W) on the CPU after every step, for one batch of captions.
+
+        indices: the number of every image, which with the seed decides its noise.
+        start: (x0, strength), to begin at an image noised to that level instead of at pure noise."""
+        steps, cfg = self.steps_or_default(steps, cfg)
+        sampler = sampler or ("renoise" if self.kind == "student" else "euler")
+        shape = (self.model.config["channels"], *(size or (self.settings["size"],) * 2))
+        fresh = lambda step: noise_of(seed, indices, shape, step).to(self.device)  # noqa: E731
+        x, level = fresh(0), 1.0
+        if start is not None:
+            level = start[1]
+            x = add_noise(start[0].to(self.device), x, torch.full((len(x),), level).to(self.device))
+        text = self.text(captions)
+        with autocast(self.device, self.precision):
+            if sampler == "euler":
+                times = euler_times(steps, self.settings["shift"]) * level
+                path = euler(self.model, x, times, text, self.text([""]), cfg)
+            else:
+                levels = [t * level for t in student_levels(self.settings["levels"], steps)]
+                path = renoise(self.model, x, levels, text, fresh)
+            for x0 in path:
+                yield x0.float().cpu()
+
+    def sample(self, captions, indices=None, *, batch=256, progress=None, start=None, **options):
+        """captions -> samples (len(captions), C, H, W) in [-1, 1]; see `trajectory` for the options."""
+        indices = range(len(captions)) if indices is None else indices
+        out = []
+        for a in range(0, len(captions), batch):
+            part = slice(a, a + batch)
+            own = start and (start[0][part] if len(start[0]) > 1 else start[0], start[1])
+            for x0 in self.trajectory(captions[part], indices[part], start=own, **options):
+                last = x0
+            out.append(last)
+            if progress is not None:
+                progress.update(len(last))
+        return torch.cat(out)
+
+
+def load_generator(run, teacher=False, device=None, precision="auto"):
+    """The student (or teacher) of a run folder, or of a checkpoint file."""
+    path, kind = Path(run), "teacher" if teacher else "student"
+    checkpoint = read_checkpoint(path / f"{kind}.pt" if path.is_dir() else path)
+    device = device or best_device()
+    return Generator(
+        build(checkpoint, device), checkpoint["settings"], checkpoint["kind"], device, precision
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------
+
+
+def grid(images, columns, scale=None):
+    """(n, 3, H, W) uint8 -> one picture, small images enlarged without smoothing."""
+    n, _, H, W = images.shape
+    rows, scale = math.ceil(n / columns), scale or max(1, 64 // max(H, W))
+    sheet = np.full((rows, H + 2, columns, W + 2, 3), 255, np.uint8)
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        sheet[i // columns, 1:-1, i % columns, 1:-1] = image
+    picture = Image.fromarray(sheet.reshape(rows * (H + 2), columns * (W + 2), 3))
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def panels(titled, columns):
+    """[(title, images)] -> the grids side by side under their titles."""
+    grids = [(title, grid(images, columns)) for title, images in titled]
+    width = sum(g.width for _, g in grids) + 16 * (len(grids) - 1)
+    sheet = Image.new("RGB", (width, grids[0][1].height + 24), "white")
+    draw, x = ImageDraw.Draw(sheet), 0
+    for title, picture in grids:
+        draw.text((x + 4, 4), title, fill="black", font_size=14)
+        sheet.paste(picture, (x, 24))
+        x += picture.width + 16
+    return sheet
+
+
+def save_png(picture, path, **notes):
+    """Writes a PNG that carries the notes; an existing picture is replaced only if this made it."""
+    path = Path(path)
+    if path.exists():
+        try:
+            with Image.open(path) as old:
+                ours = old.info.get("Software") == "LADD"
+        except OSError:
+            ours = False
+        if not ours:
+            raise FileExistsError(f"{path} exists and was not made by this program; choose another")
+    info = PngImagePlugin.PngInfo()
+    for key, value in {"Software": "LADD", **notes}.items():
+        info.add_itxt(key, str(value))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    picture.save(temporary, "PNG", pnginfo=info)
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation: a judge reads the caption's attributes back
+# ---------------------------------------------------------------------------------------------
+
+
+class Judge(torch.nn.Module):
+    """A small classifier: images to one answer per attribute, by way of 64 features."""
+
+    def __init__(self, answers, width=32, size=(16, 16)):
+        super().__init__()
+        self.config = dict(answers=list(answers), width=width, size=list(size))
+        layers, side, channels = [torch.nn.Conv2d(3, width, 3, padding=1)], min(size), width
+        while side > 4:
+            out = min(2 * channels, 8 * width)
+            for stride in (2, 1) if side <= 8 or width > 32 else (2,):
+                layers += [torch.nn.GroupNorm(4, channels), torch.nn.GELU()]
+                layers += [torch.nn.Conv2d(channels, out, 3, padding=1, stride=stride)]
+                channels = out
+            side = (side + 1) // 2
+        layers += [torch.nn.GroupNorm(4, channels), torch.nn.GELU()]
+        layers += [torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten()]
+        layers += [torch.nn.Linear(16 * channels, 64), torch.nn.GELU()]
+        self.body = torch.nn.Sequential(*layers)
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(64, n) for n in answers)
+
+    def forward(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> features (B, 64), answers: list of logits (B, n)"""
+        features = self.body(x)
+        return features, [head(features) for head in self.heads]
+
+    @torch.no_grad()
+    def read(self, images, batch=500):
+        """images (n, 3, H, W) uint8 -> features (n, 64) float64, answers (n, A) int64, on the CPU"""
+        device = next(self.parameters()).device
+        features, answers = [], []
+        for part in images.split(batch):
+            f, logits = self(data.to_float(part.to(device)))
+            features.append(f.double().cpu())
+            answers.append(torch.stack([a.argmax(1) for a in logits], dim=1).cpu())
+        return torch.cat(features), torch.cat(answers)
+
+
+def train_judge(dataset, size, device, *, steps, width, precision="auto", batch=128):
+    """Trains a judge on the real images. Seeded by nothing but the data set: the same every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        judge = Judge([len(v) for v in dataset.attributes.values()], width, size).to(device)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for step in tqdm(range(steps), "judge", leave=False, disable=not sys.stderr.isatty()):
+        # Its own stretch of indices: the networks must not have seen just the judge's images.
+        images, caption = dataset.batch(np.arange(step * batch, (step + 1) * batch) + (1 << 36))
+        labels = dataset.labels[caption].to(device)
+        with autocast(device, precision):
+            _, answers = judge(data.to_float(images.to(device)))
+        loss = sum(
+            torch.nn.functional.cross_entropy(a.float(), labels[:, k])
+            for k, a in enumerate(answers)
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return judge.eval()
+
+
+def get_judge(dataset, size, device, *, data_dir="data", steps=1000, width=32, precision="auto"):
+    """The judge of a data set, trained once and kept in data_dir."""
+    images, _ = dataset.batch(np.arange(64))
+    key = data.hashlib.sha256(repr((dataset.captions[:1000], size, steps, width)).encode())
+    key.update(images.numpy().tobytes())
+    path = Path(data_dir) / f"judge-{key.hexdigest()[:16]}.pt"
+    if path.exists():
+        saved = torch.load(path, map_location=device, weights_only=True)
+        judge = Judge(**saved["config"]).to(device).eval()
+        judge.load_state_dict(saved["weights"])
+        return judge
+    judge = train_judge(dataset, size, device, steps=steps, width=width, precision=precision)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"config": judge.config, "weights": judge.state_dict()}, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+    return judge
+
+
+def frechet_distance(a, b):
+    """‖μ_a - μ_b‖² + tr(Σ_a + Σ_b - 2·(Σ_a Σ_b)^½) of two sets of features (n, d), in float64."""
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # Σ_a^½
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    return distance.item()
+
+
+def precision_recall(real, fake, k=3):
+    """Share of fakes inside the real k-NN manifold, and of reals inside the fakes' (arXiv 1904.06991)."""
+
+    def covered(points, manifold):
+        radius = torch.cdist(manifold, manifold).kthvalue(k + 1, dim=1).values
+        return torch.cat(
+            [(torch.cdist(part, manifold) <= radius).any(dim=1) for part in points.split(1000)]
+        )
+
+    return covered(fake, real).double().mean().item(), covered(real, fake).double().mean().item()
+
+
+def score(images, labels, reference, judge):
+    """One row of the table: alignment, Fréchet distance, precision, recall.
+
+    images (n, 3, H, W) uint8, labels (n, A), reference: features of held-out images (m, 64)"""
+    features, answers = judge.read(images)
+    precision, recall = precision_recall(reference[: len(features)], features)
+    aligned = (answers == labels).all(dim=1).double().mean().item() if labels.shape[1] else None
+    return dict(
+        alignment=aligned,
+        frechet=frechet_distance(reference, features),
+        precision=precision,
+        recall=recall,
+    )
+
+
+def evaluation_rows(teacher, student):
+    """(name, generator, options) of every generated row. The teacher at 4, 2 and 1 steps, sampled
+    as the student is, is the student before distillation: the number to beat."""
+    few = [n for n in (4, 2, 1) if n <= len(teacher.settings["levels"])]
+    steps, cfg = teacher.settings["teacher_steps"], teacher.settings["cfg"]
+    rows = [(f"teacher, {steps} steps, CFG {cfg:g}", teacher, dict(steps=steps, cfg=cfg))]
+    untrained = dict(cfg=1.0, sampler="renoise")
+    rows += [
+        (f"untrained, {n} step{'s'[: n > 1]}", teacher, dict(steps=n, **untrained)) for n in few
+    ]
+    if student is not None:
+        rows += [(f"student, {n} step{'s'[: n > 1]}", student, dict(steps=n)) for n in few]
+    return rows
+
+
+def evaluate(dataset, judge, teacher, student, count, seed=0):
+    """The table of a run: a list of dicts, the real images first."""
+    index = np.arange(count)
+    real, caption = dataset.batch(index, held_out=True)
+    held_out = getattr(dataset, "held_out_images", None)
+    available = 6 * count if held_out is None else len(held_out)
+    if available < 2 * count:  # few images: the reference must not be the row "real" itself
+        available, real, caption = 2 * count, *dataset.batch(index % max(1, available // 2), True)
+        reference, _ = dataset.batch(np.arange(len(held_out) // 2, len(held_out)), held_out=True)
+    else:
+        reference, _ = dataset.batch(np.arange(count, min(available, 6 * count)), held_out=True)
+    labels, captions = dataset.labels[caption], [dataset.captions[i] for i in caption]
+    reference, _ = judge.read(reference)
+    rows = [dict(name="real, held out", **score(real, labels, reference, judge))]
+    planned = evaluation_rows(teacher, student)
+    total = len(planned) * count
+    with tqdm(total=total, desc="evaluation", leave=False, disable=not sys.stderr.isatty()) as bar:
+        for name, generator, options in planned:
+            start = time.perf_counter()
+            images = generator.sample(captions, seed=seed + 1, progress=bar, **options)
+            seconds = (time.perf_counter() - start) / count
+            evaluations = options["steps"] * (2 if options.get("cfg", 1) != 1 else 1)
+            row = score(data.to_uint8(images), labels, reference, judge)
+            rows.append(dict(name=name, **row, evaluations=evaluations, seconds=seconds))
+    return rows
+
+
+def markdown_table(rows):
+    lines = ["| samples | alignment | Fréchet | precision | recall | evaluations | s / image |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = [row["name"]]
+        for key, form in (
+            ("alignment", ".3f"),
+            ("frechet", ".2f"),
+            ("precision", ".2f"),
+            ("recall", ".2f"),
+            ("evaluations", "d"),
+            ("seconds", ".4f"),
+        ):
+            cells.append("–" if row.get(key) is None else format(row[key], form))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
