@@ -8,9 +8,9 @@ A data set is anything with these four things; `load` makes one from a name or a
     batch(index, held_out=False)            index (B,) of int -> images (B, 3, H, W) uint8,
                                             caption (B,) int64: a row of `captions`
 
-The same index always gives the same image, whatever was drawn before: a run that is cut and resumed,
-or split over several processes, sees the same data. Indices run on for ever; finite sets are passed
-over again in a new order (and mirrored at random). Held-out images are never trained on.
+The same index always gives the same image, whatever was drawn before: a run that is cut and
+resumed, or split over several processes, sees the same data. Indices run on for ever; finite sets
+are passed over again in a new order (and mirrored at random). Held-out images are never trained on.
 
 Text features need no download: every word is a frozen random vector, hashed from the word itself.
 The interface is that of real text encoders: captions -> context (B, M, D_c), pooled (B, D_p), and
@@ -18,10 +18,12 @@ the empty caption is the unconditional one.
 """
 
 import hashlib
+import http.client
 import io
 import json
 import os
 import pickle
+import posixpath
 import re
 import sys
 import tarfile
@@ -44,7 +46,7 @@ class DataError(Exception):
 
 
 def hash_uniform(seed, index, slots):
-    """Uniform numbers in [0, 1) that depend on (seed, index, slot) alone. index (B,) -> (B, slots)."""
+    """index (B,) -> (B, slots) in [0, 1), uniform, from (seed, index, slot) and nothing else."""
     with np.errstate(over="ignore"):
         x = np.asarray(index, np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
         x = x + np.uint64(seed % (1 << 32)) * np.uint64(0xD1B54A32D192ED03)
@@ -162,16 +164,8 @@ class Shapes:
             self.attributes["relation"] = ("none", *RELATIONS)
             self.attributes |= {f"second {k}": ("none", *v) for k, v in one.items()}
             two = np.indices((2, 8, 4, 8, 4, 2, 8, 4), dtype=np.int64).reshape(8, -1).T
-            two = two[(two[:, 1] != two[:, 3]) & (two[:, 6] != two[:, 3])] + [
-                0,
-                0,
-                0,
-                0,
-                1,
-                1,
-                1,
-                1,
-            ]
+            two = two[(two[:, 1] != two[:, 3]) & (two[:, 6] != two[:, 3])]
+            two[:, 4:] += 1  # 0 is "none"
             labels = np.concatenate([np.pad(labels, ((0, 0), (0, 4))), two])
         self.labels = torch.from_numpy(labels)
         self.captions = [self.caption(row) for row in labels.tolist()]
@@ -211,22 +205,18 @@ class Shapes:
     def object_cover(self, size, shape, u, half):
         """Share of every pixel that the object covers, (B, H, W, 1).
 
-        u (B, 3) places it: exact size, x, y. `half`, a row of RELATIONS, keeps it in that half of the
-        image and makes it smaller; None leaves it the whole image."""
+        u (B, 3) places it: exact size, x, y. `half`, a row of RELATIONS, keeps it in that half of
+        the image and makes it smaller; None leaves it the whole image."""
         side = min(self.height, self.width)
-        low, high = np.where(size, 0.34, 0.20), np.where(size, 0.42, 0.26)  # half of its extent
+        low, high = np.where(size, 0.36, 0.23), np.where(size, 0.44, 0.28)  # half of its extent
         r = (low + (high - low) * u[:, 0]) * side * (1.0 if half is None else 0.55)
         left, right = np.zeros_like(r), np.full_like(r, self.width)
         top, bottom = np.zeros_like(r), np.full_like(r, self.height)
         if half is not None:
-            right, left = (
-                np.where(half == 0, right / 2, right),
-                np.where(half == 1, right / 2, left),
-            )
-            bottom, top = (
-                np.where(half == 2, bottom / 2, bottom),
-                np.where(half == 3, bottom / 2, top),
-            )
+            left = np.where(half == 1, self.width / 2, left)
+            right = np.where(half == 0, self.width / 2, right)
+            top = np.where(half == 3, self.height / 2, top)
+            bottom = np.where(half == 2, self.height / 2, bottom)
         cx = left + r + (right - left - 2 * r) * u[:, 1]
         cy = top + r + (bottom - top - 2 * r) * u[:, 2]
         r, cx, cy = (a.astype(np.float32)[:, None, None] for a in (r, cx, cy))
@@ -237,7 +227,7 @@ class Shapes:
 
 
 def signed_distance(dx, dy, r, shape):
-    """Distance in pixels to the edge of the shape around (0, 0) that reaches to r; negative inside."""
+    """Pixels to the edge of the shape around (0, 0) that reaches to r; negative inside."""
     ax, ay = np.abs(dx), np.abs(dy)
     circle = np.sqrt(dx * dx + dy * dy) - r
     square = np.maximum(ax, ay) - 0.87 * r
@@ -276,10 +266,10 @@ class ImageSet:
 
     def order(self, epoch):
         if epoch not in self.orders:
-            rng = np.random.default_rng([self.seed, epoch])
+            if len(self.orders) == 3:
+                del self.orders[next(iter(self.orders))]  # the oldest
+            rng = np.random.default_rng([self.seed % (1 << 32), epoch])
             self.orders[epoch] = rng.permutation(self.train_size)
-            for old in sorted(self.orders)[:-3]:
-                del self.orders[old]
         return self.orders[epoch]
 
     def batch(self, index, held_out=False):
@@ -326,13 +316,13 @@ def word_attributes(captions, counts, most=16):
 
 
 def to_rgb(image):
-    """Any picture that Pillow opens as 8-bit RGB: rotated as its EXIF says, transparency on white."""
+    """Any picture as 8-bit RGB: rotated as its EXIF says, transparency on white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # 16-bit grey; Pillow's own conversion would clip it
         grey = np.asarray(image, np.float64)
         scale = 1 if grey.max(initial=0) <= 255 and not image.mode.startswith("I;16") else 257
         return Image.fromarray((grey / scale).clip(0, 255).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
@@ -358,7 +348,7 @@ class Files:
                 self.zip = zipfile.ZipFile(self.path)
             except (zipfile.BadZipFile, OSError) as error:
                 raise DataError(
-                    f"{path}: not a readable zip ({error}). It may have been cut short: copy it again."
+                    f"{path}: not a readable zip ({error}). If it was cut short, copy it again."
                 ) from None
             self.names = sorted(i.filename for i in self.zip.infolist() if not i.is_dir())
         hidden = lambda n: any(s.startswith((".", "__MACOSX")) for s in n.split("/"))  # noqa: E731
@@ -367,71 +357,80 @@ class Files:
     def read(self, name):
         return (self.path / name).read_bytes() if self.zip is None else self.zip.read(name)
 
+    def text(self, name):
+        try:
+            return self.read(name).decode("utf-8-sig", "replace")
+        except Exception as error:  # a damaged or encrypted member of a zip raises nearly anything
+            raise DataError(f"{self.path}: {name} can't be read ({error}).") from None
+
 
 def caption_file(files, name):
     """The captions of a captions.jsonl: {image name: caption}."""
-    folder = name.rpartition("/")[0]
     captions = {}
-    for number, line in enumerate(files.read(name).decode("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(files.text(name).split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            file, caption = row["file"], row["caption"]
-        except (ValueError, KeyError, TypeError):
+            file = posixpath.join(posixpath.dirname(name), row["file"])
+            captions[posixpath.normpath(file)] = row["caption"].strip()
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError(
-                f'{files.path}: {name} line {number} is not {{"file": …, "caption": …}}.'
+                f'{files.path}: {name} line {number} is not {{"file": "…", "caption": "…"}}.'
             ) from None
-        captions[f"{folder}/{file}" if folder else file] = str(caption)
     missing = sorted(set(captions) - set(files.names))
     if missing:
         raise DataError(f"{files.path}: {name} names {len(missing)} missing files: {missing[0]} …")
     return captions
 
 
-def load_files(path, height, width, seed=0):
-    """A folder or a zip of images: captions.jsonl, or .txt files beside the images, or class folders."""
-    files = Files(path)
+def find_captions(files):
+    """-> {image name: caption}, and whether these are the names of class folders."""
     images = [n for n in files.names if n.lower().endswith(SUFFIXES)]
     if not images:
-        raise DataError(f"{path}: no images in it. Expected files ending in {', '.join(SUFFIXES)}.")
-    lists = [n for n in files.names if n.rpartition("/")[2] == "captions.jsonl"]
-    texts = {n.rpartition(".")[0]: n for n in files.names if n.endswith(".txt")}
-    classes = None
+        raise DataError(
+            f"{files.path}: no images in it. Expected files ending in {', '.join(SUFFIXES)}."
+        )
+    names, captions = set(files.names), {}
+    lists = [n for n in files.names if posixpath.basename(n) == "captions.jsonl"]
+    beside = {n: posixpath.splitext(n)[0] + ".txt" for n in images}
     if lists:
-        caption_of = caption_file(files, lists[0])
-        images = [n for n in images if n in caption_of]
-    elif any(n.rpartition(".")[0] in texts for n in images):
-        images = [n for n in images if n.rpartition(".")[0] in texts]
-        caption_of = {
-            n: files.read(texts[n.rpartition(".")[0]]).decode("utf-8", "replace").strip()
-            for n in images
-        }
+        for name in lists:
+            captions |= caption_file(files, name)
+    elif names.intersection(beside.values()):
+        captions = {n: files.text(t).strip() for n, t in beside.items() if t in names}
     elif all("/" in n for n in images):
-        classes = sorted({n.split("/")[-2] for n in images})
-        caption_of = {n: n.split("/")[-2] for n in images}
+        return {n: n.split("/")[-2].replace("_", " ") for n in images}, True
     else:
         raise DataError(
-            f"{path}: images without captions. Put them into one folder per class, or add a "
-            'captions.jsonl of {"file": …, "caption": …} lines, or a .txt beside each image.'
+            f"{files.path}: images without captions. Put them into one folder per class, or add a "
+            'captions.jsonl of {"file": "…", "caption": "…"} lines, or a .txt beside each image.'
         )
-    if not images:
-        raise DataError(f"{path}: none of its images has a caption.")
+    if not captions:
+        raise DataError(f"{files.path}: none of its images has a caption.")
+    if without := len(set(images) - set(captions)):
+        print(f"left out {without} of {len(images)} images: no caption", file=sys.stderr)
+    return captions, False
 
-    pixels, kept = decode_all(files, images, height, width)
-    texts = [caption_of[n] for n in kept]
-    distinct = sorted(set(texts)) if classes is None else classes
-    row = {text: i for i, text in enumerate(distinct)}
-    caption = torch.tensor([row[text] for text in texts])
-    if classes is not None:
-        captions, attributes, labels = class_attributes([c.replace("_", " ") for c in classes])
+
+def load_files(path, height, width, seed=0):
+    """A folder or a zip of images with a captions.jsonl, or a .txt each, or in class folders."""
+    files = Files(path)
+    caption_of, classes = find_captions(files)
+    pixels, kept = decode_all(files, sorted(caption_of), height, width)
+    texts = Counter(caption_of[n] for n in kept)
+    captions = sorted(texts)
+    row = {text: i for i, text in enumerate(captions)}
+    caption = torch.tensor([row[caption_of[n]] for n in kept])
+    if classes:
+        captions, attributes, labels = class_attributes(captions)
     else:
-        captions, counts = distinct, Counter(texts)
-        attributes, labels = word_attributes(captions, [counts[c] for c in captions])
+        attributes, labels = word_attributes(captions, [texts[c] for c in captions])
 
     # A tenth of the images, at most 10,000, chosen by their names, is held out of training.
-    names = [hashlib.blake2b(n.encode(), digest_size=8).digest() for n in kept]
-    order = torch.tensor(sorted(range(len(kept)), key=names.__getitem__))
+    names = [n.encode("utf-8", "surrogatepass") for n in kept]
+    keys = [hashlib.blake2b(n, digest_size=8).digest() for n in names]
+    order = torch.tensor(sorted(range(len(kept)), key=keys.__getitem__))
     cut = min(10_000, max(1, len(kept) // 10))
     held, train = order[:cut], order[cut:] if len(kept) > 1 else order
     return ImageSet(
@@ -451,20 +450,13 @@ def decode_all(files, names, height, width):
     def one(name):
         try:
             return decode(files.read(name), height, width)
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            zipfile.BadZipFile,
-            Image.DecompressionBombError,
-        ) as error:
+        except Exception as error:  # Pillow and zipfile raise nearly anything on damaged files
             return error
 
+    quiet = len(names) < 2000 or None  # None: quiet where stderr is not a terminal
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        read = pool.map(one, names, chunksize=64)
-        done = list(
-            tqdm(read, "reading images", len(names), disable=len(names) < 2000, leave=False)
-        )
+        read = pool.map(one, names)
+        done = list(tqdm(read, "reading images", len(names), disable=quiet, leave=False))
     bad = [(n, e) for n, e in zip(names, done, strict=True) if isinstance(e, Exception)]
     for name, error in bad[:10]:
         print(f"skipped {files.path}: {name}: {error or type(error).__name__}", file=sys.stderr)
@@ -486,7 +478,9 @@ def decode_all(files, names, height, width):
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_SIZE = 170_498_071
 CIFAR_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
-CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR_CLASSES = [
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+]  # fmt: skip
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -509,37 +503,44 @@ def download(url, path, size):
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0
+    have = have if have < size else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=30) as answer:
-        if have and answer.status != 206:  # the server starts from the beginning
+        if answer.status != 206:  # the server starts from the beginning
             have = 0
-        with (
-            open(part, "ab" if have else "wb") as out,
-            tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=path.name) as bar,
-        ):
+        bar = tqdm(None, path.name, size, initial=have, unit="B", unit_scale=True, disable=None)
+        with bar, open(part, "ab" if have else "wb") as out:
             while chunk := answer.read(1 << 16):
                 out.write(chunk)
                 bar.update(len(chunk))
+    if (have := part.stat().st_size) != size:
+        raise OSError(f"{url} gave {have:,} of {size:,} bytes; try again to continue")
     os.replace(part, path)
 
 
 def sha256(path):
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def cifar_batches(data_dir):
-    """The six batch files of CIFAR-10 as {name: bytes}, from the archive, a folder or the network."""
+    """The six batch files of CIFAR-10, {name: bytes}, from the archive, a folder or the network."""
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
     folder, archive = data_dir / "cifar-10-batches-py", data_dir / "cifar-10-python.tar.gz"
     if folder.is_dir() and not archive.exists():
         return {name: (folder / name).read_bytes() for name in names}
-    if not archive.exists():
+    if fetch := not archive.exists():
         download(CIFAR_URL, archive, CIFAR_SIZE)
     if (found := sha256(archive)) != CIFAR_SHA256:
+        if fetch:
+            archive.unlink()
         raise DataError(
             f"{archive}: not the official CIFAR-10 archive (SHA-256 {found[:16]}…, expected "
-            f"{CIFAR_SHA256[:16]}…). Delete it to fetch it again."
+            f"{CIFAR_SHA256[:16]}…). {'It was deleted: try' if fetch else 'Delete it to fetch it'} "
+            "again."
         )
     with tarfile.open(archive) as tar:
         return {n: tar.extractfile(f"cifar-10-batches-py/{n}").read() for n in names}
@@ -550,11 +551,11 @@ def load_cifar10(data_dir, height, width, seed=0):
     data_dir = Path(data_dir)
     try:
         batches = cifar_batches(data_dir)
-    except (OSError, KeyError, tarfile.TarError, EOFError) as error:
+    except (OSError, http.client.HTTPException, KeyError, tarfile.TarError, EOFError) as error:
         raise DataError(
             f"CIFAR-10 can't be had ({error}). Ways out: place cifar-10-python.tar.gz from "
-            f"{CIFAR_URL} in {data_dir}/, point --data-dir at a folder that has it, use a folder or "
-            "zip of images with --data PATH, or the built-in set with --data shapes."
+            f"{CIFAR_URL} in {data_dir}/, point --data-dir at a folder that has it, use a folder "
+            "or zip of images with --data PATH, or the built-in set with --data shapes."
         ) from None
     parts = {}
     for name, data in batches.items():
@@ -584,6 +585,6 @@ def load(name, height, width, *, data_dir="data", seed=0):
         return Shapes(height, width, seed)
     if name == "cifar10":
         return load_cifar10(data_dir, height, width, seed)
-    if not Path(name).exists():
+    if not os.path.exists(name):
         raise DataError(f"--data {name}: no such folder or file, and not one of shapes, cifar10.")
     return load_files(name, height, width, seed)

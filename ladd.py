@@ -1,4 +1,7 @@
-"""LADD: latent adversarial diffusion distillation, arXiv 2403.12015. Presets, training, command line.
+"""LADD, latent adversarial diffusion distillation: presets, training, command line.
+
+"Fast High-Resolution Image Synthesis with Latent Adversarial Diffusion Distillation",
+arXiv 2403.12015.
 
 A teacher that needs many steps becomes a student that needs one to four. One iteration:
 
@@ -6,13 +9,13 @@ A teacher that needs many steps becomes a student that needs one to four. One it
     2  x̂_0   = x_t - t·v_θ(x_t, t, c)       one evaluation of the student
     3  noise x̂_0 and x_0 to a level t̂       t̂ ~ logit-normal(m, s), the same for both
     4  f, r  = features of the frozen teacher on the noised x̂_0 and x_0
-    5  L_D   = E[relu(1 - D(r))] + E[relu(1 + D(sg f))]      the heads learn
-    6  L_G   = -E[D(f)]                                       the student learns, through the teacher
+    5  L_D   = E[relu(1 - D(r))] + E[relu(1 + D(sg f))]    the heads learn
+    6  L_G   = -E[D(f)]                                     the student learns, through the teacher
 
 sg means stop-gradient. The features f of the fakes serve both players, so an iteration costs six
-forward units (a backward counts two, one through the frozen teacher): student 1 + 2, teacher on fakes
-1 + 1, teacher on reals 1. The paper published neither code nor learning rates, batch size, optimiser
-or EMA: those are ours, chosen by the experiments in docs/log.md.
+forward units (a backward counts two, one through the frozen teacher): student 1 + 2, teacher on
+fakes 1 + 1, teacher on reals 1. The paper published neither code nor learning rates, batch size,
+optimiser or EMA: those are ours, chosen by the experiments in docs/log.md.
 
     python ladd.py --preset nano                  everything, on a laptop, with built-in data
     python ladd.py --preset tiny                  CIFAR-10 on one GPU
@@ -28,6 +31,7 @@ import platform
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -211,7 +215,7 @@ def discriminator_loss(heads, real, fake, t_hat, pooled, grid, gamma):
 
 
 def generator_loss(heads, fake, t_hat, pooled, grid):
-    """Box 6. Gradient goes through the heads and the teacher to the student, and stays in neither."""
+    """Box 6. Gradient goes through heads and teacher to the student, and stays in neither."""
     heads.requires_grad_(False)
     logits = heads(fake, t_hat, pooled, *grid)
     heads.requires_grad_(True)
@@ -299,7 +303,7 @@ SYNTHETIC_INDEX = 1 << 35  # where the captions of the synthetic set are drawn f
 def distillation_batches(run):
     """A function (step, generator) -> x0, text, noise: what the student learns from.
 
-    Synthetic samples come with the noise they were made from only if a distillation loss pairs them."""
+    With a distillation loss a sample comes with the noise that the teacher made it from."""
     s, device = run.settings, run.device
     if s.targets == "real":
         words, dataset = run.text.ids(run.dataset.captions), run.dataset
@@ -391,16 +395,15 @@ def distil(run):
 
 
 def report(run):
-    """Scores everything, draws the same noise by everyone, writes metrics.json, report.md, samples.png."""
+    """Scores everything; writes metrics.json, report.md and samples.png (same noise for all)."""
     s = run.settings
     judge = run.judge()
     teacher, student = run.generator("teacher"), run.generator("student")
-    real, caption = run.dataset.batch(np.arange(2000), held_out=True)
-    accuracy = (judge.read(real)[1] == run.dataset.labels[caption]).double().mean(0).tolist()
-    accuracy = dict(zip(run.dataset.attributes, accuracy, strict=True))
+    accuracy = sample.judge_accuracy(run.dataset, judge)
     rows = sample.evaluate(run.dataset, judge, teacher, student, s.evaluation, s.seed)
     run.write_report(rows, accuracy)
-    captions = [run.dataset.captions[i] for i in caption[:24]]
+    _, caption = run.dataset.batch(np.arange(24), held_out=True)
+    captions = [run.dataset.captions[i] for i in caption]
     made = [(f"teacher, {s.teacher_steps} steps", teacher, dict(steps=s.teacher_steps))]
     made += [(f"student, {n} step{'s'[: n > 1]}", student, dict(steps=n)) for n in (4, 2, 1)]
     made += [("untrained, 1 step", teacher, dict(steps=1, cfg=1.0, sampler="renoise"))]
@@ -441,7 +444,7 @@ def learning_rate(step, total, decay, warmup=40):
 
 
 def update(optimizers, loss, model, clip, rate):
-    """Backward and one step of all optimisers at `rate` times their learning rate. -> gradient norm"""
+    """Backward and one step of all optimisers at `rate` times their lr. -> gradient norm"""
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
         for group in optimizer.param_groups:
@@ -455,7 +458,7 @@ def update(optimizers, loss, model, clip, rate):
 
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
-    """ema ← decay·ema + (1 - decay)·model; the decay starts small, so that the start is forgotten."""
+    """ema ← decay·ema + (1 - decay)·model; the decay starts small, to forget the start."""
     decay = min(decay, (step + 1) / (step + 10))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
@@ -545,8 +548,7 @@ class Run:
     # randomness and arithmetic --------------------------------------------------------------
 
     def random(self, stage, step):
-        """The generator of one update: it depends on seed, stage and step alone, so that a resumed run
-        draws what the uninterrupted one would have drawn."""
+        """The generator of one update, from seed, stage and step: a resumed run draws alike."""
         key = data.hash_uniform(self.settings.seed, [step], 1 + STAGES.index(stage))[0, -1]
         return torch.Generator().manual_seed(int(key * (1 << 53)))
 
@@ -615,7 +617,7 @@ class Run:
         )
         metrics |= dict(preset=s.preset, notes=self.notes, **where)
         write_atomically(json.dumps(metrics, indent=1) + "\n", self.out / "metrics.json")
-        judged = ", ".join(f"{name} {value:.3f}" for name, value in accuracy.items())
+        judged = sample.accuracy_line(accuracy)
         dirty = " with uncommitted changes" if where["dirty"] else ""
         took = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
         lines = [
@@ -626,9 +628,9 @@ class Run:
         ]
         lines += ["", sample.markdown_table(rows), ""]
         lines += [
-            f"{s.evaluation} samples per row, captions of held-out images. Fréchet distance, precision "
-            "and recall in the judge's features. *untrained* is the student before distillation: the "
-            "teacher, sampled as the student is.",
+            f"{s.evaluation} samples per row, captions of held-out images. Fréchet distance, "
+            "precision and recall in the judge's features. *untrained* is the student before "
+            "distillation: the teacher, sampled as the student is.",
             "",
             f"The judge reads held-out images right: {judged}.",
             "",
@@ -653,7 +655,7 @@ class Loop:
             self.path.unlink(missing_ok=True)
 
     def resume(self, networks, optimizers):
-        """Remembers what a state consists of, and takes it from the last saved state if there is one."""
+        """Remembers what a state consists of, and takes it from the last saved one, if any."""
         self.networks, self.optimizers = networks, optimizers
         if self.path.exists():
             state = torch.load(self.path, map_location=self.run.device, weights_only=True)
@@ -693,8 +695,8 @@ class Loop:
             if not all(map(math.isfinite, means.values())):
                 raise RunError(
                     f"{self.stage}: a loss or gradient is not finite at update {self.step + 1} "
-                    f"({means}). Try a lower learning rate or --precision fp32; the last saved state "
-                    f"is {self.path}."
+                    f"({means}). Try a lower learning rate or --precision fp32; the last saved "
+                    f"state is {self.path}."
                 )
             self.tell(means)
 
@@ -789,11 +791,7 @@ def check(s, error):
         error(f"--width {s.width}: must be a multiple of 4 and of --heads {s.heads}")
     if len(s.levels) != len(s.level_p) or len(s.levels) != len(s.warmup_p):
         error("--levels, --level-p and --warmup-p need the same number of values")
-    if (
-        not s.levels
-        or s.levels[0] > 1
-        or any(a <= b for a, b in zip(s.levels, s.levels[1:] + (0,)))
-    ):
+    if not s.levels or s.levels[0] > 1 or any(a <= b for a, b in pairwise((*s.levels, 0))):
         error("--levels: must fall, from at most 1 to above 0")
     if min(s.level_p) < 0 or sum(s.level_p) <= 0:
         error("--level-p: must be probabilities")

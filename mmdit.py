@@ -2,18 +2,18 @@
 
 "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", arXiv 2403.03206.
 
-An image (or latent) is cut into patches, a caption into tokens. Both walk through the same blocks as
-two streams with separate weights, and meet in every block in one joint attention over all tokens.
-What the block does to a stream is modulated by a vector made of the noise level and the pooled
-caption (adaLN-Zero). The output is the velocity v of rectified flow.
+An image (or latent) is cut into patches, a caption into tokens. Both walk through the same blocks
+as two streams with separate weights, and meet in every block in one joint attention over all
+tokens. What the block does to a stream is modulated by a vector made of the noise level and the
+pooled caption (adaLN-Zero). The output is the velocity v of rectified flow.
 
-    letter  meaning                            | symbol  variable  shape
-    B       batch                              | x_t     x         (B, C, H, W)  noisy latent
-    C, H, W channels, height, width of latent  | t       t         (B,)          noise level, 0 data, 1 noise
-    p       patch size                         | c       context   (B, M, D_c)   text features per token
-    h, w    H/p, W/p: the grid of patches      | y       pooled    (B, D_p)      text features, pooled
-    N, M    image tokens h·w, text tokens      | v       (returned) (B, C, H, W) velocity ε - x_0
-    D       width; A heads of d = D/A          | -       features  [(B, N, D)]   image tokens after tapped blocks
+    letter   meaning                     symbol  variable    shape
+    B        batch                       x_t     x           (B, C, H, W)  noisy latent
+    C, H, W  channels, height, width     t       t           (B,)          0 is data, 1 is noise
+    p        patch size                  c       context     (B, M, D_c)   text features per token
+    h, w     H/p, W/p: grid of patches   y       pooled      (B, D_p)      text features, pooled
+    N, M     image tokens h·w, text      v       (returned)  (B, C, H, W)  velocity ε - x_0
+    D        width; A heads of d = D/A   -       features    [(B, N, D)]   tokens after taps
 
 Parameters carry the names and shapes of the released checkpoints, so SD3-medium, SD3.5-medium and
 SD3.5-large load as they are: `from_sd3`. Taps are ours: LADD's discriminator reads the image tokens
@@ -87,7 +87,7 @@ class VectorEmbed(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """x·(1 + scale) + shift, one shift and scale per sample. x (B, L, D), shift and scale (B, 1, D)."""
+    """x·(1 + scale) + shift. x (B, L, D); shift, scale (B, 1, D), one of each per sample."""
     return torch.addcmul(shift, x, 1 + scale)
 
 
@@ -109,7 +109,7 @@ def rms_norm(x, weight):
 
 
 class Attention(nn.Module):
-    """The projections of one stream's attention; with `qk_norm` an RMSNorm on every head's q and k."""
+    """One stream's projections; with `qk_norm` an RMSNorm on every head's q and k."""
 
     def __init__(self, width, heads, qk_norm, pre_only=False):
         super().__init__()
@@ -153,7 +153,7 @@ class Stream(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.chunks * width))
 
     def modulation(self, cond):
-        """cond (B, D) -> `chunks` tensors (B, 1, D): shift, scale, gate of attention, MLP, attn2."""
+        """cond (B, D) -> tensors (B, 1, D): shift, scale, gate of attention, MLP, attn2."""
         return self.adaLN_modulation(cond)[:, None, :].chunk(self.chunks, dim=2)
 
     def project(self, x, mod):
@@ -255,7 +255,7 @@ class MMDiT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Xavier for matrices, zeros for biases; modulation and output start at zero (adaLN-Zero)."""
+        """Xavier for matrices, zero biases; modulation and output start at zero (adaLN-Zero)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -317,7 +317,7 @@ class MMDiT(nn.Module):
 
 
 def strip_prefix(state_dict):
-    """The network's tensors of a released single file, without their prefix (or all, if it has none)."""
+    """The network's tensors of a released file, their prefix removed (all, if none has it)."""
     own = {k.removeprefix(PREFIX): v for k, v in state_dict.items() if k.startswith(PREFIX)}
     return own or dict(state_dict)
 
@@ -347,7 +347,7 @@ def config_from_sd3(state_dict):
 
 
 def from_sd3(state_dict):
-    """The network of an official state dict (SD3-medium, SD3.5-medium, SD3.5-large), weights included.
+    """The network of an official state dict: SD3-medium, SD3.5-medium, SD3.5-large.
 
     The tensors are used as they are: no second copy, their dtype and device kept."""
     state_dict = strip_prefix(state_dict)

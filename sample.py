@@ -12,15 +12,17 @@ Rectified flow and its schedules: arXiv 2403.03206 (SD3). Few-step sampling: LAD
     M        text tokens                          | t       t         (B,)
     n        number of positions of a latent, H·W | c, y    text      (B, M, D_c), (B, D_p)
 
-    python sample.py runs/nano --prompt "a large red circle on a blue background" --num 16 --out a.png
+    python sample.py runs/nano --prompt "a large red circle on a blue background" --out a.png
     python sample.py runs/nano --evaluate
 """
 
 import argparse
+import json
 import math
 import os
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +60,7 @@ def logit_normal(n, mean, std, generator=None):
 
 
 def shift_t(t, alpha):
-    """t' = α·t / (1 + (α - 1)·t): odds t/(1-t) times α; more noise for α > 1 (SD3, section 5.3.2)."""
+    """t' = α·t / (1 + (α - 1)·t): odds t/(1-t) times α; more noise for α > 1 (SD3)."""
     return alpha * t / (1 + (alpha - 1) * t)
 
 
@@ -68,7 +70,7 @@ def euler_times(steps, alpha=1.0):
 
 
 def student_levels(levels, steps):
-    """The `steps` of the trained levels that a sampler visits: 2 of {1, .75, .5, .25} are {1, .5}."""
+    """The trained levels that a sampler visits: 2 steps of {1, .75, .5, .25} are {1, .5}."""
     if not 1 <= steps <= len(levels):
         raise ValueError(
             f"the student was trained for 1 to {len(levels)} steps, not {steps}; "
@@ -94,7 +96,7 @@ def guided_velocity(model, x, t, text, uncond, cfg):
 
 def euler(model, x, times, text, uncond=None, cfg=1.0):
     """Euler steps along dx/dt = v from times[0] to times[-1] = 0. x = x_t at times[0]."""
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in pairwise(times):
         v = guided_velocity(model, x, t, text, uncond, cfg)
         yield x - t * v
         x = x + (t_next - t) * v
@@ -113,7 +115,7 @@ def renoise(model, x, levels, text, fresh_noise):
 
 
 def noise_of(seed, indices, shape, step=0):
-    """Noise per image from (seed, index, step) alone: image i is the same in any batch. -> (B, …)"""
+    """Noise from (seed, index, step) alone: image i is the same in any batch. -> (B, …)"""
     out = torch.empty(len(indices), *shape)
     for row, index in zip(out, indices, strict=True):
         key = int(data.hash_uniform(seed + 7919 * step, [index], 1)[0, 0] * (1 << 53))
@@ -131,7 +133,7 @@ class CheckpointError(Exception):
 
 
 def read_checkpoint(path):
-    """The dict of a checkpoint: kind, model (arguments), weights, settings, step. No code is run."""
+    """A checkpoint's dict: kind, model (arguments), weights, settings, step. Runs no code."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -207,7 +209,7 @@ class Generator:
         """Yields x̂_0 (B, C, H, W) on the CPU after every step, for one batch of captions.
 
         indices: the number of every image, which with the seed decides its noise.
-        start: (x0, strength), to begin at an image noised to that level instead of at pure noise."""
+        start: (x0, strength), to begin at an image noised to that level, not at pure noise."""
         steps, cfg = self.steps_or_default(steps, cfg)
         sampler = sampler or ("renoise" if self.kind == "student" else "euler")
         shape = (self.model.config["channels"], *(size or (self.settings["size"],) * 2))
@@ -228,7 +230,7 @@ class Generator:
                 yield x0.float().cpu()
 
     def sample(self, captions, indices=None, *, batch=256, progress=None, start=None, **options):
-        """captions -> samples (len(captions), C, H, W) in [-1, 1]; see `trajectory` for the options."""
+        """captions -> samples (n, C, H, W) in [-1, 1]; see `trajectory` for the options."""
         indices = range(len(captions)) if indices is None else indices
         out = []
         for a in range(0, len(captions), batch):
@@ -333,7 +335,7 @@ class Judge(torch.nn.Module):
 
     @torch.no_grad()
     def read(self, images, batch=500):
-        """images (n, 3, H, W) uint8 -> features (n, 64) float64, answers (n, A) int64, on the CPU"""
+        """images (n, 3, H, W) uint8 -> features (n, 64) float64, answers (n, A) int64, on CPU"""
         device = next(self.parameters()).device
         features, answers = [], []
         for part in images.split(batch):
@@ -344,7 +346,7 @@ class Judge(torch.nn.Module):
 
 
 def train_judge(dataset, size, device, *, steps, width, precision="auto", batch=128):
-    """Trains a judge on the real images. Seeded by nothing but the data set: the same every time."""
+    """Trains a judge on the real images, always from the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         judge = Judge([len(v) for v in dataset.attributes.values()], width, size).to(device)
@@ -397,7 +399,7 @@ def frechet_distance(a, b):
 
 
 def precision_recall(real, fake, k=3):
-    """Share of fakes inside the real k-NN manifold, and of reals inside the fakes' (arXiv 1904.06991)."""
+    """Share of fakes in the reals' k-NN manifold, of reals in the fakes' (arXiv 1904.06991)."""
 
     def covered(points, manifold):
         radius = torch.cdist(manifold, manifold).kthvalue(k + 1, dim=1).values
@@ -465,6 +467,17 @@ def evaluate(dataset, judge, teacher, student, count, seed=0):
     return rows
 
 
+def judge_accuracy(dataset, judge, count=2000):
+    """Share of held-out images whose attributes the judge reads right, for each attribute."""
+    real, caption = dataset.batch(np.arange(count), held_out=True)
+    right = (judge.read(real)[1] == dataset.labels[caption]).double().mean(dim=0)
+    return dict(zip(dataset.attributes, right.tolist(), strict=True))
+
+
+def accuracy_line(accuracy):
+    return ", ".join(f"{name} {value:.3f}" for name, value in accuracy.items())
+
+
 def markdown_table(rows):
     lines = ["| samples | alignment | Fréchet | precision | recall | evaluations | s / image |"]
     lines += ["|---|---|---|---|---|---|---|"]
@@ -481,3 +494,167 @@ def markdown_table(rows):
             cells.append("–" if row.get(key) is None else format(row[key], form))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        "sample.py", description="Samples from a finished run, or scores it.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("run", help="a run folder, or a checkpoint")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
+    add("--prompts", metavar="FILE", help="a file of one prompt a line, or @captions of the data")
+    add("--num", type=int, help="images (default: one per prompt; @captions: 16)")
+    add("--steps", type=int, help="network steps (default: as the model was made for)")
+    add("--teacher", action="store_true", help="sample from the teacher instead of the student")
+    add("--cfg", type=float, help="guidance scale w (default: the teacher's own; students: 1)")
+    add("--sampler", choices=("renoise", "euler"), help="default: renoise, for a teacher euler")
+    add("--seed", type=int, default=0)
+    add("--size", metavar="HxW", help="another size than the model was trained at")
+    add("--out", default="samples.png", help="a grid as .png, or a folder for one PNG per image")
+    add("--trajectory", metavar="FILE.gif", help="x̂_0 along the steps, as an animation")
+    add("--init-image", metavar="FILE", help="start from this image instead of noise …")
+    add("--strength", type=float, default=0.6, help="… noised to this level (0 to 1)")
+    add("--evaluate", action="store_true", help="the table of scores instead of samples")
+    add("--data", help="score against other data than the run's own")
+    add("--data-dir", default="data", help="where downloads and judges are kept")
+    add("--device", default=None)
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    add("--batch", type=int, default=256, help="images at a time")
+    args = parser.parse_args(argv)
+    if not 0 < args.strength <= 1:
+        parser.error(f"--strength {args.strength:g}: must be above 0 and at most 1")
+    for name in ("num", "steps", "batch"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name}: must be at least 1")
+    return args, parser.error
+
+
+def read_prompts(args, generator, error):
+    """The prompt of every image."""
+    prompts = list(args.prompt)
+    if args.prompts == "@captions":
+        dataset = dataset_of(args, generator)
+        _, caption = dataset.batch(np.arange(args.num or 16), held_out=True)
+        prompts += [dataset.captions[i] for i in caption]
+    elif args.prompts:
+        try:
+            lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as reason:
+            error(f"--prompts {args.prompts}: can't be read ({reason})")
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        error("no prompt: give --prompt TEXT, --prompts FILE, or --prompts @captions")
+    length = generator.settings["text_length"]
+    for prompt in dict.fromkeys(prompts):
+        if len(data.split_words(prompt)) > length:
+            print(f"only the first {length} words are read of: {prompt}", file=sys.stderr)
+    return [prompts[i % len(prompts)] for i in range(args.num or len(prompts))]
+
+
+def dataset_of(args, generator):
+    """The data set that a model was trained on, or the one that was asked for."""
+    s = generator.settings
+    return data.load(
+        args.data or s["data"], s["size"], s["size"], data_dir=args.data_dir, seed=s["seed"]
+    )
+
+
+def parse_size(text, generator, error):
+    if text is None:
+        return None
+    try:
+        height, width = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        error(f"--size {text}: must look like 24x16, height x width")
+    patch, most = generator.settings["patch"], generator.settings["pos_size"]
+    if height < 1 or width < 1 or height % patch or width % patch:
+        error(f"--size {text}: both must be multiples of the patch, {patch}")
+    if max(height, width) > patch * most:
+        error(f"--size {text}: the model's positions end at {patch * most} pixels")
+    return height, width
+
+
+def draw(args, error):
+    """Samples as asked for, and writes them."""
+    generator = load_generator(args.run, args.teacher, args.device, args.precision)
+    prompts = read_prompts(args, generator, error)
+    options = dict(seed=args.seed, steps=args.steps, cfg=args.cfg, sampler=args.sampler)
+    options["size"] = size = parse_size(args.size, generator, error)
+    steps, cfg = generator.steps_or_default(args.steps, args.cfg)
+    if args.init_image:
+        height, width = size or (generator.settings["size"],) * 2
+        try:
+            pixels = data.decode(Path(args.init_image).read_bytes(), height, width)
+        except OSError as reason:
+            error(f"--init-image {args.init_image}: can't be read ({reason})")
+        options["start"] = (data.to_float(torch.from_numpy(pixels.copy()))[None], args.strength)
+
+    notes = dict(seed=args.seed, steps=steps, cfg=cfg, model=f"{generator.kind} of {args.run}")
+    with tqdm(total=len(prompts), desc="sampling", disable=not sys.stderr.isatty()) as bar:
+        images = generator.sample(prompts, batch=args.batch, progress=bar, **options)
+    images, out = data.to_uint8(images), Path(args.out)
+    if out.suffix.lower() == ".png":
+        columns = math.ceil(math.sqrt(len(images)))
+        text = "; ".join(dict.fromkeys(prompts))
+        save_png(grid(images, columns), out, prompt=text, **notes)
+    else:
+        for i, image in enumerate(images):
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+            save_png(picture, out / f"{i:05d}.png", prompt=prompts[i], index=i, **notes)
+    print(f"{len(images)} images, {steps} steps: {out}")
+    if args.trajectory:
+        frames = generator.trajectory(prompts[:64], range(min(64, len(prompts))), **options)
+        pictures = [grid(data.to_uint8(x), math.ceil(len(x) ** 0.5)) for x in frames]
+        pause = [150] * (len(pictures) - 1) + [1500]
+        pictures[0].save(
+            args.trajectory, save_all=True, append_images=pictures[1:], duration=pause, loop=0
+        )
+        print(f"{len(pictures)} frames: {args.trajectory}")
+
+
+def score_run(args, error):
+    """Prints the table of a run and writes it to metrics.json in its folder."""
+    folder = Path(args.run)
+    if not folder.is_dir():
+        error(f"--evaluate needs a run folder, and {args.run} is none")
+    teacher = load_generator(folder, True, args.device, args.precision)
+    student = load_generator(folder, False, args.device, args.precision)
+    s = teacher.settings
+    dataset = dataset_of(args, teacher)
+    judge = get_judge(
+        dataset, (s["size"], s["size"]), teacher.device, data_dir=args.data_dir,
+        steps=s["judge_steps"], width=s["judge_width"], precision=args.precision,
+    )  # fmt: skip
+    accuracy = judge_accuracy(dataset, judge)
+    rows = evaluate(dataset, judge, teacher, student, args.num or s["evaluation"], args.seed)
+    print(markdown_table(rows))
+    print("\nThe judge reads held-out images right: " + accuracy_line(accuracy))
+    path = folder / "metrics.json"
+    metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    metrics |= dict(rows=rows, judge_accuracy=accuracy)
+    temporary = path.with_name(".metrics.json.tmp")
+    temporary.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def main(argv=None):
+    args, error = parse(argv)
+    try:
+        score_run(args, error) if args.evaluate else draw(args, error)
+    except (CheckpointError, data.DataError, FileExistsError, ValueError) as reason:
+        print(f"sample.py: {reason}", file=sys.stderr)
+        return 2
+    except OSError as reason:
+        print(f"sample.py: {reason}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
