@@ -67,13 +67,13 @@ class Settings:
     patch: int = setting(2, "side of a patch")
     width: int = setting(128, "D")
     depth: int = setting(4, "blocks")
-    heads: int = setting(2, "attention heads")
-    qk_norm: bool = setting(False, "RMSNorm of queries and keys, as in SD3.5")
+    heads: int = setting(4, "attention heads")
+    qk_norm: bool = setting(True, "RMSNorm of queries and keys, as in SD3.5")
     pos_size: int = setting(32, "side of the position table, patches")
     text_dim: int = setting(64, "width of the text features")
     text_length: int = setting(8, "words of a caption that are read")
     # teacher (rectified flow, arXiv 2403.03206)
-    teacher_iterations: int = setting(2200, "updates of the teacher")
+    teacher_iterations: int = setting(2600, "updates of the teacher")
     teacher_batch: int = setting(64, "images per update")
     teacher_lr: float = setting(2e-3, "AdamW, for what Muon does not train")
     muon_lr: float = setting(0.02, "Muon, for the blocks' matrices; 0: AdamW for all")
@@ -85,31 +85,33 @@ class Settings:
     cfg: float = setting(4.0, "guidance scale w of the teacher's samples")
     shift: float = setting(1.0, "timestep shift α of Euler sampling")
     # synthesis
-    synthetic: int = setting(3072, "samples the teacher makes for the student to learn from")
+    synthetic: int = setting(2048, "samples the teacher makes for the student to learn from")
     synthetic_cfg: float = setting(4.0, "their constant guidance scale")
-    synthetic_steps: int = setting(32, "their Euler steps")
+    synthetic_steps: int = setting(16, "their Euler steps")
     # distillation (LADD)
     iterations: int = setting(2000, "updates of the student")
     batch: int = setting(32, "images per update")
     levels: tuple = setting((1.0, 0.75, 0.5, 0.25), "noise levels t of the student")
-    level_p: tuple = setting((0.7, 0.1, 0.1, 0.1), "their probabilities")
+    level_p: tuple = setting((0.4, 0.2, 0.2, 0.2), "their probabilities (reported: .7, .1, .1, .1)")
     warmup_iterations: int = setting(0, "first updates, with other probabilities")
     warmup_p: tuple = setting((0.0, 0.0, 0.5, 0.5), "probabilities during those")
-    t_hat_mean: float = setting(-2.0, "m of t̂ ~ logit-normal(m, s)")
+    t_hat_mean: float | None = setting(
+        None, "m of t̂ ~ logit-normal(m, s) (default: by size, see m)"
+    )
     t_hat_std: float = setting(1.0, "s of t̂")
     targets: str = setting("synthetic", "what is real to the heads: synthetic or real")
     distill_weight: float = setting(0.0, "weight of a distillation loss beside the adversarial one")
     taps: tuple = setting((), "blocks whose tokens the heads see; empty: all")
     head_width: int = setting(64, "channels of a head")
-    student_lr: float = setting(1e-4, "AdamW")
+    student_lr: float = setting(3e-4, "AdamW")
     heads_lr: float = setting(1e-3, "AdamW")
-    beta1: float = setting(0.9, "of both")
+    beta1: float = setting(0.5, "AdamW's first decay, student and heads")
     r1: float = setting(0.0, "weight γ of R1 on the heads' inputs")
-    student_ema: float = setting(0.99, "decay per update of the student's average")
+    student_ema: float = setting(0.998, "decay per update of the student's average")
     clip: float = setting(1.0, "largest gradient norm, teacher and student")
     # report
     evaluation: int = setting(1000, "samples per row of the table")
-    judge_steps: int = setting(1000, "updates of the judge")
+    judge_steps: int = setting(700, "updates of the judge")
     judge_width: int = setting(32, "its channels")
     # how to run; these change no result on the same machine, or say so
     out: str = setting("", "run folder (default: runs/PRESET)")
@@ -122,13 +124,25 @@ class Settings:
     smoke: bool = setting(False, "two updates of every stage, to see that all of it runs")
     steps_scale: float = setting(1.0, "multiplies all updates, the synthetic set, the evaluation")
     save_every: int = setting(500, "updates between states from which a cut run goes on")
-    sample_every: int = setting(500, "updates between sample grids")
+    sample_every: int = setting(1000, "updates between sample grids")
     log_every: int = setting(20, "updates between lines of log.jsonl")
     tensorboard: bool = setting(False, "also write logs for tensorboard")
 
     @property
     def tapped(self):
         return self.taps or tuple(range(self.depth))
+
+    @property
+    def m(self):
+        """Mean of t̂'s logit: the paper's 1 at 1024², moved by SD3's rule for other resolutions.
+
+        The same t destroys more of a small image than of a large one. SD3 makes up for it with a
+        shift of t by α = √(n / n'), which moves a logit by ln α. LADD's m = 1 belongs to 1024²
+        images, latents of 16·128·128 values; counting values instead of positions (ours) makes
+        latents and pixels comparable: m = 1 + ½·ln(C·H·W / 262,144)."""
+        if self.t_hat_mean is not None:
+            return self.t_hat_mean
+        return 1 + 0.5 * math.log(self.channels * self.size**2 / (16 * 128**2))
 
     def model(self):
         """MMDiT's arguments."""
@@ -162,7 +176,7 @@ PRESETS = {
     "tiny": dict(
         data="cifar10", size=32, width=384, depth=8, heads=6, qk_norm=True, text_length=16,
         teacher_iterations=20_000, teacher_batch=256, teacher_lr=1e-3, teacher_ema=0.999,
-        cfg=2.0, synthetic=50_000, synthetic_cfg=2.0, iterations=8_000, batch=256, t_hat_mean=-1.0,
+        cfg=2.0, synthetic=50_000, synthetic_cfg=2.0, iterations=8_000, batch=256,
         student_ema=0.999, evaluation=10_000, judge_steps=8_000, judge_width=64, log_every=50,
         save_every=2_000, sample_every=2_000,
     ),
@@ -243,7 +257,7 @@ def draw_levels(settings, n, step, generator):
 def train_teacher(run):
     s, device = run.settings, run.device
     model = run.network()
-    optimizers = make_optimizers(model, s.teacher_lr, s.muon_lr, s.beta1)
+    optimizers = make_optimizers(model, s.teacher_lr, s.muon_lr, 0.9)
     ema = copy.deepcopy(model).requires_grad_(False)
     words = run.text.ids(run.dataset.captions)
     with run.loop("teacher", s.teacher_iterations, s.teacher_batch) as loop:
@@ -354,7 +368,7 @@ def distil(run):
             random = run.random("distillation", step)
             x0, text, noise = batch(step, random)
             t = draw_levels(s, s.batch, step, random).to(device)
-            t_hat = logit_normal(s.batch, s.t_hat_mean, s.t_hat_std, random).to(device)
+            t_hat = logit_normal(s.batch, s.m, s.t_hat_std, random).to(device)
             noise_fake, noise_real = (
                 torch.randn(x0.shape, generator=random).to(device) for _ in "12"
             )
@@ -369,7 +383,7 @@ def distil(run):
                     heads, real, fake, t_hat, pooled, grid, s.r1
                 )
             rate = learning_rate(step, loop.total, 0.3)
-            norm_d = update(heads_optimizer, loss_d, heads, math.inf, rate)
+            norm_d = update(heads_optimizer, loss_d, heads, math.inf, min(1.0, (step + 1) / 40))
 
             with run.autocast():
                 loss_g = generator_loss(heads, fake, t_hat, pooled, grid)
@@ -765,7 +779,8 @@ def parse(argv):
                 flag, **options, metavar="A,B,…", type=lambda text, kind=kind: numbers(text, kind)
             )
         else:
-            parser.add_argument(flag, **options, type=type(field.default), metavar="X")
+            kind = float if field.default is None else type(field.default)
+            parser.add_argument(flag, **options, type=kind, metavar="X")
     given = vars(parser.parse_args(argv))
     settings = Settings(**{**PRESETS[given.get("preset", "nano")], **given})
     if not settings.out:
