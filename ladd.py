@@ -73,7 +73,7 @@ class Settings:
     text_dim: int = setting(64, "width of the text features")
     text_length: int = setting(8, "words of a caption that are read")
     # teacher (rectified flow, arXiv 2403.03206)
-    teacher_iterations: int = setting(2600, "updates of the teacher")
+    teacher_iterations: int = setting(2400, "updates of the teacher")
     teacher_batch: int = setting(64, "images per update")
     teacher_lr: float = setting(2e-3, "AdamW, for what Muon does not train")
     muon_lr: float = setting(0.02, "Muon, for the blocks' matrices; 0: AdamW for all")
@@ -89,7 +89,7 @@ class Settings:
     synthetic_cfg: float = setting(4.0, "their constant guidance scale")
     synthetic_steps: int = setting(16, "their Euler steps")
     # distillation (LADD)
-    iterations: int = setting(2000, "updates of the student")
+    iterations: int = setting(1700, "updates of the student and the heads")
     batch: int = setting(32, "images per update")
     levels: tuple = setting((1.0, 0.75, 0.5, 0.25), "noise levels t of the student")
     level_p: tuple = setting((0.4, 0.2, 0.2, 0.2), "their probabilities (reported: .7, .1, .1, .1)")
@@ -101,13 +101,16 @@ class Settings:
     t_hat_std: float = setting(1.0, "s of t̂")
     targets: str = setting("synthetic", "what is real to the heads: synthetic or real")
     distill_weight: float = setting(0.0, "weight of a distillation loss beside the adversarial one")
-    taps: tuple = setting((), "blocks whose tokens the heads see; empty: all")
+    heads_warmup: int = setting(
+        150, "first updates, of the heads alone: their gradient is noise then"
+    )
+    taps: tuple = setting((1, 2), "blocks whose tokens the heads see; empty: all")
     head_width: int = setting(64, "channels of a head")
-    student_lr: float = setting(3e-4, "AdamW")
+    student_lr: float = setting(2e-4, "AdamW")
     heads_lr: float = setting(1e-3, "AdamW")
     beta1: float = setting(0.5, "AdamW's first decay, student and heads")
     r1: float = setting(0.0, "weight γ of R1 on the heads' inputs")
-    student_ema: float = setting(0.998, "decay per update of the student's average")
+    student_ema: float = setting(0.995, "decay per update of the student's average")
     clip: float = setting(1.0, "largest gradient norm, teacher and student")
     # report
     evaluation: int = setting(1000, "samples per row of the table")
@@ -162,14 +165,17 @@ class Settings:
         """The settings with --smoke and --steps-scale worked in."""
         changes = {}
         if self.steps_scale != 1:
-            for name in ("teacher_iterations", "iterations", "synthetic", "evaluation"):
+            for name in SCALED:
                 changes[name] = max(1, round(getattr(self, name) * self.steps_scale))
         if self.smoke:
             changes = dict(teacher_iterations=2, iterations=2, synthetic=32, evaluation=32)
+            changes |= dict(heads_warmup=0)
             changes |= dict(judge_steps=20, teacher_batch=16, batch=16, log_every=1, sample_every=2)
             changes |= dict(teacher_steps=4, synthetic_steps=4)
         return dataclasses.replace(self, **changes)
 
+
+SCALED = ("teacher_iterations", "heads_warmup", "iterations", "synthetic", "evaluation")
 
 PRESETS = {
     "nano": dict(),
@@ -177,7 +183,7 @@ PRESETS = {
         data="cifar10", size=32, width=384, depth=8, heads=6, qk_norm=True, text_length=16,
         teacher_iterations=20_000, teacher_batch=256, teacher_lr=1e-3, teacher_ema=0.999,
         cfg=2.0, synthetic=50_000, synthetic_cfg=2.0, iterations=8_000, batch=256,
-        student_ema=0.999, evaluation=10_000, judge_steps=8_000, judge_width=64, log_every=50,
+        taps=(), student_ema=0.999, evaluation=10_000, judge_steps=8_000, judge_width=64, log_every=50,
         save_every=2_000, sample_every=2_000,
     ),
 }  # fmt: skip
@@ -374,29 +380,31 @@ def distil(run):
             )
             pooled = text[1]
 
-            with run.autocast():
+            learning = step >= s.heads_warmup
+            with run.autocast(), torch.set_grad_enabled(learning):
                 x0_hat = student_predict(student, x0, text, t, noise)
                 fake = teacher_features(teacher, x0_hat, text, t_hat, noise_fake, s.tapped)
                 with torch.no_grad():
                     real = teacher_features(teacher, x0, text, t_hat, noise_real, s.tapped)
+            with run.autocast():
                 loss_d, real_logits, fake_logits = discriminator_loss(
                     heads, real, fake, t_hat, pooled, grid, s.r1
                 )
-            rate = learning_rate(step, loop.total, 0.3)
             norm_d = update(heads_optimizer, loss_d, heads, math.inf, min(1.0, (step + 1) / 40))
-
-            with run.autocast():
-                loss_g = generator_loss(heads, fake, t_hat, pooled, grid)
-                if s.distill_weight:
-                    loss_g = loss_g + s.distill_weight * distillation_loss(x0_hat, x0)
-            norm_g = update(student_optimizer, loss_g, student, s.clip, rate)
-            update_ema(ema, student, s.student_ema, step)
-
             ranked = (real_logits.mean((1, 2, 3)) > fake_logits.mean((1, 2, 3))).float().mean()
-            loop.log(
-                loss_d=loss_d, loss_g=loss_g, d_real=real_logits.mean(), d_fake=fake_logits.mean(),
-                ranked=ranked, grad_norm=norm_g, grad_norm_heads=norm_d,
-            )  # fmt: skip
+            values = dict(loss_d=loss_d, d_real=real_logits.mean(), d_fake=fake_logits.mean())
+            values |= dict(ranked=ranked, grad_norm_heads=norm_d)
+
+            if learning:
+                with run.autocast():
+                    loss_g = generator_loss(heads, fake, t_hat, pooled, grid)
+                    if s.distill_weight:
+                        loss_g = loss_g + s.distill_weight * distillation_loss(x0_hat, x0)
+                rate = learning_rate(step - s.heads_warmup, loop.total - s.heads_warmup, 0.3)
+                norm_g = update(student_optimizer, loss_g, student, s.clip, rate)
+                update_ema(ema, student, s.student_ema, step - s.heads_warmup)
+                values |= dict(loss_g=loss_g, grad_norm=norm_g)
+            loop.log(**values)
             loop.checkpoint()
             if loop.due(s.sample_every):
                 run.show("student", step + 1, ema)
@@ -618,6 +626,17 @@ class Run:
     def loop(self, stage, total, batch):
         return Loop(self, stage, total, batch)
 
+    def command(self):
+        """The command line that gives these settings."""
+        row = dataclasses.asdict(Settings()) | PRESETS[self.settings.preset]
+        words = [f"python ladd.py --preset {self.settings.preset}"]
+        for name, value in dataclasses.asdict(self.settings).items():
+            if value != row[name] and name not in FREE | {"preset", "seed"}:
+                flag = "--" + name.replace("_", "-")
+                text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                words.append(flag if value is True else f"{flag} {text}")
+        return " ".join(words)
+
     def write_report(self, rows, accuracy):
         """metrics.json and report.md."""
         s, where = self.settings, machine()
@@ -629,7 +648,7 @@ class Run:
         metrics = dict(
             rows=rows, judge_accuracy=accuracy, seconds=seconds, seed=s.seed, data=s.data
         )
-        metrics |= dict(preset=s.preset, notes=self.notes, **where)
+        metrics |= dict(preset=s.preset, notes=self.notes, command=self.command(), **where)
         write_atomically(json.dumps(metrics, indent=1) + "\n", self.out / "metrics.json")
         judged = sample.accuracy_line(accuracy)
         dirty = " with uncommitted changes" if where["dirty"] else ""
@@ -700,11 +719,10 @@ class Loop:
     def log(self, **values):
         """Adds up the values; at every log line writes their means. Non-finite ones end the run."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
-        self.sums["n"] = self.sums.get("n", 0) + 1
+            total, n = self.sums.get(name, (0, 0))
+            self.sums[name] = (total + value.detach().float(), n + 1)
         if self.due(self.run.settings.log_every):
-            n = self.sums.pop("n")
-            means = {name: (total / n).item() for name, total in self.sums.items()}
+            means = {name: (total / n).item() for name, (total, n) in self.sums.items()}
             self.sums = {}
             if not all(map(math.isfinite, means.values())):
                 raise RunError(

@@ -297,7 +297,8 @@ class MMDiT(nn.Module):
         if H % p or W % p:
             raise ValueError(f"a latent of {H}×{W} can't be cut into patches of {p}×{p}")
         h, w = H // p, W // p
-        x = self.x_embedder(x) + self.positions(h, w)  # (B, N, D)
+        x = self.x_embedder(x)
+        x = x + self.positions(h, w).to(x.dtype)  # (B, N, D), in autocast's dtype from here on
         cond = self.t_embedder(timestep_sinusoid(t).to(x.dtype)) + self.y_embedder(pooled)  # (B, D)
         context = self.context_embedder(context)  # (B, M, D)
 

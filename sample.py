@@ -17,6 +17,8 @@ Rectified flow and its schedules: arXiv 2403.03206 (SD3). Few-step sampling: LAD
 """
 
 import argparse
+import copy
+import hashlib
 import json
 import math
 import os
@@ -371,8 +373,10 @@ def train_judge(dataset, size, device, *, steps, width, precision="auto", batch=
 
 def get_judge(dataset, size, device, *, data_dir="data", steps=1000, width=32, precision="auto"):
     """The judge of a data set, trained once and kept in data_dir."""
+    dataset = copy.copy(dataset)  # the same judge for all seeds
+    dataset.seed, dataset.orders = 0, {}
     images, _ = dataset.batch(np.arange(64))
-    key = data.hashlib.sha256(repr((dataset.captions[:1000], size, steps, width)).encode())
+    key = hashlib.sha256(repr((dataset.captions[:1000], size, steps, width)).encode())
     key.update(images.numpy().tobytes())
     path = Path(data_dir) / f"judge-{key.hexdigest()[:16]}.pt"
     if path.exists():

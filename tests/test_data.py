@@ -608,8 +608,15 @@ def test_a_tenth_is_held_out_by_name_for_every_seed_and_is_never_trained_on(tmp_
     one, two = (data.load_files(path, 2, 2, seed=seed) for seed in (0, 1))
     assert torch.equal(one.held_out_images, two.held_out_images)
     held, train = keys(one.held_out_images), keys(one.batch(np.arange(28 * 3))[0])
-    assert sorted({*held, *train}) == list(range(31)) and not set(held) & set(train)
-    assert len(held) == 3 and held != sorted(held) + [0]
+    assert {*held, *train} == set(range(31)) and not set(held) & set(train)
+    assert len(held) == 3
+
+
+def test_every_class_is_held_out_in_proportion(tmp_path):
+    files = {f"{'ab'[k % 2]}/{k}.png": plain(k) for k in range(200)}
+    dataset = data.load_files(zipped(tmp_path / "set.zip", files), 2, 2)
+    assert len(dataset.held_out_images) == 20
+    assert 5 <= sum(k % 2 for k in keys(dataset.held_out_images)) <= 15
 
 
 def test_pictures_are_cropped_at_the_centre(tmp_path):

@@ -632,11 +632,20 @@ def test_captions_without_attributes_are_scored_all_but_the_alignment():
     assert row["frechet"] == pytest.approx(0, abs=1e-4)
 
 
+def test_one_judge_scores_the_runs_of_all_seeds(tmp_path):
+    """Trained once per data set: scores of different seeds have the same measure."""
+    options = dict(data_dir=tmp_path, steps=2, width=8, precision="fp32")
+    judges = [sample.get_judge(data.Shapes(8, 8, s), (8, 8), "cpu", **options) for s in (0, 1)]
+    assert len(list(tmp_path.iterdir())) == 1
+    a, b = (judge.state_dict() for judge in judges)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
 # ---------------------------------------------------------------------------------------------
 # Command line, on a run folder
 # ---------------------------------------------------------------------------------------------
 
-SMALL = ["--size", "12", "--width", "32", "--depth", "2", "--heads", "1", "--text-dim", "16"]
+SMALL = ["--size", "12", "--width", "32", "--depth", "3", "--heads", "1", "--text-dim", "16"]
 SMALL += ["--head-width", "16", "--precision", "fp32", "--device", "cpu"]
 PROMPT = "a large red circle on a blue background"
 
