@@ -180,10 +180,10 @@ SCALED = ("teacher_iterations", "heads_warmup", "iterations", "synthetic", "eval
 PRESETS = {
     "nano": dict(),
     "tiny": dict(
-        data="cifar10", size=32, width=384, depth=8, heads=6, qk_norm=True, text_length=16,
-        teacher_iterations=20_000, teacher_batch=256, teacher_lr=1e-3, teacher_ema=0.999,
-        cfg=2.0, synthetic=50_000, synthetic_cfg=2.0, iterations=8_000, batch=256,
-        taps=(), student_ema=0.999, evaluation=10_000, judge_steps=8_000, judge_width=64, log_every=50,
+        data="cifar10", size=32, width=384, depth=8, heads=6, text_length=16,
+        teacher_iterations=20_000, teacher_batch=256, teacher_lr=1e-3, teacher_ema=0.999, cfg=2.0,
+        synthetic=50_000, synthetic_cfg=2.0, iterations=8_000, batch=256, taps=(),
+        student_ema=0.999, evaluation=10_000, judge_steps=8_000, judge_width=64, log_every=50,
         save_every=2_000, sample_every=2_000,
     ),
 }  # fmt: skip
@@ -262,7 +262,7 @@ def draw_levels(settings, n, step, generator):
 
 def train_teacher(run):
     s, device = run.settings, run.device
-    model = run.network()
+    model = run.seeded(MMDiT, **s.model())
     optimizers = make_optimizers(model, s.teacher_lr, s.muon_lr, 0.9)
     ema = copy.deepcopy(model).requires_grad_(False)
     words = run.text.ids(run.dataset.captions)
@@ -359,9 +359,9 @@ def distil(run):
     teacher = run.load("teacher")  # frozen
     student = copy.deepcopy(teacher).requires_grad_(True)
     ema = copy.deepcopy(teacher)
-    heads = Discriminator(
-        width=s.width, taps=s.tapped, pooled_dim=s.text_dim, hidden=s.head_width
-    ).to(device)
+    heads = run.seeded(
+        Discriminator, width=s.width, taps=s.tapped, pooled_dim=s.text_dim, hidden=s.head_width
+    )
     student_optimizer = make_optimizers(student, s.student_lr, 0.0, s.beta1)
     heads_optimizer = make_optimizers(heads, s.heads_lr, 0.0, s.beta1)
     batch = distillation_batches(run)
@@ -535,11 +535,11 @@ class Run:
 
     # networks -------------------------------------------------------------------------------
 
-    def network(self):
+    def seeded(self, module, **arguments):
         """A fresh network, its weights drawn from the seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
-            return MMDiT(**self.settings.model()).to(self.device)
+            return module(**arguments).to(self.device)
 
     def path(self, kind):
         return self.out / f"{kind}.pt"
