@@ -166,7 +166,8 @@ class Settings:
         changes = {}
         if self.steps_scale != 1:
             for name in SCALED:
-                changes[name] = max(1, round(getattr(self, name) * self.steps_scale))
+                value = getattr(self, name)
+                changes[name] = min(value, 1) and max(1, round(value * self.steps_scale))
         if self.smoke:
             changes = dict(teacher_iterations=2, iterations=2, synthetic=32, evaluation=32)
             changes |= dict(heads_warmup=0)
@@ -266,26 +267,27 @@ def train_teacher(run):
     optimizers = make_optimizers(model, s.teacher_lr, s.muon_lr, 0.9)
     ema = copy.deepcopy(model).requires_grad_(False)
     words = run.text.ids(run.dataset.captions)
-    with run.loop("teacher", s.teacher_iterations, s.teacher_batch) as loop:
-        loop.resume(dict(model=model, ema=ema), optimizers)
-        for step in loop:
-            random = run.random("teacher", step)
-            index = np.arange(step * s.teacher_batch, (step + 1) * s.teacher_batch)
-            images, caption = run.dataset.batch(index)
-            kept = torch.rand(len(caption), generator=random) >= s.drop
-            text = run.text.features((words[caption] * kept[:, None]).to(device))
-            x0 = data.to_float(images.to(device))
-            t = logit_normal(len(x0), s.t_mean, s.t_std, random).to(device)
-            noise = torch.randn(x0.shape, generator=random).to(device)
-            with run.autocast():
-                loss = teacher_loss(model, x0, text, t, noise)
-            norm = update(optimizers, loss, model, s.clip, learning_rate(step, loop.total, 0.6))
-            update_ema(ema, model, s.teacher_ema, step)
-            loop.log(loss=loss, grad_norm=norm)
-            loop.checkpoint()
-            if loop.due(s.sample_every):
-                run.show("teacher", step + 1, ema)
+    loop = Loop(run, "teacher", s.teacher_iterations, s.teacher_batch)
+    loop.resume(dict(model=model, ema=ema), optimizers)
+    for step in loop:
+        random = run.random("teacher", step)
+        index = np.arange(step * s.teacher_batch, (step + 1) * s.teacher_batch)
+        images, caption = run.dataset.batch(index)
+        kept = torch.rand(len(caption), generator=random) >= s.drop
+        text = run.text.features((words[caption] * kept[:, None]).to(device))
+        x0 = data.to_float(images.to(device))
+        t = logit_normal(len(x0), s.t_mean, s.t_std, random).to(device)
+        noise = torch.randn(x0.shape, generator=random).to(device)
+        with run.autocast():
+            loss = teacher_loss(model, x0, text, t, noise)
+        norm = update(optimizers, loss, model, s.clip, learning_rate(step, loop.total, 0.6))
+        update_ema(ema, model, s.teacher_ema, step)
+        loop.log(loss=loss, grad_norm=norm)
+        loop.checkpoint()
+        if loop.due(s.sample_every):
+            run.show("teacher", step + 1, ema)
     run.save("teacher", ema, s.teacher_iterations)
+    loop.forget()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -366,49 +368,46 @@ def distil(run):
     heads_optimizer = make_optimizers(heads, s.heads_lr, 0.0, s.beta1)
     batch = distillation_batches(run)
     grid = (s.size // s.patch,) * 2
-    with run.loop("distillation", s.iterations, s.batch) as loop:
-        loop.resume(
-            dict(student=student, ema=ema, heads=heads), student_optimizer + heads_optimizer
-        )
-        for step in loop:
-            random = run.random("distillation", step)
-            x0, text, noise = batch(step, random)
-            t = draw_levels(s, s.batch, step, random).to(device)
-            t_hat = logit_normal(s.batch, s.m, s.t_hat_std, random).to(device)
-            noise_fake, noise_real = (
-                torch.randn(x0.shape, generator=random).to(device) for _ in "12"
+    loop = Loop(run, "distillation", s.iterations, s.batch)
+    loop.resume(dict(student=student, ema=ema, heads=heads), student_optimizer + heads_optimizer)
+    for step in loop:
+        random = run.random("distillation", step)
+        x0, text, noise = batch(step, random)
+        t = draw_levels(s, s.batch, step, random).to(device)
+        t_hat = logit_normal(s.batch, s.m, s.t_hat_std, random).to(device)
+        noise_fake, noise_real = (torch.randn(x0.shape, generator=random).to(device) for _ in "12")
+        pooled = text[1]
+
+        learning = step >= s.heads_warmup
+        with run.autocast(), torch.set_grad_enabled(learning):
+            x0_hat = student_predict(student, x0, text, t, noise)
+            fake = teacher_features(teacher, x0_hat, text, t_hat, noise_fake, s.tapped)
+            with torch.no_grad():
+                real = teacher_features(teacher, x0, text, t_hat, noise_real, s.tapped)
+        with run.autocast():
+            loss_d, real_logits, fake_logits = discriminator_loss(
+                heads, real, fake, t_hat, pooled, grid, s.r1
             )
-            pooled = text[1]
+        norm_d = update(heads_optimizer, loss_d, heads, math.inf, min(1.0, (step + 1) / 40))
+        ranked = (real_logits.mean((1, 2, 3)) > fake_logits.mean((1, 2, 3))).float().mean()
+        values = dict(loss_d=loss_d, d_real=real_logits.mean(), d_fake=fake_logits.mean())
+        values |= dict(ranked=ranked, grad_norm_heads=norm_d)
 
-            learning = step >= s.heads_warmup
-            with run.autocast(), torch.set_grad_enabled(learning):
-                x0_hat = student_predict(student, x0, text, t, noise)
-                fake = teacher_features(teacher, x0_hat, text, t_hat, noise_fake, s.tapped)
-                with torch.no_grad():
-                    real = teacher_features(teacher, x0, text, t_hat, noise_real, s.tapped)
+        if learning:
             with run.autocast():
-                loss_d, real_logits, fake_logits = discriminator_loss(
-                    heads, real, fake, t_hat, pooled, grid, s.r1
-                )
-            norm_d = update(heads_optimizer, loss_d, heads, math.inf, min(1.0, (step + 1) / 40))
-            ranked = (real_logits.mean((1, 2, 3)) > fake_logits.mean((1, 2, 3))).float().mean()
-            values = dict(loss_d=loss_d, d_real=real_logits.mean(), d_fake=fake_logits.mean())
-            values |= dict(ranked=ranked, grad_norm_heads=norm_d)
-
-            if learning:
-                with run.autocast():
-                    loss_g = generator_loss(heads, fake, t_hat, pooled, grid)
-                    if s.distill_weight:
-                        loss_g = loss_g + s.distill_weight * distillation_loss(x0_hat, x0)
-                rate = learning_rate(step - s.heads_warmup, loop.total - s.heads_warmup, 0.3)
-                norm_g = update(student_optimizer, loss_g, student, s.clip, rate)
-                update_ema(ema, student, s.student_ema, step - s.heads_warmup)
-                values |= dict(loss_g=loss_g, grad_norm=norm_g)
-            loop.log(**values)
-            loop.checkpoint()
-            if loop.due(s.sample_every):
-                run.show("student", step + 1, ema)
+                loss_g = generator_loss(heads, fake, t_hat, pooled, grid)
+                if s.distill_weight:
+                    loss_g = loss_g + s.distill_weight * distillation_loss(x0_hat, x0)
+            rate = learning_rate(step - s.heads_warmup, loop.total - s.heads_warmup, 0.3)
+            norm_g = update(student_optimizer, loss_g, student, s.clip, rate)
+            update_ema(ema, student, s.student_ema, step - s.heads_warmup)
+            values |= dict(loss_g=loss_g, grad_norm=norm_g)
+        loop.log(**values)
+        loop.checkpoint()
+        if loop.due(s.sample_every):
+            run.show("student", step + 1, ema)
     run.save("student", ema, s.iterations)
+    loop.forget()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -424,10 +423,13 @@ def report(run):
     accuracy = sample.judge_accuracy(run.dataset, judge)
     rows = sample.evaluate(run.dataset, judge, teacher, student, s.evaluation, s.seed)
     run.write_report(rows, accuracy)
+    print(sample.markdown_table(rows), flush=True)
+    print(f"The judge reads held-out images right: {sample.accuracy_line(accuracy)}", flush=True)
     _, caption = run.dataset.batch(np.arange(24), held_out=True)
     captions = [run.dataset.captions[i] for i in caption]
     made = [(f"teacher, {s.teacher_steps} steps", teacher, dict(steps=s.teacher_steps))]
-    made += [(f"student, {n} step{'s'[: n > 1]}", student, dict(steps=n)) for n in (4, 2, 1)]
+    few = [n for n in (4, 2, 1) if n <= len(s.levels)]
+    made += [(f"student, {n} step{'s'[: n > 1]}", student, dict(steps=n)) for n in few]
     made += [("untrained, 1 step", teacher, dict(steps=1, cfg=1.0, sampler="renoise"))]
     titled = [
         (title, data.to_uint8(generator.sample(captions, seed=s.seed + 3, **options)))
@@ -531,7 +533,7 @@ class Run:
             seed=settings.seed,
         )
         self.notes = []  # lines the report must repeat
-        self.warned, self.board = False, None
+        self.board = None
 
     # networks -------------------------------------------------------------------------------
 
@@ -623,9 +625,6 @@ class Run:
         for name, value in values.items():
             self.board.add_scalar(f"{stage}/{name}", value, step)
 
-    def loop(self, stage, total, batch):
-        return Loop(self, stage, total, batch)
-
     def command(self):
         """The command line that gives these settings."""
         row = dataclasses.asdict(Settings()) | PRESETS[self.settings.preset]
@@ -680,13 +679,6 @@ class Loop:
         self.run, self.stage, self.total, self.batch = run, stage, total, batch
         self.step, self.sums, self.path = 0, {}, run.out / f"{stage}-state.pt"
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            self.path.unlink(missing_ok=True)
-
     def resume(self, networks, optimizers):
         """Remembers what a state consists of, and takes it from the last saved one, if any."""
         self.networks, self.optimizers = networks, optimizers
@@ -712,6 +704,10 @@ class Loop:
                 self.step += 1
                 self.bar.update()
 
+    def forget(self):
+        """The stage's result is safe: its state is not needed any more."""
+        self.path.unlink(missing_ok=True)
+
     def due(self, every):
         """Whether something done every so many updates, and at the end, is due after this one."""
         return (self.step + 1) % every == 0 or self.step + 1 == self.total
@@ -721,6 +717,8 @@ class Loop:
         for name, value in values.items():
             total, n = self.sums.get(name, (0, 0))
             self.sums[name] = (total + value.detach().float(), n + 1)
+        if self.step - self.first == 2:
+            self.warn_if_hours()
         if self.due(self.run.settings.log_every):
             means = {name: (total / n).item() for name, (total, n) in self.sums.items()}
             self.sums = {}
@@ -731,6 +729,17 @@ class Loop:
                     f"state is {self.path}."
                 )
             self.tell(means)
+
+    def warn_if_hours(self):
+        """After the first updates: on a CPU a preset made for a GPU takes days."""
+        left = (self.total - self.step - 1) * (time.perf_counter() - self.start) / 3
+        if self.run.device.type == "cpu" and left > 3600:
+            print(
+                f"The {self.stage} alone needs about {left / 3600:.0f} hours on this CPU. "
+                "`--preset nano` is made for a CPU: minutes in all.",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def tell(self, means):
         now = time.perf_counter()
@@ -747,13 +756,6 @@ class Loop:
             print(
                 f"{self.stage} {self.step + 1}/{self.total}: {line}, "
                 f"{means['images_per_s']:.0f} images/s, {left / 60:.1f} min left",
-                flush=True,
-            )
-        if self.run.device.type == "cpu" and left > 3 * 3600 and not self.run.warned:
-            self.run.warned = True
-            print(
-                f"This stage alone needs about {left / 3600:.0f} more hours on this CPU. "
-                "`--preset nano` is made for a CPU: minutes in all.",
                 flush=True,
             )
 
@@ -865,7 +867,7 @@ def open_folder(settings):
                 f"{out} was made with other settings ({different}). "
                 f"Choose another folder with --out, or give the same settings to go on."
             )
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not empty and not a run folder: choose another with --out.")
     else:
         out.mkdir(parents=True, exist_ok=True)
@@ -917,7 +919,14 @@ def processor():
 def load_data(settings, given):
     """The data set; where a preset's own default can't be had, shapes in its place, said loudly."""
     try:
-        return settings, None, Run(settings)
+        run = Run(settings)
+        held_out = getattr(run.dataset, "held_out_images", None)
+        if held_out is not None and len(held_out) < 8:
+            raise data.DataError(
+                f"--data {settings.data}: {len(held_out) + run.dataset.train_size} images are too "
+                "few: a tenth is held out to score by, and that takes at least 80."
+            )
+        return settings, None, run
     except data.DataError as error:
         if given or settings.data == "shapes":
             raise
@@ -929,6 +938,8 @@ def load_data(settings, given):
 def main(argv=None):
     settings, given = parse(argv)
     try:
+        if settings.teacher:
+            given_teacher(settings)
         settings, note, run = load_data(settings, given)
         open_folder(settings)
         if note:
@@ -938,25 +949,32 @@ def main(argv=None):
         execute(run)
         if note:
             print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
-    except (UsageError, data.DataError) as error:
+    except (UsageError, data.DataError, sample.CheckpointError) as error:
         print(f"ladd.py: {error}", file=sys.stderr)
         return 2
-    except (RunError, sample.CheckpointError, OSError) as error:
+    except (RunError, OSError) as error:
         print(f"ladd.py: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def given_teacher(s):
+    """The checkpoint of --teacher, if its network is that of the settings."""
+    checkpoint = sample.read_checkpoint(s.teacher)
+    with torch.device("meta"):
+        wanted = MMDiT(**s.model()).config
+    different = [k for k in wanted if checkpoint["model"].get(k) != wanted[k]]
+    if different:
+        names = ", ".join(f"{k} {checkpoint['model'].get(k)} → {wanted[k]}" for k in different)
+        raise UsageError(f"--teacher {s.teacher}: another network than the settings' ({names}).")
+    return checkpoint
 
 
 def execute(run):
     """The stages in order; one that is finished is skipped."""
     s, wanted = run.settings, STAGES if run.settings.stage == "all" else (run.settings.stage,)
     if s.teacher and not run.path("teacher").exists():
-        own = sample.read_checkpoint(s.teacher)
-        if own["model"] != MMDiT(**s.model()).config:
-            raise UsageError(
-                f"--teacher {s.teacher}: its network is {own['model']}, not the preset's."
-            )
-        save_atomically(own, run.path("teacher"))
+        save_atomically(given_teacher(s) | dict(kind="teacher"), run.path("teacher"))
     done = dict(
         teacher=run.path("teacher").exists(),
         synthesis=s.targets == "real" or len(run.shards()) == math.ceil(s.synthetic / SHARD),

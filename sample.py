@@ -285,17 +285,23 @@ def panels(titled, columns):
     return sheet
 
 
+def refuse_strangers(path):
+    """Raises FileExistsError where a file is that this program did not make."""
+    try:
+        with Image.open(path) as old:
+            ours = "LADD" in (old.info.get("Software"), old.info.get("comment", b"").decode())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        raise FileExistsError(f"{path} exists and was not made by this program; choose another")
+
+
 def save_png(picture, path, **notes):
     """Writes a PNG that carries the notes; an existing picture is replaced only if this made it."""
     path = Path(path)
-    if path.exists():
-        try:
-            with Image.open(path) as old:
-                ours = old.info.get("Software") == "LADD"
-        except OSError:
-            ours = False
-        if not ours:
-            raise FileExistsError(f"{path} exists and was not made by this program; choose another")
+    refuse_strangers(path)
     info = PngImagePlugin.PngInfo()
     for key, value in {"Software": "LADD", **notes}.items():
         info.add_itxt(key, str(value))
@@ -616,9 +622,9 @@ def draw(args, error):
         frames = generator.trajectory(prompts[:64], range(min(64, len(prompts))), **options)
         pictures = [grid(data.to_uint8(x), math.ceil(len(x) ** 0.5)) for x in frames]
         pause = [150] * (len(pictures) - 1) + [1500]
-        pictures[0].save(
-            args.trajectory, save_all=True, append_images=pictures[1:], duration=pause, loop=0
-        )
+        refuse_strangers(args.trajectory)
+        moving = dict(save_all=True, append_images=pictures[1:], duration=pause, loop=0)
+        pictures[0].save(args.trajectory, "GIF", comment=b"LADD", **moving)
         print(f"{len(pictures)} frames: {args.trajectory}")
 
 

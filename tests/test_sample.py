@@ -875,7 +875,7 @@ BAD = {
     "stranger's file": ("{run} --prompt x --out {dir}/photo.png", "photo.png"),
     "foreign data": ("{run} --evaluate --data {dir}/gone", "gone"),
     "too few to score": ("{run} --evaluate --num 3", "--num"),
-    "foreign film": ("{run} --prompt x --trajectory {dir}/film.xyz", ".xyz"),
+    "stranger's film": ("{run} --prompt x --trajectory {dir}/photo.png", "photo.png"),
     "no run to score": ("{run}/student.pt --evaluate", "run folder"),
     "abbreviation": ("{run} --prompt x --tea", "--tea"),
     "unknown sampler": ("{run} --prompt x --sampler heun", "heun"),
