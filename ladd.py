@@ -416,15 +416,13 @@ def distil(run):
 
 
 def report(run):
-    """Scores everything; writes metrics.json, report.md and samples.png (same noise for all)."""
-    s = run.settings
+    """Scores everything; writes samples.png (same noise for all), metrics.json and report.md."""
+    s, start = run.settings, time.perf_counter()
     judge = run.judge()
     teacher, student = run.generator("teacher"), run.generator("student")
     accuracy = sample.judge_accuracy(run.dataset, judge)
     rows = sample.evaluate(run.dataset, judge, teacher, student, s.evaluation, s.seed)
-    run.write_report(rows, accuracy)
-    print(sample.markdown_table(rows), flush=True)
-    print(f"The judge reads held-out images right: {sample.accuracy_line(accuracy)}", flush=True)
+
     _, caption = run.dataset.batch(np.arange(24), held_out=True)
     captions = [run.dataset.captions[i] for i in caption]
     made = [(f"teacher, {s.teacher_steps} steps", teacher, dict(steps=s.teacher_steps))]
@@ -436,6 +434,10 @@ def report(run):
         for title, generator, options in made
     ]
     sample.save_png(sample.panels(titled, 4), run.out / "samples.png", captions="; ".join(captions))
+
+    run.write_report(rows, accuracy, time.perf_counter() - start)
+    print(sample.markdown_table(rows), flush=True)
+    print(f"The judge reads held-out images right: {sample.accuracy_line(accuracy)}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -636,7 +638,7 @@ class Run:
                 words.append(flag if value is True else f"{flag} {text}")
         return " ".join(words)
 
-    def write_report(self, rows, accuracy):
+    def write_report(self, rows, accuracy, report_seconds):
         """metrics.json and report.md."""
         s, where = self.settings, machine()
         seconds = {}
@@ -644,6 +646,7 @@ class Run:
             row = json.loads(line)
             if row.get("finished"):
                 seconds[row["stage"]] = row["seconds"]
+        seconds["report"] = report_seconds
         metrics = dict(
             rows=rows, judge_accuracy=accuracy, seconds=seconds, seed=s.seed, data=s.data
         )
@@ -717,7 +720,9 @@ class Loop:
         for name, value in values.items():
             total, n = self.sums.get(name, (0, 0))
             self.sums[name] = (total + value.detach().float(), n + 1)
-        if self.step - self.first == 2:
+        if self.step - self.first == 4:  # the first updates are slower
+            self.warm = time.perf_counter()
+        if self.step - self.first == 14:
             self.warn_if_hours()
         if self.due(self.run.settings.log_every):
             means = {name: (total / n).item() for name, (total, n) in self.sums.items()}
@@ -732,7 +737,7 @@ class Loop:
 
     def warn_if_hours(self):
         """After the first updates: on a CPU a preset made for a GPU takes days."""
-        left = (self.total - self.step - 1) * (time.perf_counter() - self.start) / 3
+        left = (self.total - self.step - 1) * (time.perf_counter() - self.warm) / 10
         if self.run.device.type == "cpu" and left > 3600:
             print(
                 f"The {self.stage} alone needs about {left / 3600:.0f} hours on this CPU. "

@@ -42,10 +42,11 @@ def table(name, title):
     commits = ", ".join(sorted({run["commit"][:9] for run in runs}))
     first = runs[0]
     kept = f"docs/results/{name}-*.json"
+    several = len(runs) > 1
     lines += [
         "",
-        f"Seeds {seeds}{', mean ± standard deviation' if len(runs) > 1 else ''}; "
-        f"{first['command']}; {minutes:.1f} minutes on {first['gpu'] or first['processor']}, "
+        f"Seed{'s' if several else ''} {seeds}{', mean ± standard deviation' if several else ''}; "
+        f"`{first['command']}`; {minutes:.1f} minutes on {first['gpu'] or first['processor']}, "
         f"{first['threads']} threads, torch {first['torch']}; commit {commits}; {kept}.",
     ]
     return "\n".join(lines)
