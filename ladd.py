@@ -28,6 +28,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -373,7 +374,7 @@ def distil(run):
     for step in loop:
         random = run.random("distillation", step)
         x0, text, noise = batch(step, random)
-        t = draw_levels(s, s.batch, step, random).to(device)
+        t = draw_levels(s, s.batch, step - s.heads_warmup, random).to(device)
         t_hat = logit_normal(s.batch, s.m, s.t_hat_std, random).to(device)
         noise_fake, noise_real = (torch.randn(x0.shape, generator=random).to(device) for _ in "12")
         pooled = text[1]
@@ -632,10 +633,13 @@ class Run:
         row = dataclasses.asdict(Settings()) | PRESETS[self.settings.preset]
         words = [f"python ladd.py --preset {self.settings.preset}"]
         for name, value in dataclasses.asdict(self.settings).items():
-            if value != row[name] and name not in FREE | {"preset", "seed"}:
+            if value != row[name] and name not in FREE | {"preset", "seed", "steps_scale"}:
                 flag = "--" + name.replace("_", "-")
                 text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-                words.append(flag if value is True else f"{flag} {text}")
+                if isinstance(value, bool):
+                    words.append(flag if value else "--no-" + flag[2:])
+                else:
+                    words.append(f"{flag} {shlex.quote(text)}")
         return " ".join(words)
 
     def write_report(self, rows, accuracy, report_seconds):
@@ -786,7 +790,7 @@ STAGES = ("teacher", "synthesis", "distillation", "report")
 
 def parse(argv):
     """The command line -> Settings: the preset's row, with every given flag replacing a field."""
-    parser = argparse.ArgumentParser(
+    parser = sample.Parser(
         "ladd.py",
         description="Trains a teacher, lets it make samples, distils a few-step student, reports.",
         allow_abbrev=False,
@@ -814,6 +818,7 @@ def parse(argv):
             name += "-" + Path(settings.data).stem
         settings = dataclasses.replace(settings, out=f"runs/{name}")
     check(settings, parser.error)
+    check(settings.scaled(), parser.error)
     return settings.scaled(), "data" in given
 
 
@@ -821,34 +826,53 @@ def numbers(text, kind):
     return tuple(kind(part) for part in text.split(",") if part)
 
 
+AT_LEAST_ONE = "size patch width depth heads text_length teacher_iterations teacher_batch"
+AT_LEAST_ONE += " teacher_steps synthetic synthetic_steps iterations batch head_width"
+AT_LEAST_ONE += " judge_steps judge_width save_every sample_every log_every pos_size"
+ABOVE_ZERO = "steps_scale teacher_lr student_lr heads_lr clip t_std t_hat_std shift"
+SHARES = "drop teacher_ema student_ema beta1"
+
+
 def check(s, error):
     """Refuses settings that can't work, with one clear line."""
-    if s.size % s.patch:
-        error(f"--size {s.size}: patches of {s.patch} pixels don't divide it")
-    if s.size // s.patch > s.pos_size:
-        error(f"--size {s.size}: more than {s.pos_size} patches a side (--pos-size)")
-    if s.width % s.heads or s.width % 4:
-        error(f"--width {s.width}: must be a multiple of 4 and of --heads {s.heads}")
-    if len(s.levels) != len(s.level_p) or len(s.levels) != len(s.warmup_p):
-        error("--levels, --level-p and --warmup-p need the same number of values")
-    if not s.levels or s.levels[0] > 1 or any(a <= b for a, b in pairwise((*s.levels, 0))):
-        error("--levels: must fall, from at most 1 to above 0")
-    if min(s.level_p) < 0 or sum(s.level_p) <= 0:
-        error("--level-p: must be probabilities")
-    if s.targets not in ("synthetic", "real"):
-        error(f"--targets {s.targets}: must be synthetic or real")
-    if s.stage not in ("all", *STAGES):
-        error(f"--stage {s.stage}: must be all, {', '.join(STAGES)}")
-    if s.precision not in ("auto", "bf16", "fp32"):
-        error(f"--precision {s.precision}: must be auto, bf16 or fp32")
-    if any(not 0 <= i < s.depth for i in s.taps) or list(s.taps) != sorted(set(s.taps)):
-        error(f"--taps: ascending block numbers from 0 to {s.depth - 1}")
-    for name in ("size", "teacher_iterations", "iterations", "synthetic", "batch", "teacher_batch"):
-        if getattr(s, name) < 1:
-            error(f"--{name.replace('_', '-')}: must be at least 1")
-    for name in ("steps_scale", "teacher_lr", "student_lr", "heads_lr", "log_every", "save_every"):
-        if getattr(s, name) <= 0:
-            error(f"--{name.replace('_', '-')}: must be above 0")
+
+    def demand(right, name, why):
+        if not right:
+            error(f"--{name.replace('_', '-')} {getattr(s, name)}: {why}")
+
+    for name in AT_LEAST_ONE.split():
+        demand(getattr(s, name) >= 1, name, "must be at least 1")
+    for name in ABOVE_ZERO.split():
+        demand(getattr(s, name) > 0, name, "must be above 0")
+    for name in SHARES.split():
+        demand(0 <= getattr(s, name) < 1, name, "must be from 0 to below 1")
+    demand(s.channels == 3, "channels", "images have 3; other latents need an encoder")
+    demand(s.size % s.patch == 0, "size", f"patches of {s.patch} pixels don't divide it")
+    demand(s.size <= s.patch * s.pos_size, "size", f"more than {s.pos_size} patches a side")
+    demand(
+        s.width % s.heads == 0 and s.width % 4 == 0,
+        "width",
+        f"not a multiple of 4 and of --heads {s.heads}",
+    )
+    demand(s.text_dim >= 2 and s.text_dim % 2 == 0, "text_dim", "must be even")
+    groups = max(1, s.head_width // 16)
+    demand(s.head_width % groups == 0, "head_width", "must be a multiple of 16, or less than 32")
+    same = len(s.levels) == len(s.level_p) == len(s.warmup_p)
+    demand(same, "level_p", "--levels, --level-p and --warmup-p need the same number of values")
+    falling = all(a > b for a, b in pairwise((*s.levels, 0)))
+    demand(
+        s.levels and s.levels[0] <= 1 and falling, "levels", "must fall, from at most 1 to above 0"
+    )
+    demand(min(s.level_p) >= 0 and sum(s.level_p) > 0, "level_p", "must be probabilities")
+    warm = min(s.warmup_p) >= 0 and sum(s.warmup_p) > 0
+    demand(warm or not s.warmup_iterations, "warmup_p", "must be probabilities")
+    demand(s.heads_warmup < s.iterations, "heads_warmup", f"leaves none of {s.iterations} updates")
+    demand(s.evaluation >= 8, "evaluation", "scores need at least 8 samples")
+    demand(s.targets in ("synthetic", "real"), "targets", "must be synthetic or real")
+    demand(s.stage in ("all", *STAGES), "stage", f"must be all, {', '.join(STAGES)}")
+    demand(s.precision in ("auto", "bf16", "fp32"), "precision", "must be auto, bf16 or fp32")
+    ascending = list(s.taps) == sorted(set(s.taps)) and all(0 <= i < s.depth for i in s.taps)
+    demand(ascending, "taps", f"must be ascending block numbers from 0 to {s.depth - 1}")
     try:
         torch.empty(0, device=sample.best_device() if s.device == "auto" else s.device)
     except (RuntimeError, AssertionError) as reason:

@@ -141,7 +141,7 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file. Has the run got that far?") from None
     except Exception as error:
-        reason = str(error).splitlines()[0][:100]
+        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
         raise CheckpointError(f"{path}: can't be read as a checkpoint ({reason}).") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "ladd-1":
         raise CheckpointError(f"{path}: not a checkpoint of this program.")
@@ -188,12 +188,17 @@ class Generator:
         self.device, self.precision = torch.device(device), precision
         self.text = data.HashedText(settings["text_dim"], settings["text_length"]).to(self.device)
 
-    def steps_or_default(self, steps, cfg):
-        student = self.kind == "student"
+    def steps_or_default(self, steps, cfg, sampler=None):
+        """The steps and the guidance that sampling will use. Re-noising has no guidance."""
+        student = self.kind == "student" or sampler == "renoise"
         steps = steps or (
             len(self.settings["levels"]) if student else self.settings["teacher_steps"]
         )
         return steps, (1.0 if student else self.settings["cfg"]) if cfg is None else cfg
+
+    def network(self, *arguments):
+        with autocast(self.device, self.precision):
+            return self.model(*arguments)
 
     @torch.no_grad()
     def trajectory(
@@ -212,7 +217,7 @@ class Generator:
 
         indices: the number of every image, which with the seed decides its noise.
         start: (x0, strength), to begin at an image noised to that level, not at pure noise."""
-        steps, cfg = self.steps_or_default(steps, cfg)
+        steps, cfg = self.steps_or_default(steps, cfg, sampler)
         sampler = sampler or ("renoise" if self.kind == "student" else "euler")
         shape = (self.model.config["channels"], *(size or (self.settings["size"],) * 2))
         fresh = lambda step: noise_of(seed, indices, shape, step).to(self.device)  # noqa: E731
@@ -221,15 +226,14 @@ class Generator:
             level = start[1]
             x = add_noise(start[0].to(self.device), x, torch.full((len(x),), level).to(self.device))
         text = self.text(captions)
-        with autocast(self.device, self.precision):
-            if sampler == "euler":
-                times = euler_times(steps, self.settings["shift"]) * level
-                path = euler(self.model, x, times, text, self.text([""]), cfg)
-            else:
-                levels = [t * level for t in student_levels(self.settings["levels"], steps)]
-                path = renoise(self.model, x, levels, text, fresh)
-            for x0 in path:
-                yield x0.float().cpu()
+        if sampler == "euler":
+            times = euler_times(steps, self.settings["shift"]) * level
+            path = euler(self.network, x, times, text, self.text([""]), cfg)
+        else:
+            levels = [t * level for t in student_levels(self.settings["levels"], steps)]
+            path = renoise(self.network, x, levels, text, fresh)
+        for x0 in path:
+            yield x0.float().cpu()
 
     def sample(self, captions, indices=None, *, batch=256, progress=None, start=None, **options):
         """captions -> samples (n, C, H, W) in [-1, 1]; see `trajectory` for the options."""
@@ -349,7 +353,8 @@ class Judge(torch.nn.Module):
         for part in images.split(batch):
             f, logits = self(data.to_float(part.to(device)))
             features.append(f.double().cpu())
-            answers.append(torch.stack([a.argmax(1) for a in logits], dim=1).cpu())
+            read = [a.argmax(1) for a in logits]
+            answers.append(torch.stack(read, 1).cpu() if read else torch.empty(len(f), 0).long())
         return torch.cat(features), torch.cat(answers)
 
 
@@ -358,6 +363,8 @@ def train_judge(dataset, size, device, *, steps, width, precision="auto", batch=
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         judge = Judge([len(v) for v in dataset.attributes.values()], width, size).to(device)
+    if not dataset.attributes:  # nothing to learn: its random features still tell images apart
+        return judge.eval()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for step in tqdm(range(steps), "judge", leave=False, disable=not sys.stderr.isatty()):
@@ -511,8 +518,15 @@ def markdown_table(rows):
 # ---------------------------------------------------------------------------------------------
 
 
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, status 2; --help shows the rest."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists all options)\n")
+
+
 def parse(argv):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "sample.py", description="Samples from a finished run, or scores it.", allow_abbrev=False
     )
     add = parser.add_argument
@@ -539,6 +553,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if not 0 < args.strength <= 1:
         parser.error(f"--strength {args.strength:g}: must be above 0 and at most 1")
+    if args.evaluate and args.num is not None and args.num < 8:
+        parser.error("--num: scores need at least 8 samples")
     for name in ("num", "steps", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name}: must be at least 1")
@@ -596,7 +612,12 @@ def draw(args, error):
     prompts = read_prompts(args, generator, error)
     options = dict(seed=args.seed, steps=args.steps, cfg=args.cfg, sampler=args.sampler)
     options["size"] = size = parse_size(args.size, generator, error)
-    steps, cfg = generator.steps_or_default(args.steps, args.cfg)
+    steps, cfg = generator.steps_or_default(args.steps, args.cfg, args.sampler)
+    few = "renoise" if generator.kind == "student" else "euler"
+    if cfg != 1 and (args.sampler or few) == "renoise":
+        error(f"--cfg {cfg:g}: predicting and re-noising has no guidance; add --sampler euler")
+    if args.trajectory:
+        refuse_strangers(args.trajectory)
     if args.init_image:
         height, width = size or (generator.settings["size"],) * 2
         try:
@@ -622,7 +643,6 @@ def draw(args, error):
         frames = generator.trajectory(prompts[:64], range(min(64, len(prompts))), **options)
         pictures = [grid(data.to_uint8(x), math.ceil(len(x) ** 0.5)) for x in frames]
         pause = [150] * (len(pictures) - 1) + [1500]
-        refuse_strangers(args.trajectory)
         moving = dict(save_all=True, append_images=pictures[1:], duration=pause, loop=0)
         pictures[0].save(args.trajectory, "GIF", comment=b"LADD", **moving)
         print(f"{len(pictures)} frames: {args.trajectory}")
@@ -635,8 +655,8 @@ def score_run(args, error):
         error(f"--evaluate needs a run folder, and {args.run} is none")
     teacher = load_generator(folder, True, args.device, args.precision)
     student = load_generator(folder, False, args.device, args.precision)
-    s = teacher.settings
-    dataset = dataset_of(args, teacher)
+    s = student.settings
+    dataset = dataset_of(args, student)
     judge = get_judge(
         dataset, (s["size"], s["size"]), teacher.device, data_dir=args.data_dir,
         steps=s["judge_steps"], width=s["judge_width"], precision=args.precision,

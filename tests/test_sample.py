@@ -776,10 +776,11 @@ def test_sizes_are_height_times_width(run, tmp_path):
     assert drawn(run, tmp_path, "--size", "8x20").shape == (8, 20, 3)
 
 
-def test_a_checkpoint_can_be_named_instead_of_its_folder(run, tmp_path):
-    """The student's file draws what its folder does."""
-    same = drawn(run / "student.pt", tmp_path / "a")
-    assert (same == drawn(run, tmp_path / "b")).all()
+@pytest.mark.parametrize(("kind", "words"), [("student", []), ("teacher", ["--teacher"])])
+def test_a_checkpoint_can_be_named_instead_of_its_folder(run, tmp_path, kind, words):
+    """A file knows whether it is a student or a teacher, and is sampled as such."""
+    same = drawn(run / f"{kind}.pt", tmp_path / "a")
+    assert (same == drawn(run, tmp_path / "b", *words)).all()
 
 
 @pytest.mark.parametrize(("words", "frames"), [([], 4), (["--teacher", "--steps", "6"], 6)])
