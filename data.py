@@ -17,6 +17,7 @@ The interface is that of real text encoders: captions -> context (B, M, D_c), po
 the empty caption is the unconditional one.
 """
 
+import contextlib
 import hashlib
 import http.client
 import io
@@ -43,6 +44,29 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 class DataError(Exception):
     """Something is wrong with the user's data; the message says what, where and what to do."""
+
+
+# Training reads images from index 0 on; what must not meet the same images has its own stretch.
+SYNTHETIC_INDEX = 1 << 35  # captions of the synthetic set
+JUDGE_INDEX = 1 << 36  # images that the judge learns from
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file that takes the name `path` once the block has ended well, and not before:
+    a cut, an error or a full disk leave the old file, or none."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def hash_uniform(seed, index, slots):

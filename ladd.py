@@ -26,7 +26,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import platform
 import shlex
 import subprocess
@@ -307,7 +306,7 @@ def synthesise(run):
             index = np.arange(start, min(start + SHARD, s.synthetic))
             path = folder / f"{start // SHARD:05d}.pt"
             if not path.exists():
-                _, caption = run.dataset.batch(index + SYNTHETIC_INDEX)
+                _, caption = run.dataset.batch(index + data.SYNTHETIC_INDEX)
                 captions = [run.dataset.captions[i] for i in caption]
                 x0 = teacher.sample(
                     captions, index, seed=s.seed + 2, steps=s.synthetic_steps, cfg=s.synthetic_cfg
@@ -316,11 +315,8 @@ def synthesise(run):
                     raise RunError(
                         f"the teacher's samples {index[0]} to {index[-1]} are not finite."
                     )
-                save_atomically(dict(x0=x0.half(), captions=captions, index=index.tolist()), path)
+                save(dict(x0=x0.half(), captions=captions, index=index.tolist()), path)
             bar.update(len(index))
-
-
-SYNTHETIC_INDEX = 1 << 35  # where the captions of the synthetic set are drawn from
 
 
 def distillation_batches(run):
@@ -495,21 +491,14 @@ def update_ema(ema, model, decay, step):
 # ---------------------------------------------------------------------------------------------
 
 
-def save_atomically(value, path):
-    """torch.save that never leaves half a file under the final name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+def save(value, path):
+    with data.replacing(path) as file:
         torch.save(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
-def write_atomically(text, path):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def write(text, path):
+    with data.replacing(path) as file:
+        file.write(text.encode())
 
 
 def progress(name, total, initial=0):
@@ -553,7 +542,7 @@ class Run:
         weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
         checkpoint = dict(format="ladd-1", kind=kind, model=model.config, weights=weights)
         settings = dataclasses.asdict(self.settings)
-        save_atomically(checkpoint | dict(settings=settings, step=step), self.path(kind))
+        save(checkpoint | dict(settings=settings, step=step), self.path(kind))
 
     def load(self, kind):
         """The finished teacher or student, frozen."""
@@ -613,7 +602,7 @@ class Run:
                 continue
             if row.get("stage") != stage or row.get("step", 0) <= step:
                 kept.append(line + "\n")
-        write_atomically("".join(kept), path)
+        write("".join(kept), path)
 
     def write_board(self, stage, step, values):
         """tensorboard, if asked for."""
@@ -655,7 +644,7 @@ class Run:
             rows=rows, judge_accuracy=accuracy, seconds=seconds, seed=s.seed, data=s.data
         )
         metrics |= dict(preset=s.preset, notes=self.notes, command=self.command(), **where)
-        write_atomically(json.dumps(metrics, indent=1) + "\n", self.out / "metrics.json")
+        write(json.dumps(metrics, indent=1) + "\n", self.out / "metrics.json")
         judged = sample.accuracy_line(accuracy)
         dirty = " with uncommitted changes" if where["dirty"] else ""
         took = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
@@ -676,7 +665,7 @@ class Run:
             f"Time: {took}. Commit {where['commit']}{dirty}, torch {where['torch']}, "
             f"{where['gpu'] or where['processor']}, {where['threads']} threads.",
         ]
-        write_atomically("\n".join(lines) + "\n", self.out / "report.md")
+        write("\n".join(lines) + "\n", self.out / "report.md")
 
 
 class Loop:
@@ -775,7 +764,7 @@ class Loop:
         state = dict(step=self.step + 1, sums=self.sums)
         state["networks"] = {name: network.state_dict() for name, network in self.networks.items()}
         state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
-        save_atomically(state, self.path)
+        save(state, self.path)
 
 
 SHOWN = ("loss", "loss_d", "loss_g", "d_real", "d_fake")
@@ -900,7 +889,7 @@ def open_folder(settings):
         raise UsageError(f"{out} is not empty and not a run folder: choose another with --out.")
     else:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(json.dumps(mine, indent=1) + "\n", path)
+        write(json.dumps(mine, indent=1) + "\n", path)
 
 
 class UsageError(Exception):
@@ -1003,7 +992,7 @@ def execute(run):
     """The stages in order; one that is finished is skipped."""
     s, wanted = run.settings, STAGES if run.settings.stage == "all" else (run.settings.stage,)
     if s.teacher and not run.path("teacher").exists():
-        save_atomically(given_teacher(s) | dict(kind="teacher"), run.path("teacher"))
+        save(given_teacher(s) | dict(kind="teacher"), run.path("teacher"))
     done = dict(
         teacher=run.path("teacher").exists(),
         synthesis=s.targets == "real" or len(run.shards()) == math.ceil(s.synthetic / SHARD),

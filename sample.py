@@ -21,7 +21,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from itertools import pairwise
@@ -309,10 +308,8 @@ def save_png(picture, path, **notes):
     info = PngImagePlugin.PngInfo()
     for key, value in {"Software": "LADD", **notes}.items():
         info.add_itxt(key, str(value))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    picture.save(temporary, "PNG", pnginfo=info)
-    os.replace(temporary, path)
+    with data.replacing(path) as file:
+        picture.save(file, "PNG", pnginfo=info)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -368,8 +365,8 @@ def train_judge(dataset, size, device, *, steps, width, precision="auto", batch=
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for step in tqdm(range(steps), "judge", leave=False, disable=not sys.stderr.isatty()):
-        # Its own stretch of indices: the networks must not have seen just the judge's images.
-        images, caption = dataset.batch(np.arange(step * batch, (step + 1) * batch) + (1 << 36))
+        index = np.arange(step * batch, (step + 1) * batch) + data.JUDGE_INDEX
+        images, caption = dataset.batch(index)
         labels = dataset.labels[caption].to(device)
         with autocast(device, precision):
             _, answers = judge(data.to_float(images.to(device)))
@@ -398,9 +395,8 @@ def get_judge(dataset, size, device, *, data_dir="data", steps=1000, width=32, p
         judge.load_state_dict(saved["weights"])
         return judge
     judge = train_judge(dataset, size, device, steps=steps, width=width, precision=precision)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"config": judge.config, "weights": judge.state_dict()}, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    with data.replacing(path) as file:
+        torch.save({"config": judge.config, "weights": judge.state_dict()}, file)
     return judge
 
 
@@ -668,9 +664,8 @@ def score_run(args, error):
     path = folder / "metrics.json"
     metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     metrics |= dict(rows=rows, judge_accuracy=accuracy)
-    temporary = path.with_name(".metrics.json.tmp")
-    temporary.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with data.replacing(path) as file:
+        file.write((json.dumps(metrics, indent=1) + "\n").encode())
 
 
 def main(argv=None):

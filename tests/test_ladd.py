@@ -765,7 +765,7 @@ def test_a_run_cut_in_the_synthesis_makes_only_the_missing_samples(
 ):
     """Shards of 3, 3 and 1: the first stays as it is, and all together are the whole set."""
     monkeypatch.setattr(ladd, "SHARD", 3)
-    out, save = train("cut", stages=["teacher"]), ladd.save_atomically
+    out, save = train("cut", stages=["teacher"]), ladd.save
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
 
         def cut(value, path):
@@ -773,7 +773,7 @@ def test_a_run_cut_in_the_synthesis_makes_only_the_missing_samples(
                 raise KeyboardInterrupt
             save(value, path)
 
-        patch.setattr(ladd, "save_atomically", cut)
+        patch.setattr(ladd, "save", cut)
         launch("cut", f"{FEW} --stage synthesis")
     first = snapshot(out / "synthetic")
     assert list(first) == ["00000.pt"]
@@ -793,7 +793,7 @@ def test_no_work_is_lost_when_the_final_checkpoint_cannot_be_written(
 ):
     """A full disk at the very end: the last state must still be there to go on from."""
     stage = "teacher" if kind == "teacher" else "distillation"
-    out, save = train("cut", "--save-every 5", MAKING[: MAKING.index(stage)]), ladd.save_atomically
+    out, save = train("cut", "--save-every 5", MAKING[: MAKING.index(stage)]), ladd.save
     with monkeypatch.context() as patch:
 
         def full(value, path):
@@ -801,7 +801,7 @@ def test_no_work_is_lost_when_the_final_checkpoint_cannot_be_written(
                 raise OSError("No space left on device")
             save(value, path)
 
-        patch.setattr(ladd, "save_atomically", full)
+        patch.setattr(ladd, "save", full)
         assert launch("cut", f"{FEW} --save-every 5 --stage {stage}") == 1
     assert "No space left" in capsys.readouterr().err
     train("cut", "--save-every 5", [stage])
@@ -812,7 +812,7 @@ def test_no_work_is_lost_when_the_final_checkpoint_cannot_be_written(
 def test_a_file_is_never_half_written(tmp_path, monkeypatch):
     """Cut in the middle of writing, the old content is still there under the name."""
     path = tmp_path / "teacher.pt"
-    ladd.save_atomically(dict(a=1), path)
+    ladd.save(dict(a=1), path)
 
     def half(value, file):
         file.write(b"PK")
@@ -820,7 +820,7 @@ def test_a_file_is_never_half_written(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setattr(torch, "save", half)
-        ladd.save_atomically(dict(a=2), path)
+        ladd.save(dict(a=2), path)
     assert torch.load(path, weights_only=True) == dict(a=1)
 
 
