@@ -232,7 +232,7 @@ class Shapes:
         u (B, 3) places it: exact size, x, y. `half`, a row of RELATIONS, keeps it in that half of
         the image and makes it smaller; None leaves it the whole image."""
         side = min(self.height, self.width)
-        low, high = np.where(size, 0.36, 0.23), np.where(size, 0.44, 0.28)  # half of its extent
+        low, high = np.where(size, 0.37, 0.26), np.where(size, 0.44, 0.30)  # half of its extent
         r = (low + (high - low) * u[:, 0]) * side * (1.0 if half is None else 0.55)
         left, right = np.zeros_like(r), np.full_like(r, self.width)
         top, bottom = np.zeros_like(r), np.full_like(r, self.height)
@@ -256,7 +256,7 @@ def signed_distance(dx, dy, r, shape):
     circle = np.sqrt(dx * dx + dy * dy) - r
     square = np.maximum(ax, ay) - 0.87 * r
     triangle = np.maximum((ax - 0.5 * (dy + 0.95 * r)) / 1.25**0.5, dy - 0.9 * r)  # apex up
-    cross = np.minimum(np.maximum(ax - r, ay - 0.42 * r), np.maximum(ay - r, ax - 0.42 * r))
+    cross = np.minimum(np.maximum(ax - r, ay - 0.34 * r), np.maximum(ay - r, ax - 0.34 * r))
     return np.select([shape == 0, shape == 1, shape == 2], [circle, square, triangle], cross)
 
 

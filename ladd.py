@@ -448,7 +448,7 @@ def make_optimizers(model, lr, muon_lr, beta1):
     for name, parameter in model.named_parameters():
         inner = muon_lr and parameter.ndim == 2 and name.startswith("joint_blocks")
         (matrices if inner else rest).append(parameter)
-    optimizers = [torch.optim.AdamW(rest, lr, betas=(beta1, 0.99), weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(rest, lr, betas=(beta1, 0.99), weight_decay=0.0, fused=True)]
     if matrices:
         optimizers.append(
             torch.optim.Muon(

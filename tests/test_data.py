@@ -287,7 +287,7 @@ def test_captions_say_the_colours_shape_and_size_that_are_drawn():
         (0, np.pi),  # circle
         (1, (2 * 0.87) ** 2),  # square
         (2, 1.85 * 1.85 / 2),  # triangle: foot and height of 1.85 r
-        (3, 2 * 2 * 0.84 - 0.84**2),  # cross: two bars of 2 r by 0.84 r
+        (3, 2 * 2 * 0.68 - 0.68**2),  # cross: two bars of 2 r by 0.68 r
     ],
 )
 def test_an_object_has_the_area_of_its_formula(shape, area):
