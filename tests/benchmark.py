@@ -1,0 +1,330 @@
+"""Speed and memory, as ratios measured in one run on one machine; the comparisons take turns.
+
+    python tests/benchmark.py            prints the table
+    python tests/benchmark.py --write    and keeps it in docs/benchmark.md
+
+Every figure is a median over rounds in which all contestants run one after the other, so that a
+machine whose speed drifts treats them alike. The network is compared with diffusers'
+SD3Transformer2DModel (pip install diffusers) of the same sizes, precision and optimiser.
+"""
+
+import argparse
+import copy
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import ladd  # noqa: E402
+import sample  # noqa: E402
+from discriminator import Discriminator, hinge_d, hinge_g  # noqa: E402
+from mmdit import MMDiT  # noqa: E402
+
+
+def rounds(contestants, n):
+    """{name: function} -> {name: median seconds of n calls}, in turns, after one warm-up call."""
+    times = {name: [] for name in contestants}
+    for i in range(n + 1):
+        for name, call in contestants.items():
+            start = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if i:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+# ---------------------------------------------------------------------------------------------
+# What is compared
+# ---------------------------------------------------------------------------------------------
+
+
+def settings(preset, *flags):
+    return ladd.parse(["--preset", preset, "--data", "shapes", *flags])[0]
+
+
+def awake(model):
+    """adaLN-Zero starts at zero, and so would every gradient: small random weights instead."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def theirs(s):
+    """diffusers' network of the same sizes."""
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=s.size // s.patch,
+        patch_size=s.patch,
+        in_channels=s.channels,
+        out_channels=s.channels,
+        num_layers=s.depth,
+        num_attention_heads=s.heads,
+        attention_head_dim=s.width // s.heads,
+        caption_projection_dim=s.width,
+        joint_attention_dim=s.text_dim,
+        pooled_projection_dim=s.text_dim,
+        pos_embed_max_size=s.pos_size,
+        qk_norm="rms_norm" if s.qk_norm else None,
+    )
+
+
+def call_theirs(model, x, t, context, pooled):
+    return model(x, context, pooled, 1000 * t, return_dict=False)
+
+
+def inputs(s, n, device):
+    x = torch.randn(n, s.channels, s.size, s.size, device=device)
+    text = data.HashedText(s.text_dim, s.text_length).to(device)(["a large red circle"] * n)
+    return x, torch.rand(n, device=device), *text
+
+
+def training_step(preset, precision, device, n):
+    """Seconds of a teacher's step, ours and theirs: same sizes, precision, optimiser."""
+    s = settings(preset)
+    batch = inputs(s, 32, device)
+
+    def step(model, forward):
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+
+        def call():
+            with sample.autocast(device, precision):
+                v = forward(model, *batch)[0]
+            loss = v.float().square().mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+        return call
+
+    ours, other = awake(MMDiT(**s.model())).to(device), awake(theirs(s)).to(device)
+    seconds = rounds(dict(ours=step(ours, lambda m, *b: m(*b)), theirs=step(other, call_theirs)), n)
+    return seconds["theirs"] / seconds["ours"], seconds["ours"]
+
+
+class Distillation:
+    """A LADD iteration without files and logs, in one teacher pass and in two."""
+
+    def __init__(self, preset, device):
+        self.s = s = settings(preset)
+        self.device = device
+        self.teacher = awake(MMDiT(**s.model())).to(device).eval().requires_grad_(False)
+        self.student = copy.deepcopy(self.teacher).requires_grad_(True)
+        self.heads = Discriminator(
+            width=s.width, taps=s.tapped, pooled_dim=s.text_dim, hidden=s.head_width
+        ).to(device)
+        self.optimizer = ladd.make_optimizers(self.student, 1e-4, 0.0, s.beta1)
+        self.heads_optimizer = ladd.make_optimizers(self.heads, 1e-4, 0.0, s.beta1)
+        self.grid = (s.size // s.patch,) * 2
+        self.x0, self.t, *self.text = inputs(s, s.batch if device.type == "cpu" else 64, device)
+
+    def forward(self):
+        """The unit: one forward of the whole network."""
+        with torch.no_grad(), sample.autocast(self.device, "auto"):
+            self.teacher(self.x0, self.t, *self.text)
+
+    def shared(self):
+        """As in ladd.py: the features of the fakes serve both players."""
+        s, (x0, t, text) = self.s, (self.x0, self.t, self.text)
+        with sample.autocast(self.device, "auto"):
+            x0_hat = ladd.student_predict(self.student, x0, text, t, torch.randn_like(x0))
+            fake = self.features(x0_hat)
+            with torch.no_grad():
+                real = self.features(x0)
+            loss_d = ladd.discriminator_loss(self.heads, real, fake, t, text[1], self.grid, 0.0)[0]
+        ladd.update(self.heads_optimizer, loss_d, self.heads, math.inf, 1.0)
+        with sample.autocast(self.device, "auto"):
+            loss_g = ladd.generator_loss(self.heads, fake, t, text[1], self.grid)
+        ladd.update(self.optimizer, loss_g, self.student, s.clip, 1.0)
+
+    def two_passes(self):
+        """As usual in a GAN: one pass of student and teacher for each player."""
+        s, (x0, t, text) = self.s, (self.x0, self.t, self.text)
+        with sample.autocast(self.device, "auto"):
+            with torch.no_grad():
+                x0_hat = ladd.student_predict(self.student, x0, text, t, torch.randn_like(x0))
+                fake, real = self.features(x0_hat), self.features(x0)
+            logits = [self.heads(f, t, text[1], *self.grid) for f in (real, fake)]
+            loss_d = hinge_d(*logits)
+        ladd.update(self.heads_optimizer, loss_d, self.heads, math.inf, 1.0)
+        self.heads.requires_grad_(False)
+        with sample.autocast(self.device, "auto"):
+            x0_hat = ladd.student_predict(self.student, x0, text, t, torch.randn_like(x0))
+            loss_g = hinge_g(self.heads(self.features(x0_hat), t, text[1], *self.grid))
+        self.heads.requires_grad_(True)
+        ladd.update(self.optimizer, loss_g, self.student, s.clip, 1.0)
+
+    def features(self, x0):
+        noise = torch.randn_like(x0)
+        return ladd.teacher_features(self.teacher, x0, self.text, self.t, noise, self.s.tapped)
+
+
+def sampling(device, n):
+    """Seconds of 64 images in 4 Euler steps without guidance, ours and diffusers'."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    s = settings("nano")
+    ours, other = awake(MMDiT(**s.model())), awake(theirs(s)).to(device).eval()
+    generator = sample.Generator(ours.to(device).eval(), vars(s), "teacher", device)
+    captions = ["a large red circle on a blue background"] * 64
+    text = generator.text(captions)
+
+    def mine():
+        generator.sample(captions, steps=4, cfg=1.0)
+
+    @torch.no_grad()
+    def diffusers():
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+        scheduler.set_timesteps(4)
+        x = sample.noise_of(0, range(64), (s.channels, s.size, s.size)).to(device)
+        for t in scheduler.timesteps:
+            with sample.autocast(device, "auto"):
+                v = call_theirs(other, x, t.to(device).expand(64) / 1000, *text)[0]
+            x = scheduler.step(v.float(), t, x).prev_sample
+        return x.cpu()
+
+    seconds = rounds(dict(ours=mine, theirs=diffusers), n)
+    return seconds["theirs"] / seconds["ours"]
+
+
+def reading(folder, n):
+    """Seconds that a batch of 64 takes, per data set; folder: one of images, made here."""
+    shapes = data.load("shapes", 16, 16)
+    images, caption = shapes.batch(np.arange(256))
+    for i, (image, row) in enumerate(zip(images, caption.tolist(), strict=True)):
+        path = Path(folder) / shapes.captions[row].split()[3] / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    sets = {"shapes": shapes, "a folder of images": data.load(str(folder), 16, 16)}
+    index = iter(range(1 << 30))
+
+    def batch(dataset):
+        first = 64 * next(index)
+        dataset.batch(np.arange(first, first + 64))
+
+    return rounds({k: lambda d=d: batch(d) for k, d in sets.items()}, n)
+
+
+def start_up(n):
+    """Seconds to import each file and to print the help, over those of `import torch` alone."""
+    commands = {f"import {m}": ["-c", f"import {m}"] for m in ("torch", "numpy")}
+    commands |= {
+        f"import {m}": ["-c", f"import {m}"]
+        for m in ("mmdit", "discriminator", "sample", "data", "ladd")
+    }
+    commands["ladd.py --help"] = ["ladd.py", "--help"]
+    quiet = dict(cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    calls = {
+        name: lambda c=c: subprocess.run([sys.executable, *c], **quiet)
+        for name, c in commands.items()
+    }
+    seconds = rounds(calls, n)
+    alone = seconds.pop("import torch")
+    seconds.pop("import numpy")
+    return {name: value / alone for name, value in seconds.items()}
+
+
+def peak(form):
+    """Peak memory of three iterations of one form in a process of its own, over that of none."""
+    code = (
+        f"import sys, torch; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "import benchmark, resource\n"
+        "d = benchmark.Distillation('nano', torch.device('cpu'))\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"for _ in range(3): d.{form}()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return int(out.stdout)
+
+
+def profile(call, most=8):
+    """(operation, share of the time) of the operations that take most of three calls."""
+    call()
+    with torch.profiler.profile() as record:
+        for _ in range(3):
+            call()
+    parts = sorted(record.key_averages(), key=lambda part: -part.self_cpu_time_total)
+    total = sum(part.self_cpu_time_total for part in parts)
+    return [(part.key, part.self_cpu_time_total / total) for part in parts[:most]]
+
+
+# ---------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------
+
+
+def measure(n):
+    """Yields (what, figure, asked for) as they are measured."""
+    device = torch.device(sample.best_device())
+    step = None
+    for preset in ("nano", "tiny"):
+        for precision in ("bf16", "fp32"):
+            ratio, seconds = training_step(preset, precision, device, n if preset == "nano" else 3)
+            step = seconds if step is None else step
+            what = f"training step, {preset}, {precision}: diffusers' time over ours"
+            yield what, f"{ratio:.2f}", "≥ 1.5" if device.type == "cpu" else "≥ 1.15"
+    d = Distillation("nano", device)
+    seconds = rounds(dict(unit=d.forward, shared=d.shared, two=d.two_passes), n)
+    units = seconds["shared"] / seconds["unit"]
+    yield "LADD iteration in forwards of the network", f"{units:.2f}", "≤ 6.6"
+    ratio = seconds["two"] / seconds["shared"]
+    yield "LADD iteration: two passes' time over ours", f"{ratio:.2f}", "≥ 1.3"
+    yield "64 images in 4 steps: diffusers' time over ours", f"{sampling(device, n):.2f}", "≥ 1.3"
+    with tempfile.TemporaryDirectory() as folder:
+        for name, seconds in reading(folder, n).items():
+            yield f"a batch of {name} over a training step", f"{seconds / step:.1%}", "≤ 5 %"
+    for name, ratio in start_up(3).items():
+        yield f"`{name}` over `import torch`", f"{ratio:.2f}", "< 1.5"
+    if device.type == "cpu":
+        memory = peak("shared") / peak("two_passes")
+        yield "LADD iteration: our peak memory over two passes'", f"{memory:.2f}", "≤ 1.1"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="keep the output in docs/benchmark.md")
+    parser.add_argument("--rounds", type=int, default=11, help="calls of which the median is taken")
+    args = parser.parse_args()
+    lines = ["| what | measured | asked for |", "|---|---|---|"]
+    print(*lines, sep="\n", flush=True)
+    for row in measure(args.rounds):
+        lines.append("| " + " | ".join(row) + " |")
+        print(lines[-1], flush=True)
+    d = Distillation("nano", torch.device("cpu"))
+    lines += ["", "Where the time of a LADD iteration of `nano` goes (CPU, by operation):", ""]
+    lines += ["| operation | share |", "|---|---|"]
+    lines += [f"| `{name}` | {share:.0%} |" for name, share in profile(d.shared)]
+    where = ladd.machine()
+    dirty = " with uncommitted changes" if where["dirty"] else ""
+    lines += [
+        "",
+        f"`python tests/benchmark.py --rounds {args.rounds}`, commit {where['commit']}{dirty}, "
+        f"torch {where['torch']}, {where['gpu'] or where['processor']}, "
+        f"{where['threads']} threads.",
+    ]
+    print(*lines[-12:], sep="\n")
+    if args.write:
+        text = "# Benchmark\n\nRatios of one run on one machine.\n\n" + "\n".join(lines) + "\n"
+        (ROOT / "docs" / "benchmark.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
