@@ -368,8 +368,10 @@ class Weights(Mapping):
 
     def __init__(self, parts, ignored=0):
         self.parts, self.ignored = parts, ignored
-        shape = lambda p: (sum(map(len, p)), *p[0].shape[1:]) if len(p) > 1 else tuple(p[0].shape)  # noqa: E731
-        self.shapes = {name: shape(part) for name, part in parts.items()}
+        self.shapes = {
+            name: (sum(map(len, p)), *p[0].shape[1:]) if len(p) > 1 else tuple(p[0].shape)
+            for name, p in parts.items()
+        }
 
     def __getitem__(self, name):
         parts = self.parts[name]
