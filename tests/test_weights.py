@@ -14,7 +14,7 @@ from test_mmdit import VARIANTS, inputs, randomise
 
 import ladd
 import sample
-from mmdit import PREFIX, CheckpointError, MMDiT, Weights, open_sd3, write_sd3
+from mmdit import PREFIX, CheckpointError, MMDiT, Weights, meta_sd3, open_sd3, write_sd3
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -260,6 +260,9 @@ HOSTILE = {
     "a list": (b"[]", 0),
     "no tensors": ({}, 0),
     "newline in a name": ({"a\nb": entry(0, 8)}, 8),
+    "newline in a wrong name": ({"a\nb": entry(8, 16)}, 16),
+    "a name of 100 kB": ({"a" * 100_000: entry(0, 8)}, 8),
+    "a wrong name of 100 kB": ({"a" * 100_000: entry(8, 16)}, 16),
     "another network": (dict(a=entry(0, 8)), 8),
     "ten thousand blocks": official(ten_thousand),
     "a flat patch matrix": official(lambda h: h["x_embedder.proj.weight"].update(shape=[480])),
@@ -277,6 +280,14 @@ def hostile(path, header, body, length=None):
         header = json.dumps(header).encode()
     start = struct.pack("<Q", len(header) if length is None else length)
     return path.write_bytes((start + header + bytes(body)) if header else start[:3])
+
+
+def test_names_alone_do_not_ask_for_days_of_building_blocks():
+    """A name costs a stranger 20 bytes, a block of ours milliseconds."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors().items()}
+    shapes |= {f"joint_blocks.{i}.x": (0,) for i in range(200)}
+    with pytest.raises(CheckpointError, match="200 blocks"):
+        meta_sd3(shapes)
 
 
 @pytest.mark.parametrize("case", HOSTILE)
