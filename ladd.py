@@ -42,7 +42,7 @@ from tqdm import tqdm
 import data
 import sample
 from discriminator import Discriminator, hinge_d, hinge_g, r1
-from mmdit import MMDiT
+from mmdit import MMDiT, open_sd3
 from sample import add_noise, logit_normal, predict_x0
 
 # ---------------------------------------------------------------------------------------------
@@ -123,7 +123,10 @@ class Settings:
     precision: str = setting("auto", "bf16, fp32, or auto: bf16 where the hardware has it")
     compile: bool = setting(False, "torch.compile the networks")
     stage: str = setting("all", "run one stage: teacher, synthesis, distillation, report")
-    teacher: str = setting("", "a teacher's checkpoint to use instead of training one")
+    teacher: str = setting(
+        "", "a teacher to use instead of training one: our .pt, .safetensors, or a diffusers folder"
+    )
+    discriminator: str = setting("", "another run's heads.pt for the heads to start from")
     smoke: bool = setting(False, "two updates of every stage, to see that all of it runs")
     steps_scale: float = setting(1.0, "multiplies all updates, the synthetic set, the evaluation")
     save_every: int = setting(500, "updates between states from which a cut run goes on")
@@ -363,6 +366,11 @@ def distil(run):
     )
     student_optimizer = make_optimizers(student, s.student_lr, 0.0, s.beta1)
     heads_optimizer = make_optimizers(heads, s.heads_lr, 0.0, s.beta1)
+    if s.discriminator:
+        start = given_heads(s)
+        heads.load_state_dict(start["weights"])
+        moments = dict(state=start["optimizer"]["state"])  # the learning rate is the settings'
+        heads_optimizer[0].load_state_dict(heads_optimizer[0].state_dict() | moments)
     batch = distillation_batches(run)
     grid = (s.size // s.patch,) * 2
     loop = Loop(run, "distillation", s.iterations, s.batch)
@@ -403,6 +411,7 @@ def distil(run):
         loop.checkpoint()
         if loop.due(s.sample_every):
             run.show("student", step + 1, ema)
+    run.save("heads", heads, s.iterations, optimizer=heads_optimizer[0].state_dict())
     run.save("student", ema, s.iterations)
     loop.forget()
 
@@ -538,11 +547,11 @@ class Run:
     def path(self, kind):
         return self.out / f"{kind}.pt"
 
-    def save(self, kind, model, step):
+    def save(self, kind, model, step, **more):
         weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
         checkpoint = dict(format="ladd-1", kind=kind, model=model.config, weights=weights)
         settings = dataclasses.asdict(self.settings)
-        save(checkpoint | dict(settings=settings, step=step), self.path(kind))
+        save(checkpoint | dict(settings=settings, step=step, **more), self.path(kind))
 
     def load(self, kind):
         """The finished teacher or student, frozen."""
@@ -956,8 +965,10 @@ def load_data(settings, given):
 def main(argv=None):
     settings, given = parse(argv)
     try:
-        if settings.teacher:
-            given_teacher(settings)
+        if settings.teacher and (others := given_teacher(settings).get("ignored")):
+            print(f"--teacher {settings.teacher}: {others} tensors of other networks are ignored")
+        if settings.discriminator:
+            given_heads(settings)
         settings, note, run = load_data(settings, given)
         open_folder(settings)
         if note:
@@ -977,15 +988,32 @@ def main(argv=None):
 
 
 def given_teacher(s):
-    """The checkpoint of --teacher, if its network is that of the settings."""
-    checkpoint = sample.read_checkpoint(s.teacher)
+    """The checkpoint of --teacher, ours or released, if its network is that of the settings."""
+    if Path(s.teacher).is_dir() or s.teacher.endswith(".safetensors"):
+        model, weights = open_sd3(s.teacher)
+        checkpoint = dict(format="ladd-1", model=model.config, weights=dict(weights), step=0)
+        checkpoint |= dict(settings=dataclasses.asdict(s), ignored=weights.ignored)
+    else:
+        checkpoint = sample.read_checkpoint(s.teacher)
     with torch.device("meta"):
-        wanted = MMDiT(**s.model()).config
-    different = [k for k in wanted if checkpoint["model"].get(k) != wanted[k]]
-    if different:
-        names = ", ".join(f"{k} {checkpoint['model'].get(k)} → {wanted[k]}" for k in different)
-        raise UsageError(f"--teacher {s.teacher}: another network than the settings' ({names}).")
+        same_network("teacher", s.teacher, checkpoint["model"], MMDiT(**s.model()).config)
     return checkpoint
+
+
+def given_heads(s):
+    """The checkpoint of --discriminator, if its heads are those of the settings."""
+    checkpoint = sample.read_checkpoint(s.discriminator, ["heads"])
+    wanted = dict(width=s.width, taps=s.tapped, pooled_dim=s.text_dim, hidden=s.head_width)
+    same_network("discriminator", s.discriminator, checkpoint["model"], wanted)
+    return checkpoint
+
+
+def same_network(flag, file, given, wanted):
+    """Raises UsageError if the network of a file is not the one that is wanted."""
+    names = [f"{k} {given.get(k)} → {wanted[k]}" for k in wanted if given.get(k) != wanted[k]]
+    if names:
+        different = ", ".join(names)
+        raise UsageError(f"--{flag} {file}: another network than the settings' ({different}).")
 
 
 def execute(run):

@@ -14,6 +14,7 @@ Rectified flow and its schedules: arXiv 2403.03206 (SD3). Few-step sampling: LAD
 
     python sample.py runs/nano --prompt "a large red circle on a blue background" --out a.png
     python sample.py runs/nano --evaluate
+    python sample.py runs/nano --export student.safetensors
 """
 
 import argparse
@@ -32,7 +33,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from tqdm import tqdm
 
 import data
-from mmdit import MMDiT
+from mmdit import CheckpointError, MMDiT, write_sd3
 
 # ---------------------------------------------------------------------------------------------
 # Rectified flow
@@ -129,11 +130,7 @@ def noise_of(seed, indices, shape, step=0):
 # ---------------------------------------------------------------------------------------------
 
 
-class CheckpointError(Exception):
-    """A file is not a checkpoint of this project; the message names it."""
-
-
-def read_checkpoint(path):
+def read_checkpoint(path, kinds=("teacher", "student")):
     """A checkpoint's dict: kind, model (arguments), weights, settings, step. Runs no code."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -144,6 +141,8 @@ def read_checkpoint(path):
         raise CheckpointError(f"{path}: can't be read as a checkpoint ({reason}).") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "ladd-1":
         raise CheckpointError(f"{path}: not a checkpoint of this program.")
+    if checkpoint.get("kind") not in kinds:
+        raise CheckpointError(f"{path}: holds {checkpoint.get('kind')}, not {' or '.join(kinds)}.")
     return checkpoint
 
 
@@ -249,10 +248,15 @@ class Generator:
         return torch.cat(out)
 
 
+def checkpoint_of(run, teacher=False):
+    """The file of the student (or teacher) of a run folder; a file stands for itself."""
+    path, kind = Path(run), "teacher" if teacher else "student"
+    return path / f"{kind}.pt" if path.is_dir() else path
+
+
 def load_generator(run, teacher=False, device=None, precision="auto"):
     """The student (or teacher) of a run folder, or of a checkpoint file."""
-    path, kind = Path(run), "teacher" if teacher else "student"
-    checkpoint = read_checkpoint(path / f"{kind}.pt" if path.is_dir() else path)
+    checkpoint = read_checkpoint(checkpoint_of(run, teacher))
     device = device or best_device()
     return Generator(
         build(checkpoint, device), checkpoint["settings"], checkpoint["kind"], device, precision
@@ -521,6 +525,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists all options)\n")
 
 
+EXPORTS = dict(fp32="F32", bf16="BF16", fp16="F16")  # as safetensors names them
+
+
 def parse(argv):
     parser = Parser(
         "sample.py", description="Samples from a finished run, or scores it.", allow_abbrev=False
@@ -541,6 +548,8 @@ def parse(argv):
     add("--init-image", metavar="FILE", help="start from this image instead of noise …")
     add("--strength", type=float, default=0.6, help="… noised to this level (0 to 1)")
     add("--evaluate", action="store_true", help="the table of scores instead of samples")
+    add("--export", metavar="FILE", help="write the weights as .safetensors, SD3's names")
+    add("--dtype", choices=EXPORTS, default="fp32", help="of the exported weights")
     add("--data", help="score against other data than the run's own")
     add("--data-dir", default="data", help="where downloads and judges are kept")
     add("--device", default=None)
@@ -668,10 +677,21 @@ def score_run(args, error):
         file.write((json.dumps(metrics, indent=1) + "\n").encode())
 
 
+def export(args, error):
+    """Writes the network's weights for other programs, under the names of the released files."""
+    out = Path(args.export)
+    if out.exists():
+        error(f"--export {out}: exists; choose another name")
+    checkpoint = read_checkpoint(checkpoint_of(args.run, args.teacher))
+    with data.replacing(out) as file:
+        write_sd3(file, checkpoint["weights"], checkpoint["model"]["heads"], EXPORTS[args.dtype])
+    print(f"{checkpoint['kind']}, {args.dtype}: {out}")
+
+
 def main(argv=None):
     args, error = parse(argv)
     try:
-        score_run(args, error) if args.evaluate else draw(args, error)
+        (export if args.export else score_run if args.evaluate else draw)(args, error)
     except (CheckpointError, data.DataError, FileExistsError, ValueError) as reason:
         print(f"sample.py: {reason}", file=sys.stderr)
         return 2
