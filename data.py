@@ -14,9 +14,13 @@ are passed over again in a new order (and mirrored at random). Held-out images a
 
 Text features need no download: every word is a frozen random vector, hashed from the word itself.
 The interface is that of real text encoders: captions -> context (B, M, D_c), pooled (B, D_p), and
-the empty caption is the unconditional one.
+the empty caption is the unconditional one. Real encoders' features are computed once, into shards:
+
+    python data.py encode --model SD3_DIR --prompts prompts.txt --out shards/
+    python data.py encode --model SD3_DIR --images PATH --out shards/        latents as well
 """
 
+import argparse
 import contextlib
 import hashlib
 import http.client
@@ -82,8 +86,9 @@ def hash_uniform(seed, index, slots):
 
 
 def to_float(images):
-    """uint8 pixels 0…255 -> float32 in [-1, 1], the x_0 of a network that works on pixels."""
-    return images.float() / 127.5 - 1
+    """uint8 pixels 0…255 -> float32 in [-1, 1], the x_0 of a network that works on pixels.
+    Latents, which are no integers, are x_0 as they are."""
+    return images.float() if images.is_floating_point() else images.float() / 127.5 - 1
 
 
 def to_uint8(x0):
@@ -603,12 +608,494 @@ def resize(images, height, width):
     return torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).contiguous()
 
 
+# ---------------------------------------------------------------------------------------------
+# Shards: the features and latents of SD3's frozen encoders, computed once
+# ---------------------------------------------------------------------------------------------
+
+TOKENS = 77  # of CLIP, and as many of T5 after them
+
+
+class Encoders:
+    """The text encoders and the VAE of a local SD3 folder in diffusers' layout; no network.
+
+    Each is loaded when first asked for and on the device only while it works. In float32; T5, with
+    4.7 G parameters, in bf16 on a GPU. Without T5 its tokens are zeros, as SD3 allows."""
+
+    def __init__(self, folder, device="cpu", t5=True, vae=False):
+        self.folder, self.device, self.t5 = Path(folder), torch.device(device), t5
+        self.loaded, self.known = {}, {}
+        self.parts = [
+            f"{kind}{n}"
+            for n in ("", "_2", "_3")[: 2 + t5]
+            for kind in ("tokenizer", "text_encoder")
+        ]
+        self.parts += ["vae"] * vae
+        if missing := [part for part in self.parts if not (self.folder / part).is_dir()]:
+            raise DataError(
+                f"{folder}: not a whole SD3 folder of diffusers' layout, it lacks "
+                f"{', '.join(part + '/' for part in missing)}."
+            )
+
+    def identity(self):
+        """A hash of the names and sizes of the encoders' files."""
+        files = [f for part in self.parts for f in (self.folder / part).iterdir() if f.is_file()]
+        sizes = sorted((f.relative_to(self.folder).as_posix(), f.stat().st_size) for f in files)
+        return hashlib.sha256(repr(sizes).encode()).hexdigest()
+
+    def part(self, name):
+        """A tokenizer, an encoder or the VAE, on the CPU."""
+        if name in self.loaded:
+            return self.loaded[name]
+        folder, local = self.folder / name, dict(local_files_only=True)
+        try:
+            import transformers
+
+            transformers.utils.logging.disable_progress_bar()
+            if name.startswith("tokenizer"):
+                kind = (
+                    transformers.T5TokenizerFast if name[-1] == "3" else transformers.CLIPTokenizer
+                )
+                part = kind.from_pretrained(folder, **local)
+            else:
+                kind = transformers.CLIPTextModelWithProjection
+                if name == "vae":
+                    from diffusers import AutoencoderKL as kind
+
+                    local |= dict(torch_dtype=torch.float32, low_cpu_mem_usage=False)
+                elif name == "text_encoder_3":
+                    kind = transformers.T5EncoderModel
+                part, info = kind.from_pretrained(folder, **local, output_loading_info=True)
+                if absent := sorted(info["missing_keys"]):
+                    raise ValueError(f"{len(absent)} tensors are missing: {absent[0]} …")
+                part.eval()
+                if name != "vae":
+                    half = name == "text_encoder_3" and self.device.type == "cuda"
+                    part.to(torch.bfloat16 if half else torch.float32)
+        except ImportError:
+            raise DataError(NEEDS) from None
+        except Exception as error:  # these libraries raise nearly anything on damaged folders
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise DataError(f"{folder} can't be loaded: {reason}") from None
+        self.loaded[name] = part
+        return part
+
+    @contextlib.contextmanager
+    def at_work(self, name):
+        model = self.part(name)
+        yield model.to(self.device)
+        model.to("cpu")
+
+    @torch.no_grad()
+    def read(self, n, captions, outputs):
+        """outputs(answer) of text encoder n on the captions, 32 at a time; float32 on the CPU."""
+        tokens = self.part("tokenizer" + n)(
+            captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids
+        with self.at_work("text_encoder" + n) as model:
+            answers = (
+                outputs(model(part.to(self.device), output_hidden_states=True))
+                for part in tokens.split(32)
+            )
+            rows = [[x.float().cpu() for x in answer] for answer in answers]
+        return [torch.cat(column) for column in zip(*rows, strict=True)]
+
+    def text(self, captions):
+        """captions -> context (n, 77 + 77, 4096), pooled (n, 768 + 1280), float32 on the CPU.
+
+        As SD3 has it (arXiv 2403.03206, appendix B): the last hidden states but one of both CLIPs
+        side by side, padded with zeros to T5's width, then T5's tokens; both CLIPs' pooled ones."""
+        both = lambda answer: (answer.hidden_states[-2], answer.text_embeds)  # noqa: E731
+        (l_states, l_pooled), (g_states, g_pooled) = (
+            self.read(n, captions, both) for n in ("", "_2")
+        )
+        clip = torch.cat([l_states, g_states], dim=2)  # (n, 77, 768 + 1280)
+        if self.t5:
+            (t5,) = self.read("_3", captions, lambda answer: (answer.last_hidden_state,))
+        else:
+            t5 = torch.zeros(len(captions), TOKENS, self.t5_width())
+        clip = torch.nn.functional.pad(clip, (0, t5.shape[2] - clip.shape[2]))
+        return torch.cat([clip, t5], dim=1), torch.cat([l_pooled, g_pooled], dim=1)
+
+    def t5_width(self):
+        path = self.folder / "text_encoder_3" / "config.json"
+        return json.loads(path.read_text(encoding="utf-8"))["d_model"] if path.exists() else 4096
+
+    def __call__(self, captions):
+        """captions -> context, pooled on the device; each caption is encoded once and kept."""
+        if new := [caption for caption in dict.fromkeys(captions) if caption not in self.known]:
+            self.known |= zip(new, zip(*self.text(new), strict=True), strict=True)
+        columns = zip(*(self.known[caption] for caption in captions), strict=True)
+        return tuple(torch.stack(column).to(self.device) for column in columns)
+
+    def scale(self):
+        """SD3's scale and shift of latents, or what the VAE says of itself."""
+        config = self.part("vae").config
+        if config.shift_factor is None:
+            return 1.5305, 0.0609
+        return config.scaling_factor, config.shift_factor
+
+    def unit(self):
+        """The side of a position of latents, pixels."""
+        return 2 ** (len(self.part("vae").config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def latents(self, images):
+        """images (n, 3, H, W) uint8 -> x_0 = (mean - shift)·scale (n, 16, H/8, W/8), on the CPU."""
+        scale, shift = self.scale()
+        with self.at_work("vae") as vae:
+            parts = (to_float(part.to(self.device)) for part in images.split(4))
+            means = [vae.encode(part).latent_dist.mean.cpu() for part in parts]
+        return (torch.cat(means) - shift) * scale
+
+    @torch.no_grad()
+    def pixels(self, x0):
+        """x_0 (n, 16, h, w) -> images (n, 3, 8·h, 8·w) uint8 on the CPU."""
+        scale, shift = self.scale()
+        with self.at_work("vae") as vae:
+            parts = ((part.to(self.device) / scale + shift) for part in x0.split(4))
+            return torch.cat([to_uint8(vae.decode(part).sample).cpu() for part in parts])
+
+
+NEEDS = "SD3's encoders and shards need: pip install diffusers transformers safetensors"
+
+
+def bucket_sizes(side, multiple, ratio=2.0):
+    """Sizes (H, W), multiples of `multiple`, of area ≈ side² and aspect 1/ratio to ratio."""
+    sizes = set()
+    for short in range(multiple, side + 1, multiple):
+        long = side * side // (short * multiple) * multiple
+        if short <= long <= ratio * short:
+            sizes |= {(short, long), (long, short)}
+    return sorted(sizes)
+
+
+def read_prompts(path):
+    """The distinct lines of a file that are not empty."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--prompts {path}: can't be read ({error}).") from None
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not prompts:
+        raise DataError(f"--prompts {path}: no prompt in it; one a line is expected.")
+    return prompts
+
+
+def by_bucket(files, sizes):
+    """Images by the size of nearest aspect, from their headers: {(H, W): [(name, caption)]}."""
+    caption_of, classes = find_captions(files)
+    names = sorted(caption_of)
+
+    def nearest(name):
+        try:
+            with (
+                files.zip.open(name) if files.zip else open(files.path / name, "rb") as file,
+                Image.open(file) as image,
+            ):
+                width, height = image.size
+                turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation
+        except Exception:  # said when the image itself is read
+            return sizes[0]
+        aspect = np.log(height / width) * (-1 if turned else 1)
+        return min(sizes, key=lambda size: abs(np.log(size[0] / size[1]) - aspect))
+
+    groups = {}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for name, size in zip(names, pool.map(nearest, names), strict=True):
+            caption = f"a photo of a {caption_of[name]}" if classes else caption_of[name]
+            groups.setdefault(size, []).append((name, caption))
+    return groups
+
+
+def encode(encoders, out, *, prompts="", images="", size=1024, multiple=64, shard=256, part=(0, 1)):
+    """Writes the shards i of a prompts file or of images for which i mod world is this rank.
+
+    NNNNNN.safetensors holds bf16 tensors of samples of one size: context, pooled, and of images
+    latents. Beside it NNNNNN.json has its captions, its length in bytes and its SHA-256, and is
+    written last: a shard with it is finished, and not made again. Shard 0 is the empty caption
+    alone. shards.json says of what the folder is made. part: (rank, world)."""
+    try:
+        from safetensors.torch import save
+    except ImportError:
+        raise DataError(NEEDS) from None
+    files = Files(images) if images else None
+    if files:
+        groups = by_bucket(files, bucket_sizes(size, multiple))
+    else:
+        groups = {(0, 0): [("", prompt) for prompt in read_prompts(prompts)]}
+    plan = [((0, 0), [("", "")])]
+    for bucket, rows in sorted(groups.items()):
+        plan += [(bucket, rows[i : i + shard]) for i in range(0, len(rows), shard)]
+    source = hashlib.sha256(repr(plan).encode("utf-8", "surrogatepass")).hexdigest()
+    made_of = dict(format=SHARDS, shards=len(plan), samples=sum(len(rows) for _, rows in plan))
+    made_of |= dict(source=source, model=encoders.identity(), t5=encoders.t5)
+    out, (rank, world) = Path(out), part
+    claim(out, made_of, first=rank == 0)
+
+    bad, total = [], made_of["samples"]
+    for i, (bucket, rows) in tqdm(list(enumerate(plan))[rank::world], "shards", disable=None):
+        path = out / f"{i:06d}.safetensors"
+        if path.exists() and path.stat().st_size == shard_note(path).get("bytes"):
+            continue
+        tensors = {}
+        if bucket != (0, 0):
+            rows, pixels = decode_rows(files, rows, bucket, bad)
+            if len(bad) > 0.01 * total or not rows:
+                raise DataError(f"{images}: {len(bad)} images can't be read. First: {bad[0]}.")
+            tensors["latents"] = encoders.latents(pixels)
+        captions = [caption for _, caption in rows]
+        distinct = {caption: k for k, caption in enumerate(dict.fromkeys(captions))}
+        where = [distinct[caption] for caption in captions]
+        features = encoders.text(list(distinct))
+        tensors |= {k: x[where] for k, x in zip(("context", "pooled"), features, strict=True)}
+        if wrong := [k for k, x in tensors.items() if not x.isfinite().all()]:
+            raise DataError(f"{path}: {wrong[0]} is not finite; is {encoders.folder} whole?")
+        content = save({k: x.bfloat16().contiguous() for k, x in tensors.items()})
+        note = dict(made_of=made_of, bytes=len(content), captions=captions)
+        note |= dict(sha256=hashlib.sha256(content).hexdigest())
+        note |= dict(latents=list(tensors["latents"].shape[1:]) if "latents" in tensors else None)
+        with replacing(path) as file:
+            file.write(content)
+        with replacing(path.with_suffix(".json")) as file:
+            file.write(json.dumps(note).encode())
+
+
+SHARDS = "ladd-shards-1"
+
+
+def decode_rows(files, rows, size, bad):
+    """-> those (name, caption) that can be read, pixels (n, 3, H, W); others go to `bad`."""
+
+    def one(row):
+        try:
+            return decode(files.read(row[0]), *size)
+        except Exception as error:  # Pillow and zipfile raise nearly anything on damaged files
+            return error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        done = list(zip(rows, pool.map(one, rows), strict=True))
+    for (name, _), error in done:
+        if isinstance(error, Exception):
+            print(f"skipped {files.path}: {name}: {error}", file=sys.stderr)
+            bad.append(name)
+    good = [(row, x) for row, x in done if not isinstance(x, Exception)]
+    return [row for row, _ in good], torch.from_numpy(np.array([x for _, x in good]))
+
+
+def shard_note(path):
+    """What stands in the JSON file beside a shard; nothing, if the shard was not finished."""
+    try:
+        return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path.with_suffix('.json')} can't be read ({error}).") from None
+
+
+def claim(out, made_of, first):
+    """Makes the folder, or finds it empty or made of the same; the first process signs it."""
+    out.mkdir(parents=True, exist_ok=True)
+    names = [p for p in out.iterdir() if not re.fullmatch(r"\..*\.tmp|\d{6}\.safetensors", p.name)]
+    if strangers := [p for p in names if not re.fullmatch(r"shards\.json|\d{6}\.json", p.name)]:
+        raise DataError(
+            f"--out {out}: {strangers[0].name} in it is not of a shard folder; choose another."
+        )
+    for path in names:
+        note = shard_note(path)
+        theirs = note.get("made_of", note)
+        if differing := [k for k in made_of if theirs.get(k) != made_of[k]]:
+            raise DataError(
+                f"--out {out}: was made of something else ({', '.join(differing)} differ); "
+                "choose another, or give the same prompts or images, model and options to go on."
+            )
+    if first:
+        with replacing(out / "shards.json") as file:
+            file.write((json.dumps(made_of, indent=1) + "\n").encode())
+
+
+class Shards:
+    """A folder that `encode` wrote: a data set, and the text features of its captions.
+
+    In place of HashedText: the id of a caption is its row of `captions`, and row 0 is the empty
+    caption. Tensors stay on disk, memory-mapped, and are read sample by sample. Every file's size
+    is checked at once; its SHA-256 too, or in large folders (4 GB) when it is first opened.
+
+    sizes: the buckets, [(h, w)] of latents, (0, 0) for prompts alone. Nothing is held out."""
+
+    attributes, device = {}, torch.device("cpu")
+
+    def __init__(self, path, seed=0):
+        self.name, self.path, self.seed = f"{Path(path).resolve()}", Path(path), seed
+        index = shard_note(self.path / "shards")
+        if index.get("format") != SHARDS:
+            raise DataError(f"{path}: its shards.json is not that of a shard folder.")
+        self.files = [self.path / f"{i:06d}.safetensors" for i in range(index["shards"])]
+        self.notes = [shard_note(file) for file in self.files]
+        for file, note in zip(self.files, self.notes, strict=True):
+            if not note or not file.exists():
+                raise DataError(f"{path}: {file.name} is missing; run the same encode again.")
+            if note["made_of"] != index:
+                raise DataError(f"{path}: {file.name} was made of something else than shards.json.")
+            if (found := file.stat().st_size) != note["bytes"]:
+                raise DataError(f"{file}: {found:,} of {note['bytes']:,} bytes; encode it again.")
+
+        captions = [caption for note in self.notes for caption in note["captions"]]
+        first = {}  # caption -> its first sample
+        for sample, caption in enumerate(captions):
+            first.setdefault(caption, sample)
+        self.captions, self.first = list(first), torch.tensor(list(first.values()))
+        self.rows = {caption: row for row, caption in enumerate(self.captions)}
+        self.labels = torch.zeros(len(self.captions), 0, dtype=torch.int64)
+        counts = [len(note.pop("captions")) for note in self.notes]
+        file = np.repeat(np.arange(len(counts)), counts)
+        starts = np.cumsum([0, *counts])
+        self.place = np.stack([file, np.arange(len(file)) - starts[file]], axis=1)
+        caption = torch.tensor([self.rows[c] for c in captions])
+
+        members = {}  # (h, w) -> its samples
+        for i, note in enumerate(self.notes[1:], 1):
+            size = tuple(note["latents"][1:]) if note["latents"] else (0, 0)
+            members.setdefault(size, []).append(torch.arange(starts[i], starts[i + 1]))
+        members = {size: torch.cat(parts) for size, parts in sorted(members.items())}
+        self.sets = {
+            size: ImageSet(f"{size}", (samples, caption[samples]), seed=seed, flip=False)
+            for size, samples in members.items()
+        }
+        self.sizes, self.train_size = list(self.sets), len(caption) - 1
+        self.shares = np.array([s.train_size for s in self.sets.values()]) / self.train_size
+        self.opened = {}
+        few = sum(note["bytes"] for note in self.notes) <= 4e9
+        for i in range(len(self.files) if few else 1):
+            self.open(i)
+        context, pooled = self.features(torch.zeros(1, dtype=torch.int64))
+        self.context_dim, self.pooled_dim = context.shape[2], pooled.shape[1]
+        self.channels = self.notes[-1]["latents"] and self.notes[-1]["latents"][0]
+
+    def expect(self, context_dim, pooled_dim, channels):
+        """Raises DataError where a network of these widths can't use the features."""
+        for what, mine, wanted in (
+            ("text features", self.context_dim, context_dim),
+            ("pooled text features", self.pooled_dim, pooled_dim),
+            ("latents", self.channels or channels, channels),
+        ):
+            if mine != wanted:
+                raise DataError(f"{self.path}: {what} {mine} wide, but the network takes {wanted}.")
+
+    def open(self, i):
+        """File i, checked and memory-mapped."""
+        if i not in self.opened:
+            try:
+                from safetensors import safe_open
+            except ImportError:
+                raise DataError(NEEDS) from None
+            if (found := sha256(self.files[i])) != self.notes[i]["sha256"]:
+                raise DataError(
+                    f"{self.files[i]}: altered since it was made (SHA-256 {found[:16]}…, expected "
+                    f"{self.notes[i]['sha256'][:16]}…); delete it and run the same encode again."
+                )
+            self.opened[i] = safe_open(self.files[i], "pt")
+        return self.opened[i]
+
+    def read(self, name, samples):
+        """One tensor of samples (B,) -> (B, …) float32 on the device."""
+        rows = [self.open(i).get_slice(name)[k] for i, k in self.place[samples.numpy()].tolist()]
+        return torch.stack(rows).to(self.device).float()
+
+    def bucket(self, index):
+        """The size of the batch that begins at an index, in proportion to the buckets' samples."""
+        u = hash_uniform(self.seed, [index], 1)[0, 0]
+        return self.sizes[min(np.searchsorted(self.shares.cumsum(), u), len(self.sizes) - 1)]
+
+    def batch(self, index, held_out=False, size=None):
+        """index (B,) -> latents x_0 (B, C, h, w) float32 on the CPU (None: prompts alone), caption.
+
+        One batch has one size: that given, or `bucket` of the first index."""
+        size = size or self.bucket(int(np.asarray(index)[0]))
+        samples, caption = self.sets[size].batch(index)
+        return None if size == (0, 0) else self.read("latents", samples).cpu(), caption
+
+    def ids(self, captions):
+        """captions -> (B, 1) int64 rows of `captions`."""
+        unknown = next((c for c in captions if c not in self.rows), None)
+        if unknown is not None:
+            raise DataError(f"{self.path}: holds no features of the caption {unknown!r}.")
+        return torch.tensor([[self.rows[c]] for c in captions])
+
+    def features(self, ids):
+        """rows of `captions` -> context (B, M, D_c), pooled (B, D_p), float32 on the device."""
+        samples = self.first[ids.flatten().cpu()]
+        return self.read("context", samples), self.read("pooled", samples)
+
+    def to(self, device):
+        self.device = torch.device(device)
+        return self
+
+    def __call__(self, captions):
+        return self.features(self.ids(captions))
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, status 2; --help shows the rest."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists all options)\n")
+
+
+def main(argv=None):
+    parser = Parser(
+        "data.py", allow_abbrev=False, description="Computes text features, and latents of images."
+    )
+    add, env = parser.add_argument, os.environ
+    add("command", choices=["encode"])
+    add("--model", required=True, metavar="SD3_DIR", help="a local SD3 folder, diffusers' layout")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompts", default="", metavar="FILE", help="one prompt a line")
+    source.add_argument(
+        "--images", default="", metavar="PATH", help="a folder or zip with captions"
+    )
+    add("--out", required=True, metavar="FOLDER", help="where shards are written, or gone on with")
+    add("--size", type=int, default=1024, help="images are made about this ² pixels large …")
+    add("--multiple", type=int, default=64, help="… with sides that are multiples of this")
+    add("--no-t5", action="store_true", help="zeros for T5's tokens")
+    add("--shard", type=int, default=256, help="samples of a file; 1.8 MB each at 1024²")
+    add("--rank", type=int, default=int(env.get("RANK", 0)), help="this process of …")
+    add("--world", type=int, default=int(env.get("WORLD_SIZE", 1)), help="… so many that share")
+    cuda = f"cuda:{env.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    add("--device", default=cuda)
+    args = parser.parse_args(argv)
+    if not 0 <= args.rank < args.world:
+        parser.error(f"--rank {args.rank}: must be from 0 to below --world {args.world}")
+    if args.shard < 1 or args.multiple < 8 or args.multiple % 8 or args.size < args.multiple:
+        parser.error("--shard: at least 1; --multiple: a multiple of 8; --size: at least that")
+    try:
+        encoders = Encoders(args.model, args.device, not args.no_t5, vae=bool(args.images))
+        encode(
+            encoders, args.out, prompts=args.prompts, images=args.images, size=args.size,
+            multiple=args.multiple, shard=args.shard, part=(args.rank, args.world),
+        )  # fmt: skip
+    except DataError as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        kept = f"what is finished in {args.out} is kept, the same command goes on"
+        print(f"data.py: {reason}; {kept}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def load(name, height, width, *, data_dir="data", seed=0):
-    """The data set `shapes`, `cifar10`, or that of a folder or zip of images at a path."""
+    """The data set `shapes`, `cifar10`, or that of a folder or zip of images, or of shards."""
     if name == "shapes":
         return Shapes(height, width, seed)
     if name == "cifar10":
         return load_cifar10(data_dir, height, width, seed)
     if not os.path.exists(name):
         raise DataError(f"--data {name}: no such folder or file, and not one of shapes, cifar10.")
+    if os.path.exists(os.path.join(name, "shards.json")):
+        return Shards(name, seed)
     return load_files(name, height, width, seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

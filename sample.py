@@ -14,9 +14,9 @@ Rectified flow and its schedules: arXiv 2403.03206 (SD3). Few-step sampling: LAD
 
     python sample.py runs/nano --prompt "a large red circle on a blue background" --out a.png
     python sample.py runs/nano --evaluate
+    python sample.py RUN --decode SD3_DIR --prompt "a red fox" --size 832x1216 --out fox.png
 """
 
-import argparse
 import copy
 import hashlib
 import json
@@ -32,6 +32,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from tqdm import tqdm
 
 import data
+from data import Parser
 from mmdit import MMDiT
 
 # ---------------------------------------------------------------------------------------------
@@ -514,13 +515,6 @@ def markdown_table(rows):
 # ---------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors in one line, status 2; --help shows the rest."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists all options)\n")
-
-
 def parse(argv):
     parser = Parser(
         "sample.py", description="Samples from a finished run, or scores it.", allow_abbrev=False
@@ -540,6 +534,7 @@ def parse(argv):
     add("--trajectory", metavar="FILE.gif", help="x̂_0 along the steps, as an animation")
     add("--init-image", metavar="FILE", help="start from this image instead of noise …")
     add("--strength", type=float, default=0.6, help="… noised to this level (0 to 1)")
+    add("--decode", metavar="SD3_DIR", help="for latents: SD3's text encoders and VAE, diffusers'")
     add("--evaluate", action="store_true", help="the table of scores instead of samples")
     add("--data", help="score against other data than the run's own")
     add("--data-dir", default="data", help="where downloads and judges are kept")
@@ -549,6 +544,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if not 0 < args.strength <= 1:
         parser.error(f"--strength {args.strength:g}: must be above 0 and at most 1")
+    if args.evaluate and args.decode:
+        parser.error("--evaluate scores models of pixels, --decode is for models of latents")
     if args.evaluate and args.num is not None and args.num < 8:
         parser.error("--num: scores need at least 8 samples")
     for name in ("num", "steps", "batch"):
@@ -572,7 +569,7 @@ def read_prompts(args, generator, error):
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         error("no prompt: give --prompt TEXT, --prompts FILE, or --prompts @captions")
-    length = generator.settings["text_length"]
+    length = math.inf if args.decode else generator.settings["text_length"]
     for prompt in dict.fromkeys(prompts):
         if len(data.split_words(prompt)) > length:
             print(f"only the first {length} words are read of: {prompt}", file=sys.stderr)
@@ -587,7 +584,21 @@ def dataset_of(args, generator):
     )
 
 
-def parse_size(text, generator, error):
+def sd3_encoders(folder, generator):
+    """SD3's encoders, in place of the text features that the model is otherwise sampled with."""
+    encoders, config = data.Encoders(folder, generator.device, vae=True), generator.model.config
+    context, pooled = encoders([""])
+    mine = context.shape[2], pooled.shape[1], encoders.part("vae").config.latent_channels
+    wanted = config["context_dim"], config["pooled_dim"], config["channels"]
+    if mine != wanted:
+        names = "widths of text and pooled text, and channels of latents"
+        raise ValueError(f"--decode {folder}: {names} are {mine}, but the model has {wanted}")
+    generator.text = encoders
+    return encoders
+
+
+def parse_size(text, generator, error, unit=1):
+    """--size, which is in pixels, in the model's own positions of `unit` pixels a side."""
     if text is None:
         return None
     try:
@@ -595,19 +606,27 @@ def parse_size(text, generator, error):
     except ValueError:
         error(f"--size {text}: must look like 24x16, height x width")
     patch, most = generator.settings["patch"], generator.settings["pos_size"]
-    if height < 1 or width < 1 or height % patch or width % patch:
-        error(f"--size {text}: both must be multiples of the patch, {patch}")
-    if max(height, width) > patch * most:
-        error(f"--size {text}: the model's positions end at {patch * most} pixels")
-    return height, width
+    side = patch * unit  # of a patch, pixels
+    if height < 1 or width < 1 or height % side or width % side:
+        error(f"--size {text}: both must be multiples of the patch, {side}")
+    if max(height, width) > side * most:
+        error(f"--size {text}: the model's positions end at {side * most} pixels")
+    return height // unit, width // unit
 
 
 def draw(args, error):
     """Samples as asked for, and writes them."""
     generator = load_generator(args.run, args.teacher, args.device, args.precision)
     prompts = read_prompts(args, generator, error)
+    to_images, unit = data.to_uint8, 1
+    if args.decode:
+        encoders = sd3_encoders(args.decode, generator)
+        to_images, unit = encoders.pixels, encoders.unit()
+        encoders([*prompts, ""])  # all at once: every encoder moves to the device one time
+    elif (channels := generator.model.config["channels"]) != 3:
+        error(f"{args.run} makes latents of {channels} channels: add --decode SD3_DIR")
     options = dict(seed=args.seed, steps=args.steps, cfg=args.cfg, sampler=args.sampler)
-    options["size"] = size = parse_size(args.size, generator, error)
+    options["size"] = size = parse_size(args.size, generator, error, unit)
     steps, cfg = generator.steps_or_default(args.steps, args.cfg, args.sampler)
     few = "renoise" if generator.kind == "student" else "euler"
     if cfg != 1 and (args.sampler or few) == "renoise":
@@ -617,15 +636,17 @@ def draw(args, error):
     if args.init_image:
         height, width = size or (generator.settings["size"],) * 2
         try:
-            pixels = data.decode(Path(args.init_image).read_bytes(), height, width)
+            pixels = data.decode(Path(args.init_image).read_bytes(), height * unit, width * unit)
         except OSError as reason:
             error(f"--init-image {args.init_image}: can't be read ({reason})")
-        options["start"] = (data.to_float(torch.from_numpy(pixels.copy()))[None], args.strength)
+        pixels = torch.from_numpy(pixels.copy())[None]
+        x0 = encoders.latents(pixels) if args.decode else data.to_float(pixels)
+        options["start"] = (x0, args.strength)
 
     notes = dict(seed=args.seed, steps=steps, cfg=cfg, model=f"{generator.kind} of {args.run}")
     with tqdm(total=len(prompts), desc="sampling", disable=not sys.stderr.isatty()) as bar:
         images = generator.sample(prompts, batch=args.batch, progress=bar, **options)
-    images, out = data.to_uint8(images), Path(args.out)
+    images, out = to_images(images), Path(args.out)
     if out.suffix.lower() == ".png":
         columns = math.ceil(math.sqrt(len(images)))
         text = "; ".join(dict.fromkeys(prompts))
@@ -637,7 +658,7 @@ def draw(args, error):
     print(f"{len(images)} images, {steps} steps: {out}")
     if args.trajectory:
         frames = generator.trajectory(prompts[:64], range(min(64, len(prompts))), **options)
-        pictures = [grid(data.to_uint8(x), math.ceil(len(x) ** 0.5)) for x in frames]
+        pictures = [grid(to_images(x), math.ceil(len(x) ** 0.5)) for x in frames]
         pause = [150] * (len(pictures) - 1) + [1500]
         moving = dict(save_all=True, append_images=pictures[1:], duration=pause, loop=0)
         pictures[0].save(args.trajectory, "GIF", comment=b"LADD", **moving)
