@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import hashlib
 import http.client
+import importlib
 import io
 import json
 import os
@@ -613,6 +614,16 @@ def resize(images, height, width):
 # ---------------------------------------------------------------------------------------------
 
 TOKENS = 77  # of CLIP, and as many of T5 after them
+SD3_PARTS = dict(
+    tokenizer="CLIPTokenizer",
+    tokenizer_2="CLIPTokenizer",
+    tokenizer_3="T5TokenizerFast",
+    text_encoder="CLIPTextModelWithProjection",
+    text_encoder_2="CLIPTextModelWithProjection",
+    text_encoder_3="T5EncoderModel",
+    vae="AutoencoderKL",
+)
+NEEDS = "SD3's encoders and shards need: pip install diffusers transformers safetensors"
 
 
 class Encoders:
@@ -624,12 +635,8 @@ class Encoders:
     def __init__(self, folder, device="cpu", t5=True, vae=False):
         self.folder, self.device, self.t5 = Path(folder), torch.device(device), t5
         self.loaded, self.known = {}, {}
-        self.parts = [
-            f"{kind}{n}"
-            for n in ("", "_2", "_3")[: 2 + t5]
-            for kind in ("tokenizer", "text_encoder")
-        ]
-        self.parts += ["vae"] * vae
+        wanted = dict(tokenizer_3=t5, text_encoder_3=t5, vae=vae)
+        self.parts = [part for part in SD3_PARTS if wanted.get(part, True)]
         if missing := [part for part in self.parts if not (self.folder / part).is_dir()]:
             raise DataError(
                 f"{folder}: not a whole SD3 folder of diffusers' layout, it lacks "
@@ -646,31 +653,24 @@ class Encoders:
         """A tokenizer, an encoder or the VAE, on the CPU."""
         if name in self.loaded:
             return self.loaded[name]
-        folder, local = self.folder / name, dict(local_files_only=True)
+        folder, options = self.folder / name, dict(local_files_only=True)
         try:
-            import transformers
-
-            transformers.utils.logging.disable_progress_bar()
+            library = importlib.import_module("diffusers" if name == "vae" else "transformers")
+            library.utils.logging.disable_progress_bar()
+            kind = getattr(library, SD3_PARTS[name])
             if name.startswith("tokenizer"):
-                kind = (
-                    transformers.T5TokenizerFast if name[-1] == "3" else transformers.CLIPTokenizer
-                )
-                part = kind.from_pretrained(folder, **local)
+                part = kind.from_pretrained(folder, **options)
             else:
-                kind = transformers.CLIPTextModelWithProjection
-                if name == "vae":
-                    from diffusers import AutoencoderKL as kind
-
-                    local |= dict(torch_dtype=torch.float32, low_cpu_mem_usage=False)
-                elif name == "text_encoder_3":
-                    kind = transformers.T5EncoderModel
-                part, info = kind.from_pretrained(folder, **local, output_loading_info=True)
+                options |= dict(low_cpu_mem_usage=False) if name == "vae" else {}
+                part, info = kind.from_pretrained(folder, **options, output_loading_info=True)
                 if absent := sorted(info["missing_keys"]):
                     raise ValueError(f"{len(absent)} tensors are missing: {absent[0]} …")
-                part.eval()
-                if name != "vae":
-                    half = name == "text_encoder_3" and self.device.type == "cuda"
-                    part.to(torch.bfloat16 if half else torch.float32)
+                half = name == "text_encoder_3" and self.device.type == "cuda"
+                part = (
+                    part.eval()
+                    if name == "vae"
+                    else part.eval().to(torch.bfloat16 if half else torch.float32)
+                )
         except ImportError:
             raise DataError(NEEDS) from None
         except Exception as error:  # these libraries raise nearly anything on damaged folders
@@ -754,9 +754,6 @@ class Encoders:
         with self.at_work("vae") as vae:
             parts = ((part.to(self.device) / scale + shift) for part in x0.split(4))
             return torch.cat([to_uint8(vae.decode(part).sample).cpu() for part in parts])
-
-
-NEEDS = "SD3's encoders and shards need: pip install diffusers transformers safetensors"
 
 
 def bucket_sizes(side, multiple, ratio=2.0):

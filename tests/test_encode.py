@@ -7,7 +7,6 @@ features are compared with diffusers' own. All widths differ, so that a swapped 
 import errno
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -314,11 +313,21 @@ def test_two_processes_share_the_work(sd3, prompts, tmp_path, monkeypatch):
     assert contents(out) == contents(tmp_path / "one")
 
 
-def test_two_at_the_same_time_finish_one_folder(sd3, prompts, tmp_path):
+def test_a_process_that_starts_first_does_not_disturb_the_one_that_signs(
+    sd3, prompts, tmp_path, monkeypatch
+):
+    """All of rank 0's work falls between rank 1's first encoding and its first file."""
     arguments = ("--model", sd3, "--prompts", prompts, "--out", tmp_path / "out", "--shard", 4)
-    with ThreadPoolExecutor(2) as pool:
-        status = pool.map(lambda rank: encode(*arguments, "--world", 2, "--rank", rank), (1, 0))
-    assert list(status) == [0, 0]
+    text, status = data.Encoders.text, []
+
+    def interrupted(self, captions):
+        if not status:
+            status.append(None)
+            status[0] = encode(*arguments, "--world", 2, "--rank", 0)
+        return text(self, captions)
+
+    monkeypatch.setattr(data.Encoders, "text", interrupted)
+    assert encode(*arguments, "--world", 2, "--rank", 1) == 0 and status == [0]
     assert data.load(str(tmp_path / "out"), 8, 8).train_size == 40
 
 
