@@ -827,37 +827,48 @@ def encode(encoders, out, *, prompts="", images="", size=1024, multiple=64, shar
     made_of = dict(format=SHARDS, shards=len(plan), samples=sum(len(rows) for _, rows in plan))
     made_of |= dict(source=source, model=encoders.identity(), t5=encoders.t5)
     out, (rank, world) = Path(out), part
-    claim(out, made_of, first=rank == 0)
+    claim(out, made_of, rank)
 
-    bad, total = [], made_of["samples"]
+    bad = []
     for i, (bucket, rows) in tqdm(list(enumerate(plan))[rank::world], "shards", disable=None):
-        path = out / f"{i:06d}.safetensors"
+        path, pixels = out / f"{i:06d}.safetensors", None
         if path.exists() and path.stat().st_size == shard_note(path).get("bytes"):
             continue
-        tensors = {}
         if bucket != (0, 0):
             rows, pixels = decode_rows(files, rows, bucket, bad)
-            if len(bad) > 0.01 * total or not rows:
-                raise DataError(f"{images}: {len(bad)} images can't be read. First: {bad[0]}.")
-            tensors["latents"] = encoders.latents(pixels)
+            if len(bad) > 0.01 * made_of["samples"]:
+                raise DataError(
+                    f"{images}: {len(bad)} of {made_of['samples']} images can't be read, more "
+                    f"than 1 %. First: {bad[0]}."
+                )
         captions = [caption for _, caption in rows]
-        distinct = {caption: k for k, caption in enumerate(dict.fromkeys(captions))}
-        where = [distinct[caption] for caption in captions]
-        features = encoders.text(list(distinct))
-        tensors |= {k: x[where] for k, x in zip(("context", "pooled"), features, strict=True)}
-        if wrong := [k for k, x in tensors.items() if not x.isfinite().all()]:
-            raise DataError(f"{path}: {wrong[0]} is not finite; is {encoders.folder} whole?")
-        content = save({k: x.bfloat16().contiguous() for k, x in tensors.items()})
-        note = dict(made_of=made_of, bytes=len(content), captions=captions)
-        note |= dict(sha256=hashlib.sha256(content).hexdigest())
+        tensors = features_of(encoders, captions, pixels) if rows else {}
+        content = save(tensors)
+        note = dict(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
         note |= dict(latents=list(tensors["latents"].shape[1:]) if "latents" in tensors else None)
         with replacing(path) as file:
             file.write(content)
         with replacing(path.with_suffix(".json")) as file:
-            file.write(json.dumps(note).encode())
+            file.write(json.dumps(note | dict(captions=captions)).encode())
 
 
 SHARDS = "ladd-shards-1"
+
+
+def features_of(encoders, captions, pixels):
+    """The bf16 tensors of a shard: context, pooled, and of pixels (n, 3, H, W) uint8 latents."""
+    distinct = list(dict.fromkeys(captions))
+    row = {caption: k for k, caption in enumerate(distinct)}
+    where = [row[caption] for caption in captions]
+    tensors = {
+        k: x[where] for k, x in zip(("context", "pooled"), encoders.text(distinct), strict=True)
+    }
+    if pixels is not None:
+        tensors["latents"] = encoders.latents(pixels)
+    for name, x in tensors.items():
+        if not x.isfinite().all():
+            raise DataError(f"{encoders.folder}: its {name} of {captions[0]!r} … are not finite.")
+    return {name: x.bfloat16().contiguous() for name, x in tensors.items()}
 
 
 def decode_rows(files, rows, size, bad):
@@ -882,32 +893,32 @@ def decode_rows(files, rows, size, bad):
 def shard_note(path):
     """What stands in the JSON file beside a shard; nothing, if the shard was not finished."""
     try:
-        return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return dict(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise DataError(f"{path.with_suffix('.json')} can't be read ({error}).") from None
 
 
-def claim(out, made_of, first):
-    """Makes the folder, or finds it empty or made of the same; the first process signs it."""
+def claim(out, made_of, rank):
+    """Signs the folder, if it is empty, or finds it made of the same."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"--out {out}: is a file; choose another name.")
     out.mkdir(parents=True, exist_ok=True)
-    names = [p for p in out.iterdir() if not re.fullmatch(r"\..*\.tmp|\d{6}\.safetensors", p.name)]
-    if strangers := [p for p in names if not re.fullmatch(r"shards\.json|\d{6}\.json", p.name)]:
+    signing = re.compile(r"\..*\.tmp|shards\.\d+\.json")  # by processes that started with this one
+    strangers = [path.name for path in out.iterdir() if not signing.fullmatch(path.name)]
+    signed = shard_note(out / "shards")
+    if strangers and not signed:
+        raise DataError(f"--out {out}: has {strangers[0]} and is no shard folder; choose another.")
+    if signed and (differing := [k for k in made_of if signed.get(k) != made_of[k]]):
         raise DataError(
-            f"--out {out}: {strangers[0].name} in it is not of a shard folder; choose another."
+            f"--out {out}: was made of something else ({', '.join(differing)} differ); choose "
+            "another, or give the same prompts or images, model and options to go on."
         )
-    for path in names:
-        note = shard_note(path)
-        theirs = note.get("made_of", note)
-        if differing := [k for k in made_of if theirs.get(k) != made_of[k]]:
-            raise DataError(
-                f"--out {out}: was made of something else ({', '.join(differing)} differ); "
-                "choose another, or give the same prompts or images, model and options to go on."
-            )
-    if first:
-        with replacing(out / "shards.json") as file:
-            file.write((json.dumps(made_of, indent=1) + "\n").encode())
+    own = out / f"shards.{rank}.json"
+    with replacing(own) as file:
+        file.write((json.dumps(made_of, indent=1) + "\n").encode())
+    os.replace(own, out / "shards.json")
 
 
 class Shards:
@@ -929,10 +940,8 @@ class Shards:
         self.files = [self.path / f"{i:06d}.safetensors" for i in range(index["shards"])]
         self.notes = [shard_note(file) for file in self.files]
         for file, note in zip(self.files, self.notes, strict=True):
-            if not note or not file.exists():
+            if not note.keys() >= {"bytes", "sha256", "latents", "captions"} or not file.exists():
                 raise DataError(f"{path}: {file.name} is missing; run the same encode again.")
-            if note["made_of"] != index:
-                raise DataError(f"{path}: {file.name} was made of something else than shards.json.")
             if (found := file.stat().st_size) != note["bytes"]:
                 raise DataError(f"{file}: {found:,} of {note['bytes']:,} bytes; encode it again.")
 
@@ -951,6 +960,8 @@ class Shards:
 
         members = {}  # (h, w) -> its samples
         for i, note in enumerate(self.notes[1:], 1):
+            if not counts[i]:  # none of its images could be read
+                continue
             size = tuple(note["latents"][1:]) if note["latents"] else (0, 0)
             members.setdefault(size, []).append(torch.arange(starts[i], starts[i + 1]))
         members = {size: torch.cat(parts) for size, parts in sorted(members.items())}
@@ -966,7 +977,7 @@ class Shards:
             self.open(i)
         context, pooled = self.features(torch.zeros(1, dtype=torch.int64))
         self.context_dim, self.pooled_dim = context.shape[2], pooled.shape[1]
-        self.channels = self.notes[-1]["latents"] and self.notes[-1]["latents"][0]
+        self.channels = next((n["latents"][0] for n in self.notes if n["latents"]), None)
 
     def expect(self, context_dim, pooled_dim, channels):
         """Raises DataError where a network of these widths can't use the features."""
@@ -1031,6 +1042,24 @@ class Shards:
         return self.features(self.ids(captions))
 
 
+def load(name, height, width, *, data_dir="data", seed=0):
+    """The data set `shapes`, `cifar10`, or that of a folder or zip of images, or of shards."""
+    if name == "shapes":
+        return Shapes(height, width, seed)
+    if name == "cifar10":
+        return load_cifar10(data_dir, height, width, seed)
+    if not os.path.exists(name):
+        raise DataError(f"--data {name}: no such folder or file, and not one of shapes, cifar10.")
+    if os.path.exists(os.path.join(name, "shards.json")):
+        return Shards(name, seed)
+    return load_files(name, height, width, seed)
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+
 class Parser(argparse.ArgumentParser):
     """Errors in one line, status 2; --help shows the rest."""
 
@@ -1079,19 +1108,6 @@ def main(argv=None):
         print(f"data.py: {reason}; {kept}", file=sys.stderr)
         return 1
     return 0
-
-
-def load(name, height, width, *, data_dir="data", seed=0):
-    """The data set `shapes`, `cifar10`, or that of a folder or zip of images, or of shards."""
-    if name == "shapes":
-        return Shapes(height, width, seed)
-    if name == "cifar10":
-        return load_cifar10(data_dir, height, width, seed)
-    if not os.path.exists(name):
-        raise DataError(f"--data {name}: no such folder or file, and not one of shapes, cifar10.")
-    if os.path.exists(os.path.join(name, "shards.json")):
-        return Shards(name, seed)
-    return load_files(name, height, width, seed)
 
 
 if __name__ == "__main__":

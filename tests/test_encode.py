@@ -7,6 +7,7 @@ features are compared with diffusers' own. All widths differ, so that a swapped 
 import errno
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -273,7 +274,7 @@ def test_buckets_have_the_area_asked_for():
 
 
 def test_a_cut_run_goes_on_and_keeps_what_is_finished(sd3, prompts, tmp_path, monkeypatch):
-    """A full disk in the third shard ends the run; the same command makes the same folder."""
+    """A full disk at the third shard ends the run; the same command makes the same folder."""
     arguments = ("--model", sd3, "--prompts", prompts, "--shard", 16, "--out")
     encode(*arguments, tmp_path / "whole")
     real, calls = data.os.fsync, []
@@ -313,9 +314,7 @@ def test_two_processes_share_the_work(sd3, prompts, tmp_path, monkeypatch):
     assert contents(out) == contents(tmp_path / "one")
 
 
-def test_a_process_that_starts_first_does_not_disturb_the_one_that_signs(
-    sd3, prompts, tmp_path, monkeypatch
-):
+def test_processes_that_start_together_finish_one_folder(sd3, prompts, tmp_path, monkeypatch):
     """All of rank 0's work falls between rank 1's first encoding and its first file."""
     arguments = ("--model", sd3, "--prompts", prompts, "--out", tmp_path / "out", "--shard", 4)
     text, status = data.Encoders.text, []
@@ -392,12 +391,19 @@ def test_an_unreadable_image_among_many_is_named_and_left_out(sd3, tmp_path, cap
     for i in range(110):
         Image.new("RGB", (20, 20), (i, 0, 0)).save(folder / f"{i}.png")
     path = folder / "7.png"
-    path.write_bytes(path.read_bytes()[:60])
-    arguments = ("--model", sd3, "--images", folder.parent, "--size", 16, "--multiple", 16)
+    path.write_bytes(b"no picture")
+    arguments = ("--model", sd3, "--images", folder.parent, "--size", 16, "--multiple", 8)
     assert encode(*arguments, "--out", tmp_path / "shards") == 0
     assert "7.png" in capsys.readouterr().err
     dataset = data.load(str(tmp_path / "shards"), 8, 8)
+    assert dataset.sizes == [(2, 2)]  # the other bucket had only the bad image
     assert dataset.train_size == 109 and dataset.captions == ["", "a photo of a red fox"]
+
+
+def test_missing_packages_are_named(sd3, prompts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert encode("--model", sd3, "--prompts", prompts, "--out", tmp_path / "out") == 2
+    assert "pip install diffusers transformers safetensors" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------
