@@ -850,6 +850,8 @@ def encode(encoders, out, *, prompts="", images="", size=1024, multiple=64, shar
             file.write(content)
         with replacing(path.with_suffix(".json")) as file:
             file.write(json.dumps(note | dict(captions=captions)).encode())
+    mine = len(range(rank, len(plan), world))
+    print(f"{mine} of {len(plan)} shards: {out}" + f", by process {rank} of {world}" * (world > 1))
 
 
 SHARDS = "ladd-shards-1"
@@ -912,7 +914,7 @@ def claim(out, made_of, rank):
         raise DataError(f"--out {out}: has {strangers[0]} and is no shard folder; choose another.")
     if signed and (differing := [k for k in made_of if signed.get(k) != made_of[k]]):
         raise DataError(
-            f"--out {out}: was made of something else ({', '.join(differing)} differ); choose "
+            f"--out {out}: was made with another {', '.join(differing)}; choose "
             "another, or give the same prompts or images, model and options to go on."
         )
     own = out / f"shards.{rank}.json"
