@@ -8,6 +8,9 @@ A data set is anything with these four things; `load` makes one from a name or a
     batch(index, held_out=False)            index (B,) of int -> images (B, 3, H, W) uint8,
                                             caption (B,) int64: a row of `captions`
 
+Images of several aspect ratios are one such set per shape, a bucket, with the same captions; all of
+them together are a `Buckets`, and every batch comes from one of them.
+
 The same index always gives the same image, whatever was drawn before: a run that is cut and
 resumed, or split over several processes, sees the same data. Indices run on for ever; finite sets
 are passed over again in a new order (and mirrored at random). Held-out images are never trained on.
@@ -22,6 +25,7 @@ import hashlib
 import http.client
 import io
 import json
+import math
 import os
 import pickle
 import posixpath
@@ -89,6 +93,67 @@ def to_float(images):
 def to_uint8(x0):
     """[-1, 1] -> uint8, rounded; values outside are clipped."""
     return ((x0.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------
+# Buckets: one shape each, all of the same area
+# ---------------------------------------------------------------------------------------------
+
+
+def bucket_sizes(side, multiple, aspects):
+    """Aspect ratios "width:height" -> their (H, W) with H·W ≈ side², both multiples of `multiple`.
+
+    The square one is side × side; ratios that come out the same are given once."""
+    sizes = []
+    for aspect in aspects:
+        width, height = (int(part) for part in aspect.split(":"))
+        ratio = max(width, height) / min(width, height)
+        long = max(1, round(side * math.sqrt(ratio) / multiple)) * multiple
+        short = max(1, round(side * side / long / multiple)) * multiple
+        square = (side, side) if width == height else None
+        sizes.append(square or ((short, long) if width > height else (long, short)))
+    return list(dict.fromkeys(sizes))
+
+
+def nearest(sizes, height, width):
+    """The one of `sizes` whose aspect ratio is nearest to that of height × width."""
+    ratio = lambda h, w: math.log(w / h)  # noqa: E731
+    return min(sizes, key=lambda size: abs(ratio(*size) - ratio(height, width)))
+
+
+class Buckets:
+    """Data sets of one shape each that share captions, attributes and labels."""
+
+    def __init__(self, sets):
+        self.sets = sets
+        self.name, self.captions = sets[0].name, sets[0].captions
+        self.attributes, self.labels = sets[0].attributes, sets[0].labels
+
+
+def buckets_of(dataset):
+    """The sets of one shape that a data set consists of: itself, or its buckets."""
+    return getattr(dataset, "sets", [dataset])
+
+
+def share_ends(sets, total):
+    """Where each set's share of `total` ends, in proportion to its images (endless: equally)."""
+    ends = np.cumsum([s.train_size or 1 for s in sets])
+    return ends * (total / ends[-1])
+
+
+def shares(dataset, count):
+    """[(bucket, how many of `count` things are its)], in proportion; without buckets of none."""
+    sets = buckets_of(dataset)
+    each = np.diff(share_ends(sets, count).round().astype(int), prepend=0).tolist()
+    return [(bucket, n) for bucket, n in zip(sets, each, strict=True) if n]
+
+
+def draw_bucket(dataset, seed, stage, step):
+    """The bucket of one batch, drawn in proportion from (seed, stage number, step) alone: the same
+    on every rank and after every resume. On average each image is then shown equally often."""
+    sets = buckets_of(dataset)
+    u = hash_uniform(seed, [step], 17 + stage)[0, -1]  # the slots before are others'
+    return sets[int(np.searchsorted(share_ends(sets, 1), u, side="right"))]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -175,15 +240,16 @@ class Shapes:
     name = "shapes"
     train_size = None  # endless
 
-    def __init__(self, height, width, seed=0):
+    def __init__(self, height, width, seed=0, pairs=None):
         self.height, self.width, self.seed = height, width, seed
+        self.size = (height, width)
         self.palette = np.array(list(COLOURS.values()), np.float32)
         colours = list(COLOURS)
         one = {"size": SIZES, "colour": colours, "shape": SHAPES}
         self.attributes = {**one, "background": colours}
         one_object = np.indices((2, 8, 4, 8)).reshape(4, -1).T  # every combination of values
         labels = one_object[one_object[:, 1] != one_object[:, 3]]
-        if min(height, width) >= PAIR_SIDE:
+        if min(height, width) >= PAIR_SIDE if pairs is None else pairs:
             # A relation and the second object's attributes; answer "none" where there is no second.
             self.attributes["relation"] = ("none", *RELATIONS)
             self.attributes |= {f"second {k}": ("none", *v) for k, v in one.items()}
@@ -285,7 +351,7 @@ class ImageSet:
         self.images, self.caption = train
         self.held_out_images, self.held_out_caption = held_out
         self.captions, self.attributes, self.labels = captions, attributes, labels
-        self.train_size = len(self.images)
+        self.train_size, self.size = len(self.images), tuple(self.images.shape[2:])
         self.orders = {}  # epoch -> its order; the last few are kept
 
     def order(self, epoch):
@@ -354,8 +420,15 @@ def to_rgb(image):
 
 def decode(data, height, width):
     """The bytes of an image file -> (3, H, W) uint8, cropped at the centre and resized."""
+    return decode_nearest(data, [(height, width)])
+
+
+def decode_nearest(data, sizes):
+    """The same to that (H, W) of `sizes` whose aspect ratio is nearest to the image's."""
     with Image.open(io.BytesIO(data)) as image:
-        image = ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.BICUBIC)
+        image = to_rgb(image)
+        height, width = nearest(sizes, image.height, image.width)
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     return np.asarray(image).transpose(2, 0, 1)
 
 
@@ -437,11 +510,13 @@ def find_captions(files):
     return captions, False
 
 
-def load_files(path, height, width, seed=0):
-    """A folder or a zip of images with a captions.jsonl, or a .txt each, or in class folders."""
+def load_files(path, height, width, seed=0, sizes=None):
+    """A folder or a zip of images with a captions.jsonl, or a .txt each, or in class folders.
+
+    With several `sizes` every image goes to the bucket of the nearest aspect ratio."""
     files = Files(path)
     caption_of, classes = find_captions(files)
-    pixels, kept = decode_all(files, sorted(caption_of), height, width)
+    pixels, kept = decode_all(files, sorted(caption_of), sizes or [(height, width)])
     texts = Counter(caption_of[n] for n in kept)
     captions = sorted(texts)
     row = {text: i for i, text in enumerate(captions)}
@@ -454,26 +529,33 @@ def load_files(path, height, width, seed=0):
     # A tenth of the images, at most 10,000, chosen by their names, is held out of training.
     names = [n.encode("utf-8", "surrogatepass") for n in kept]
     keys = [hashlib.blake2b(n, digest_size=8).digest() for n in names]
-    order = torch.tensor(sorted(range(len(kept)), key=keys.__getitem__))
-    cut = min(10_000, max(1, len(kept) // 10))
-    held, train = order[:cut], order[cut:] if len(kept) > 1 else order
-    return ImageSet(
-        f"{Path(path).resolve()}",
-        (pixels[train], caption[train]),
-        (pixels[held], caption[held]),
-        captions,
-        attributes,
-        labels,
-        seed,
-    )
+    order = sorted(range(len(kept)), key=keys.__getitem__)
+    sets = []
+    for shape in sorted({x.shape for x in pixels}):  # every bucket holds out its own tenth
+        mine = [i for i in order if pixels[i].shape == shape]
+        cut = min(10_000, max(1, len(mine) // 10))
+        held, train = mine[:cut], mine[cut:] if len(mine) > 1 else mine
+        part = lambda rows: (torch.from_numpy(np.stack([pixels[i] for i in rows])), caption[rows])  # noqa: E731
+        sets.append(
+            ImageSet(
+                f"{Path(path).resolve()}",
+                part(train),
+                part(held),
+                captions,
+                attributes,
+                labels,
+                seed,
+            )
+        )
+    return sets[0] if len(sets) == 1 else Buckets(sets)
 
 
-def decode_all(files, names, height, width):
-    """Every image as (n, 3, H, W) uint8, and the names that could be read; bad ones are named."""
+def decode_all(files, names, sizes):
+    """Every image as (3, H, W) uint8, and the names that could be read; bad ones are named."""
 
     def one(name):
         try:
-            return decode(files.read(name), height, width)
+            return decode_nearest(files.read(name), sizes)
         except Exception as error:  # Pillow and zipfile raise nearly anything on damaged files
             return error
 
@@ -492,7 +574,7 @@ def decode_all(files, names, height, width):
             f"First: {bad[0][0]}."
         )
     good = [(n, d) for n, d in zip(names, done, strict=True) if not isinstance(d, Exception)]
-    return torch.from_numpy(np.stack([d for _, d in good])), [n for n, _ in good]
+    return [d for _, d in good], [n for n, _ in good]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -603,12 +685,17 @@ def resize(images, height, width):
     return torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).contiguous()
 
 
-def load(name, height, width, *, data_dir="data", seed=0):
-    """The data set `shapes`, `cifar10`, or that of a folder or zip of images at a path."""
+def load(name, height, width, *, data_dir="data", seed=0, sizes=None):
+    """The data set `shapes`, `cifar10`, or that of a folder or zip of images at a path.
+
+    sizes: the (H, W) of several buckets, where height × width is their common area."""
+    sizes = sizes or [(height, width)]
     if name == "shapes":
-        return Shapes(height, width, seed)
-    if name == "cifar10":
-        return load_cifar10(data_dir, height, width, seed)
+        pairs = min(height, width) >= PAIR_SIDE  # in all buckets or in none
+        sets = [Shapes(h, w, seed, pairs) for h, w in sizes]
+        return sets[0] if len(sets) == 1 else Buckets(sets)
+    if name == "cifar10":  # its photographs are square
+        return load_cifar10(data_dir, *nearest(sizes, 1, 1), seed)
     if not os.path.exists(name):
         raise DataError(f"--data {name}: no such folder or file, and not one of shapes, cifar10.")
-    return load_files(name, height, width, seed)
+    return load_files(name, height, width, seed, sizes)
