@@ -8,6 +8,9 @@ A data set is anything with these four things; `load` makes one from a name or a
     batch(index, held_out=False)            index (B,) of int -> images (B, 3, H, W) uint8,
                                             caption (B,) int64: a row of `captions`
 
+Images of several aspect ratios are one such set per shape, a bucket, with the same captions; all of
+them together are a `Buckets`, and every batch comes from one of them.
+
 The same index always gives the same image, whatever was drawn before: a run that is cut and
 resumed, or split over several processes, sees the same data. Indices run on for ever; finite sets
 are passed over again in a new order (and mirrored at random). Held-out images are never trained on.
@@ -27,6 +30,7 @@ import http.client
 import importlib
 import io
 import json
+import math
 import os
 import pickle
 import posixpath
@@ -95,6 +99,67 @@ def to_float(images):
 def to_uint8(x0):
     """[-1, 1] -> uint8, rounded; values outside are clipped."""
     return ((x0.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------
+# Buckets: one shape each, all of the same area
+# ---------------------------------------------------------------------------------------------
+
+
+def bucket_sizes(side, multiple, aspects):
+    """Aspect ratios "width:height" -> their (H, W) with H·W ≈ side², both multiples of `multiple`.
+
+    The square one is side × side; ratios that come out the same are given once."""
+    sizes = []
+    for aspect in aspects:
+        width, height = (int(part) for part in aspect.split(":"))
+        ratio = max(width, height) / min(width, height)
+        long = max(1, round(side * math.sqrt(ratio) / multiple)) * multiple
+        short = max(1, round(side * side / long / multiple)) * multiple
+        square = (side, side) if width == height else None
+        sizes.append(square or ((short, long) if width > height else (long, short)))
+    return list(dict.fromkeys(sizes))
+
+
+def nearest(sizes, height, width):
+    """The one of `sizes` whose aspect ratio is nearest to that of height × width."""
+    ratio = lambda h, w: math.log(w / h)  # noqa: E731
+    return min(sizes, key=lambda size: abs(ratio(*size) - ratio(height, width)))
+
+
+class Buckets:
+    """Data sets of one shape each that share captions, attributes and labels."""
+
+    def __init__(self, sets):
+        self.sets = sets
+        self.name, self.captions = sets[0].name, sets[0].captions
+        self.attributes, self.labels = sets[0].attributes, sets[0].labels
+
+
+def buckets_of(dataset):
+    """The sets of one shape that a data set consists of: itself, or its buckets."""
+    return getattr(dataset, "sets", [dataset])
+
+
+def share_ends(sets, total):
+    """Where each set's share of `total` ends, in proportion to its images (endless: equally)."""
+    ends = np.cumsum([s.train_size or 1 for s in sets])
+    return ends * (total / ends[-1])
+
+
+def shares(dataset, count):
+    """[(bucket, how many of `count` things are its)], in proportion; without buckets of none."""
+    sets = buckets_of(dataset)
+    each = np.diff(share_ends(sets, count).round().astype(int), prepend=0).tolist()
+    return [(bucket, n) for bucket, n in zip(sets, each, strict=True) if n]
+
+
+def draw_bucket(dataset, seed, stage, step):
+    """The bucket of one batch, drawn in proportion from (seed, stage number, step) alone: the same
+    on every rank and after every resume. On average each image is then shown equally often."""
+    sets = buckets_of(dataset)
+    u = hash_uniform(seed, [step], 17 + stage)[0, -1]  # the slots before are others'
+    return sets[int(np.searchsorted(share_ends(sets, 1), u, side="right"))]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -181,15 +246,16 @@ class Shapes:
     name = "shapes"
     train_size = None  # endless
 
-    def __init__(self, height, width, seed=0):
+    def __init__(self, height, width, seed=0, pairs=None):
         self.height, self.width, self.seed = height, width, seed
+        self.size = (height, width)
         self.palette = np.array(list(COLOURS.values()), np.float32)
         colours = list(COLOURS)
         one = {"size": SIZES, "colour": colours, "shape": SHAPES}
         self.attributes = {**one, "background": colours}
         one_object = np.indices((2, 8, 4, 8)).reshape(4, -1).T  # every combination of values
         labels = one_object[one_object[:, 1] != one_object[:, 3]]
-        if min(height, width) >= PAIR_SIDE:
+        if min(height, width) >= PAIR_SIDE if pairs is None else pairs:
             # A relation and the second object's attributes; answer "none" where there is no second.
             self.attributes["relation"] = ("none", *RELATIONS)
             self.attributes |= {f"second {k}": ("none", *v) for k, v in one.items()}
@@ -291,7 +357,7 @@ class ImageSet:
         self.images, self.caption = train
         self.held_out_images, self.held_out_caption = held_out
         self.captions, self.attributes, self.labels = captions, attributes, labels
-        self.train_size = len(self.images)
+        self.train_size, self.size = len(self.images), tuple(self.images.shape[2:])
         self.orders = {}  # epoch -> its order; the last few are kept
 
     def order(self, epoch):
@@ -360,8 +426,15 @@ def to_rgb(image):
 
 def decode(data, height, width):
     """The bytes of an image file -> (3, H, W) uint8, cropped at the centre and resized."""
+    return decode_nearest(data, [(height, width)])
+
+
+def decode_nearest(data, sizes):
+    """The same to that (H, W) of `sizes` whose aspect ratio is nearest to the image's."""
     with Image.open(io.BytesIO(data)) as image:
-        image = ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.BICUBIC)
+        image = to_rgb(image)
+        height, width = nearest(sizes, image.height, image.width)
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     return np.asarray(image).transpose(2, 0, 1)
 
 
@@ -443,11 +516,13 @@ def find_captions(files):
     return captions, False
 
 
-def load_files(path, height, width, seed=0):
-    """A folder or a zip of images with a captions.jsonl, or a .txt each, or in class folders."""
+def load_files(path, height, width, seed=0, sizes=None):
+    """A folder or a zip of images with a captions.jsonl, or a .txt each, or in class folders.
+
+    With several `sizes` every image goes to the bucket of the nearest aspect ratio."""
     files = Files(path)
     caption_of, classes = find_captions(files)
-    pixels, kept = decode_all(files, sorted(caption_of), height, width)
+    pixels, kept = decode_all(files, sorted(caption_of), sizes or [(height, width)])
     texts = Counter(caption_of[n] for n in kept)
     captions = sorted(texts)
     row = {text: i for i, text in enumerate(captions)}
@@ -460,26 +535,33 @@ def load_files(path, height, width, seed=0):
     # A tenth of the images, at most 10,000, chosen by their names, is held out of training.
     names = [n.encode("utf-8", "surrogatepass") for n in kept]
     keys = [hashlib.blake2b(n, digest_size=8).digest() for n in names]
-    order = torch.tensor(sorted(range(len(kept)), key=keys.__getitem__))
-    cut = min(10_000, max(1, len(kept) // 10))
-    held, train = order[:cut], order[cut:] if len(kept) > 1 else order
-    return ImageSet(
-        f"{Path(path).resolve()}",
-        (pixels[train], caption[train]),
-        (pixels[held], caption[held]),
-        captions,
-        attributes,
-        labels,
-        seed,
-    )
+    order = sorted(range(len(kept)), key=keys.__getitem__)
+    sets = []
+    for shape in sorted({x.shape for x in pixels}):  # every bucket holds out its own tenth
+        mine = [i for i in order if pixels[i].shape == shape]
+        cut = min(10_000, max(1, len(mine) // 10))
+        held, train = mine[:cut], mine[cut:] if len(mine) > 1 else mine
+        part = lambda rows: (torch.from_numpy(np.stack([pixels[i] for i in rows])), caption[rows])  # noqa: E731
+        sets.append(
+            ImageSet(
+                f"{Path(path).resolve()}",
+                part(train),
+                part(held),
+                captions,
+                attributes,
+                labels,
+                seed,
+            )
+        )
+    return sets[0] if len(sets) == 1 else Buckets(sets)
 
 
-def decode_all(files, names, height, width):
-    """Every image as (n, 3, H, W) uint8, and the names that could be read; bad ones are named."""
+def decode_all(files, names, sizes):
+    """Every image as (3, H, W) uint8, and the names that could be read; bad ones are named."""
 
     def one(name):
         try:
-            return decode(files.read(name), height, width)
+            return decode_nearest(files.read(name), sizes)
         except Exception as error:  # Pillow and zipfile raise nearly anything on damaged files
             return error
 
@@ -498,7 +580,7 @@ def decode_all(files, names, height, width):
             f"First: {bad[0][0]}."
         )
     good = [(n, d) for n, d in zip(names, done, strict=True) if not isinstance(d, Exception)]
-    return torch.from_numpy(np.stack([d for _, d in good])), [n for n, _ in good]
+    return [d for _, d in good], [n for n, _ in good]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -756,16 +838,6 @@ class Encoders:
             return torch.cat([to_uint8(vae.decode(part).sample).cpu() for part in parts])
 
 
-def bucket_sizes(side, multiple, ratio=2.0):
-    """Sizes (H, W), multiples of `multiple`, of area ≈ side² and aspect 1/ratio to ratio."""
-    sizes = set()
-    for short in range(multiple, side + 1, multiple):
-        long = side * side // (short * multiple) * multiple
-        if short <= long <= ratio * short:
-            sizes |= {(short, long), (long, short)}
-    return sorted(sizes)
-
-
 def read_prompts(path):
     """The distinct lines of a file that are not empty."""
     try:
@@ -783,30 +855,29 @@ def by_bucket(files, sizes):
     caption_of, classes = find_captions(files)
     names = sorted(caption_of)
 
-    def nearest(name):
+    def size(name):
         try:
             with (
                 files.zip.open(name) if files.zip else open(files.path / name, "rb") as file,
                 Image.open(file) as image,
             ):
-                width, height = image.size
                 turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation
+                return nearest(sizes, *(image.size if turned else image.size[::-1]))
         except Exception:  # said when the image itself is read
             return sizes[0]
-        aspect = np.log(height / width) * (-1 if turned else 1)
-        return min(sizes, key=lambda size: abs(np.log(size[0] / size[1]) - aspect))
 
     groups = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for name, size in zip(names, pool.map(nearest, names), strict=True):
+        for name, bucket in zip(names, pool.map(size, names), strict=True):
             caption = f"a photo of a {caption_of[name]}" if classes else caption_of[name]
-            groups.setdefault(size, []).append((name, caption))
+            groups.setdefault(bucket, []).append((name, caption))
     return groups
 
 
-def encode(encoders, out, *, prompts="", images="", size=1024, multiple=64, shard=256, part=(0, 1)):
+def encode(encoders, out, *, prompts="", images="", sizes=(), shard=256, part=(0, 1)):
     """Writes the shards i of a prompts file or of images for which i mod world is this rank.
 
+    sizes: the (H, W) in pixels of images; each is cropped to that of the nearest aspect ratio.
     NNNNNN.safetensors holds bf16 tensors of samples of one size: context, pooled, and of images
     latents. Beside it NNNNNN.json has its captions, its length in bytes and its SHA-256, and is
     written last: a shard with it is finished, and not made again. Shard 0 is the empty caption
@@ -817,7 +888,7 @@ def encode(encoders, out, *, prompts="", images="", size=1024, multiple=64, shar
         raise DataError(NEEDS) from None
     files = Files(images) if images else None
     if files:
-        groups = by_bucket(files, bucket_sizes(size, multiple))
+        groups = by_bucket(files, sizes)
     else:
         groups = {(0, 0): [("", prompt) for prompt in read_prompts(prompts)]}
     plan = [((0, 0), [("", "")])]
@@ -923,18 +994,36 @@ def claim(out, made_of, rank):
     os.replace(own, out / "shards.json")
 
 
-class Shards:
-    """A folder that `encode` wrote: a data set, and the text features of its captions.
+class ShardBucket(ImageSet):
+    """Samples of one size from a shard folder. Nothing is held out."""
+
+    def __init__(self, shards, size, samples, caption):
+        rows = (torch.tensor(samples), caption[samples])
+        captions, labels = shards.captions, shards.labels
+        super().__init__(shards.name, rows, rows, captions, {}, labels, shards.seed, flip=False)
+        self.shards, self.size = shards, size
+
+    def batch(self, index, held_out=False):
+        """index (B,) -> x_0 (B, C, h, w) float32, or None of prompts alone; caption (B,)"""
+        index = np.asarray(index, np.int64) % SYNTHETIC_INDEX  # synthesis begins with a whole pass
+        samples, caption = super().batch(index, held_out)
+        latents = self.shards.channels and self.shards.read("latents", samples).cpu()
+        return latents, caption
+
+
+class Shards(Buckets):
+    """A folder that `encode` wrote: data sets of one size each, and their text features.
 
     In place of HashedText: the id of a caption is its row of `captions`, and row 0 is the empty
     caption. Tensors stay on disk, memory-mapped, and are read sample by sample. Every file's size
     is checked at once; its SHA-256 too, or in large folders (4 GB) when it is first opened.
 
-    sizes: the buckets, [(h, w)] of latents, (0, 0) for prompts alone. Nothing is held out."""
+    sizes: those of the samples to be made where there are prompts alone, (H, W) of x_0; each prompt
+    belongs to one of them."""
 
     attributes, device = {}, torch.device("cpu")
 
-    def __init__(self, path, seed=0):
+    def __init__(self, path, sizes, seed=0):
         self.name, self.path, self.seed = f"{Path(path).resolve()}", Path(path), seed
         index = shard_note(self.path / "shards")
         if index.get("format") != SHARDS:
@@ -960,26 +1049,24 @@ class Shards:
         self.place = np.stack([file, np.arange(len(file)) - starts[file]], axis=1)
         caption = torch.tensor([self.rows[c] for c in captions])
 
-        members = {}  # (h, w) -> its samples
+        self.channels, members = None, {}  # (h, w) of latents -> their samples
         for i, note in enumerate(self.notes[1:], 1):
-            if not counts[i]:  # none of its images could be read
-                continue
-            size = tuple(note["latents"][1:]) if note["latents"] else (0, 0)
-            members.setdefault(size, []).append(torch.arange(starts[i], starts[i + 1]))
-        members = {size: torch.cat(parts) for size, parts in sorted(members.items())}
-        self.sets = {
-            size: ImageSet(f"{size}", (samples, caption[samples]), seed=seed, flip=False)
-            for size, samples in members.items()
-        }
-        self.sizes, self.train_size = list(self.sets), len(caption) - 1
-        self.shares = np.array([s.train_size for s in self.sets.values()]) / self.train_size
+            if counts[i]:  # 0: none of its images could be read
+                self.channels, *size = note["latents"] or (None, 0, 0)
+                members.setdefault(tuple(size), []).extend(range(starts[i], starts[i + 1]))
+        if prompts := members.pop((0, 0), []):
+            members = {size: prompts[i :: len(sizes)] for i, size in enumerate(sizes)}
+        self.sets = [
+            ShardBucket(self, size, samples, caption)
+            for size, samples in sorted(members.items())
+            if samples
+        ]
         self.opened = {}
         few = sum(note["bytes"] for note in self.notes) <= 4e9
         for i in range(len(self.files) if few else 1):
             self.open(i)
         context, pooled = self.features(torch.zeros(1, dtype=torch.int64))
         self.context_dim, self.pooled_dim = context.shape[2], pooled.shape[1]
-        self.channels = next((n["latents"][0] for n in self.notes if n["latents"]), None)
 
     def expect(self, context_dim, pooled_dim, channels):
         """Raises DataError where a network of these widths can't use the features."""
@@ -1011,19 +1098,6 @@ class Shards:
         rows = [self.open(i).get_slice(name)[k] for i, k in self.place[samples.numpy()].tolist()]
         return torch.stack(rows).to(self.device).float()
 
-    def bucket(self, index):
-        """The size of the batch that begins at an index, in proportion to the buckets' samples."""
-        u = hash_uniform(self.seed, [index], 1)[0, 0]
-        return self.sizes[min(np.searchsorted(self.shares.cumsum(), u), len(self.sizes) - 1)]
-
-    def batch(self, index, held_out=False, size=None):
-        """index (B,) -> latents x_0 (B, C, h, w) float32 on the CPU (None: prompts alone), caption.
-
-        One batch has one size: that given, or `bucket` of the first index."""
-        size = size or self.bucket(int(np.asarray(index)[0]))
-        samples, caption = self.sets[size].batch(index)
-        return None if size == (0, 0) else self.read("latents", samples).cpu(), caption
-
     def ids(self, captions):
         """captions -> (B, 1) int64 rows of `captions`."""
         unknown = next((c for c in captions if c not in self.rows), None)
@@ -1044,22 +1118,30 @@ class Shards:
         return self.features(self.ids(captions))
 
 
-def load(name, height, width, *, data_dir="data", seed=0):
-    """The data set `shapes`, `cifar10`, or that of a folder or zip of images, or of shards."""
+def load(name, height, width, *, data_dir="data", seed=0, sizes=None):
+    """The data set `shapes`, `cifar10`, or of a folder or zip of images, or a folder of shards.
+
+    sizes: the (H, W) of several buckets, where height × width is their common area."""
+    sizes = sizes or [(height, width)]
     if name == "shapes":
-        return Shapes(height, width, seed)
-    if name == "cifar10":
-        return load_cifar10(data_dir, height, width, seed)
+        pairs = min(height, width) >= PAIR_SIDE  # in all buckets or in none
+        sets = [Shapes(h, w, seed, pairs) for h, w in sizes]
+        return sets[0] if len(sets) == 1 else Buckets(sets)
+    if name == "cifar10":  # its photographs are square
+        return load_cifar10(data_dir, *nearest(sizes, 1, 1), seed)
     if not os.path.exists(name):
         raise DataError(f"--data {name}: no such folder or file, and not one of shapes, cifar10.")
     if os.path.exists(os.path.join(name, "shards.json")):
-        return Shards(name, seed)
-    return load_files(name, height, width, seed)
+        return Shards(name, sizes, seed)
+    return load_files(name, height, width, seed, sizes)
 
 
 # ---------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------
+
+
+ASPECTS = "1:1,5:4,4:5,3:2,2:3,16:9,9:16"
 
 
 class Parser(argparse.ArgumentParser):
@@ -1082,8 +1164,9 @@ def main(argv=None):
         "--images", default="", metavar="PATH", help="a folder or zip with captions"
     )
     add("--out", required=True, metavar="FOLDER", help="where shards are written, or gone on with")
-    add("--size", type=int, default=1024, help="images are made about this ² pixels large …")
-    add("--multiple", type=int, default=64, help="… with sides that are multiples of this")
+    add("--size", type=int, default=1024, help="images get this area, ² pixels …")
+    add("--multiple", type=int, default=64, help="… sides that are multiples of this, and …")
+    add("--aspects", default=ASPECTS, metavar="W:H,…", help="… the nearest of these aspect ratios")
     add("--no-t5", action="store_true", help="zeros for T5's tokens")
     add("--shard", type=int, default=256, help="samples of a file; 1.8 MB each at 1024²")
     add("--rank", type=int, default=int(env.get("RANK", 0)), help="this process of …")
@@ -1095,11 +1178,14 @@ def main(argv=None):
         parser.error(f"--rank {args.rank}: must be from 0 to below --world {args.world}")
     if args.shard < 1 or args.multiple < 8 or args.multiple % 8 or args.size < args.multiple:
         parser.error("--shard: at least 1; --multiple: a multiple of 8; --size: at least that")
+    if not re.fullmatch(r"[1-9]\d*:[1-9]\d*(,[1-9]\d*:[1-9]\d*)*", args.aspects):
+        parser.error(f"--aspects {args.aspects}: must look like 1:1,3:2,2:3")
+    sizes = bucket_sizes(args.size, args.multiple, args.aspects.split(","))
     try:
         encoders = Encoders(args.model, args.device, not args.no_t5, vae=bool(args.images))
         encode(
-            encoders, args.out, prompts=args.prompts, images=args.images, size=args.size,
-            multiple=args.multiple, shard=args.shard, part=(args.rank, args.world),
+            encoders, args.out, prompts=args.prompts, images=args.images, sizes=sizes,
+            shard=args.shard, part=(args.rank, args.world),
         )  # fmt: skip
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)

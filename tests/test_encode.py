@@ -232,8 +232,13 @@ def test_shards_give_back_the_features_of_every_prompt(sd3, prompts, tmp_path):
 def test_prompts_are_drawn_without_gaps_or_doubles(sd3, prompts, tmp_path):
     out = tmp_path / "shards"
     encode("--model", sd3, "--prompts", prompts, "--out", out, "--shard", 16)
-    images, caption = data.load(str(out), 8, 8, seed=3).batch(np.arange(40))
-    assert images is None and sorted(caption.tolist()) == list(range(1, 41))
+    sizes = [(4, 4), (2, 6), (6, 2)]
+    dataset, drawn = data.load(str(out), 4, 4, seed=3, sizes=sizes), []
+    for bucket in dataset.sets:
+        images, caption = bucket.batch(np.arange(bucket.train_size) + data.SYNTHETIC_INDEX)
+        assert images is None and bucket.size in sizes and bucket.train_size in (13, 14)
+        drawn += caption.tolist()
+    assert sorted(drawn) == list(range(1, 41))
 
 
 def test_a_sample_costs_its_tensors_and_one_percent(sd3, prompts, tmp_path):
@@ -246,31 +251,18 @@ def test_a_sample_costs_its_tensors_and_one_percent(sd3, prompts, tmp_path):
 def test_images_are_sorted_into_buckets_of_one_size(sd3, images, tmp_path):
     """Of nine pictures the one turned by its EXIF is tall; latents are those of its caption."""
     out = tmp_path / "shards"
-    options = ("--size", 64, "--multiple", 16, "--shard", 3)
+    options = ("--size", 64, "--multiple", 16, "--shard", 3, "--aspects", "1:1,5:3,3:5")
     assert encode("--model", sd3, "--images", images, "--out", out, *options) == 0
     dataset, encoders = data.load(str(out), 8, 8), data.Encoders(sd3, vae=True)
     dataset.expect(24, 16, 16)
-    assert {size: s.train_size for size, s in dataset.sets.items()} == {
-        (6, 10): 2, (8, 8): 3, (10, 6): 4,
-    }  # fmt: skip
-    x0, caption = dataset.batch(np.arange(4), size=(10, 6))
+    assert {s.size: s.train_size for s in dataset.sets} == {(6, 10): 2, (8, 8): 3, (10, 6): 4}
+    x0, caption = dataset.sets[2].batch(np.arange(4))
     assert x0.shape == (4, 16, 10, 6) and x0.dtype == torch.float32
     assert {dataset.captions[i] for i in caption} == {f"picture {i}" for i in (0, 1, 4, 7)}
     row = [dataset.captions[i] for i in caption].index("picture 4")
     pixels = torch.from_numpy(data.decode((images / "4.png").read_bytes(), 80, 48).copy())
     wanted = encoders.latents(pixels[None])[0]
     torch.testing.assert_close(x0[row], wanted, rtol=0.01, atol=1e-3)
-    sizes = [dataset.batch([i])[0].shape[2:] for i in range(600)]
-    share = sizes.count((10, 6)) / len(sizes)
-    assert abs(share - 4 / 9) < 0.08  # buckets come up in proportion to their size
-
-
-def test_buckets_have_the_area_asked_for():
-    sizes = data.bucket_sizes(1024, 64)
-    assert (1024, 1024) in sizes and (832, 1216) in sizes and (1216, 832) in sizes
-    for height, width in sizes:
-        assert height % 64 == width % 64 == 0 and 0.5 <= height / width <= 2
-        assert 0.93 <= height * width / 1024**2 <= 1
 
 
 def test_a_cut_run_goes_on_and_keeps_what_is_finished(sd3, prompts, tmp_path, monkeypatch):
@@ -327,7 +319,7 @@ def test_processes_that_start_together_finish_one_folder(sd3, prompts, tmp_path,
 
     monkeypatch.setattr(data.Encoders, "text", interrupted)
     assert encode(*arguments, "--world", 2, "--rank", 1) == 0 and status == [0]
-    assert data.load(str(tmp_path / "out"), 8, 8).train_size == 40
+    assert data.load(str(tmp_path / "out"), 8, 8).sets[0].train_size == 40
 
 
 @pytest.mark.parametrize("damage", ["cut", "altered", "missing", "note"])
@@ -382,7 +374,7 @@ def test_other_folders_are_left_alone(sd3, prompts, tmp_path, capsys):
     capsys.readouterr()
     assert encode(*arguments, tmp_path / "shards", "--no-t5") == 2
     error = capsys.readouterr().err
-    assert "made with another t5" in error and contents(tmp_path / "shards") == before
+    assert "made with another model, t5" in error and contents(tmp_path / "shards") == before
 
 
 def test_an_unreadable_image_among_many_is_named_and_left_out(sd3, tmp_path, capsys):
@@ -393,11 +385,16 @@ def test_an_unreadable_image_among_many_is_named_and_left_out(sd3, tmp_path, cap
     path = folder / "7.png"
     path.write_bytes(b"no picture")
     arguments = ("--model", sd3, "--images", folder.parent, "--size", 16, "--multiple", 8)
+    arguments += ("--aspects", "4:1,1:1")
     assert encode(*arguments, "--out", tmp_path / "shards") == 0
     assert "7.png" in capsys.readouterr().err
     dataset = data.load(str(tmp_path / "shards"), 8, 8)
-    assert dataset.sizes == [(2, 2)]  # the other bucket had only the bad image
-    assert dataset.train_size == 109 and dataset.captions == ["", "a photo of a red fox"]
+    (bucket,) = dataset.sets  # another had only the bad image
+    assert (
+        bucket.size == (2, 2)
+        and bucket.train_size == 109
+        and dataset.captions == ["", "a photo of a red fox"]
+    )
 
 
 def test_missing_packages_are_named(sd3, prompts, tmp_path, capsys, monkeypatch):
@@ -419,7 +416,9 @@ def student(tmp_path):
         model = MMDiT(depth=1, width=16, heads=2, context_dim=24, pooled_dim=16, pos_size=8)
         for p in model.parameters():
             p.data.normal_(std=0.1)
-    settings = dict(size=8, patch=2, pos_size=8, text_dim=24, text_length=8, levels=(1.0, 0.5))
+    settings = dict(
+        size=64, downscale=8, patch=2, pos_size=8, text_dim=24, text_length=8, levels=(1.0, 0.5)
+    )
     settings |= dict(data="shards", seed=0, shift=3.0, teacher_steps=4, cfg=4.0)
     checkpoint = dict(format="ladd-1", kind="student", model=model.config, settings=settings)
     torch.save(checkpoint | dict(weights=model.state_dict(), step=1), tmp_path / "student.pt")

@@ -327,7 +327,7 @@ VALUES = dict(
     levels=(1.0, 0.8, 0.6, 0.2), level_p=(0.1, 0.2, 0.3, 0.4), warmup_p=(0.4, 0.3, 0.2, 0.1),
     targets="real", taps=(0, 2), out="elsewhere", data_dir="there", device="cpu",
     precision="fp32", stage="report", teacher="there.pt", steps_scale=0.5, drop=0.2,
-    teacher_ema=0.5, student_ema=0.6, beta1=0.7, t_hat_mean=-0.5,
+    teacher_ema=0.5, student_ema=0.6, beta1=0.7, t_hat_mean=-0.5, aspects=("1:1", "3:2"),
 )  # fmt: skip
 FIXED = {"channels"}  # the data are RGB
 
