@@ -64,7 +64,7 @@ class Settings:
     """Every setting, its default and its meaning; the command line is made from this."""
 
     preset: str = setting("nano", "the row of PRESETS to start from")
-    data: str = setting("shapes", "shapes, cifar10, or a folder or zip of images")
+    data: str = setting("shapes", "shapes, cifar10, or a folder or zip of images, or of shards")
     seed: int = setting(0, "of all randomness")
     size: int = setting(16, "side of the images, pixels")
     aspects: tuple = setting(("1:1",), "width:height of the images; all have the area of size²")
@@ -383,7 +383,8 @@ def synthesise(run):
             index = np.arange(shard * size, min((shard + 1) * size, s.synthetic))
             path = folder / f"{shard:05d}.pt"
             if not path.exists():
-                _, caption = bucket.batch(index + data.SYNTHETIC_INDEX)
+                first = buckets.index(bucket) * size  # a bucket's own captions from the first on
+                _, caption = bucket.batch(index - first + data.SYNTHETIC_INDEX)
                 captions = [run.dataset.captions[i] for i in caption]
                 x0 = teacher.sample(captions, index, size=bucket.size, **options)
                 if not x0.isfinite().all():
@@ -492,6 +493,9 @@ def distil(run):
 def report(run):
     """Scores everything; writes samples.png (same noise for all), metrics.json and report.md."""
     s, start = run.settings, time.perf_counter()
+    if s.channels != 3:
+        command = f"`python sample.py {run.out} --decode SD3_DIR --prompt TEXT`"
+        return write(f"Latents are not scored. {command} makes pictures.\n", run.out / "report.md")
     judge = run.judge()
     teacher, student = run.generator("teacher"), run.generator("student")
     accuracy = sample.judge_accuracy(run.dataset, judge)
@@ -740,7 +744,6 @@ class Run:
         self.device = torch.device(
             sample.best_device() if settings.device == "auto" else settings.device
         )
-        self.text = data.HashedText(settings.text_dim, settings.text_length).to(self.device)
         self.dataset = data.load(
             settings.data,
             settings.size,
@@ -749,6 +752,17 @@ class Run:
             seed=settings.seed,
             sizes=settings.sizes,
         )
+        encoded = isinstance(self.dataset, data.Shards)
+        if encoded:
+            wanted = settings.model()
+            self.dataset.expect(wanted["context_dim"], wanted["pooled_dim"], wanted["channels"])
+        elif settings.channels != 3:
+            raise data.DataError(
+                f"--preset {settings.preset} learns from latents of {settings.channels} channels, "
+                f"and --data {settings.data} has images of 3: it needs a folder of encoded shards."
+            )
+        words = data.HashedText(settings.text_dim, settings.text_length)
+        self.text = (self.dataset if encoded else words).to(self.device)
         self.notes = []  # lines the report must repeat
         self.board = None
 
@@ -777,7 +791,9 @@ class Run:
         """What samples from the finished teacher or student, or from a network in training."""
         model = self.load(kind) if model is None else model
         settings = dataclasses.asdict(self.settings)
-        return sample.Generator(model, settings, kind, self.device, self.settings.precision)
+        made = sample.Generator(model, settings, kind, self.device, self.settings.precision)
+        made.text = self.text
+        return made
 
     def judge(self):
         s = self.settings
@@ -807,7 +823,9 @@ class Run:
         return sorted((self.out / "synthetic").glob("*.pt"))
 
     def show(self, kind, step, model):
-        """A grid from fixed noise and captions into samples/."""
+        """A grid from fixed noise and captions into samples/; of pixels, not of latents."""
+        if self.settings.channels != 3:
+            return
         parts = sample.held_out_captions(self.dataset, 32)
         captions = [caption for own, _ in parts for caption in own]
         made = sample.sample_buckets(self.generator(kind, model), parts, seed=self.settings.seed)
@@ -1177,6 +1195,14 @@ def load_data(settings, given):
     """The data set; where a preset's own default can't be had, shapes in its place, said loudly."""
     try:
         run = Run(settings)
+        if isinstance(run.dataset, data.Shards):
+            taught = settings.teacher or run.path("teacher").exists()
+            if not run.dataset.channels and (settings.targets == "real" or not taught):
+                raise data.DataError(
+                    f"--data {settings.data}: has no images, prompts alone: that takes --teacher, "
+                    "and --targets synthetic."
+                )
+            return settings, None, run
         finite = [bucket for bucket in data.buckets_of(run.dataset) if bucket.train_size]
         held_out = sum(len(bucket.held_out_images) for bucket in finite)
         if finite and held_out < 8:
@@ -1187,7 +1213,7 @@ def load_data(settings, given):
             )
         return settings, None, run
     except data.DataError as error:
-        if given or settings.data == "shapes":
+        if given or settings.data == "shapes" or settings.channels != 3:
             raise
         note = f"{settings.data} can't be had, so this run uses the built-in shapes. {error}"
         settings = dataclasses.replace(settings, data="shapes")
@@ -1200,11 +1226,6 @@ def main(argv=None):
         print(plan_table(settings))
         return 0
     try:
-        if settings.channels != 3:
-            raise UsageError(
-                f"--preset {settings.preset} learns from latents of {settings.channels} channels, "
-                f"and --data {settings.data} has images of 3: it needs a folder of encoded shards."
-            )
         if settings.teacher:
             given_teacher(settings)
         settings, note, run = load_data(settings, given)

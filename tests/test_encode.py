@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import data
+import ladd
 import sample
 from mmdit import MMDiT
 
@@ -401,6 +402,49 @@ def test_missing_packages_are_named(sd3, prompts, tmp_path, capsys, monkeypatch)
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert encode("--model", sd3, "--prompts", prompts, "--out", tmp_path / "out") == 2
     assert "pip install diffusers transformers safetensors" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------
+# ladd.py --data shards/
+# ---------------------------------------------------------------------------------------------
+
+TINY = "--smoke --device cpu --precision fp32 --channels 16 --downscale 8 --size 64 --width 32"
+TINY += " --heads 2 --text-dim 24 --pooled-dim 16 --depth 3 --head-width 16"
+
+
+def test_latents_are_taught_distilled_and_decoded(sd3, images, prompts, tmp_path, capsys):
+    """encode → ladd.py → sample.py --decode; then LADD from prompts alone with that teacher."""
+    options = ("--size", 64, "--multiple", 16, "--aspects", "1:1,5:3,3:5")
+    encode("--model", sd3, "--images", images, "--out", tmp_path / "latents", *options)
+    encode("--model", sd3, "--prompts", prompts, "--out", tmp_path / "prompts")
+    first, second = tmp_path / "first", tmp_path / "second"
+    tiny = [*TINY.split(), "--data"]
+    assert ladd.main([*tiny, str(tmp_path / "latents"), "--out", str(first)]) == 0
+    shapes = {tuple(torch.load(p)["x0"].shape[1:]) for p in (first / "synthetic").iterdir()}
+    assert shapes == {(16, 6, 10), (16, 8, 8), (16, 10, 6)}
+    assert "--decode" in (first / "report.md").read_text()
+
+    alone = [*tiny, str(tmp_path / "prompts"), "--out", str(second)]
+    assert ladd.main(alone) == 2 and not second.exists()
+    assert "prompts alone: that takes --teacher" in capsys.readouterr().err
+    assert ladd.main([*alone, "--teacher", str(first / "teacher.pt"), "--synthetic", "40"]) == 0
+    out = tmp_path / "fox.png"
+    arguments = ["--decode", str(sd3), "--prompt", "a fox", "--device", "cpu", "--out", str(out)]
+    assert sample.main([str(second), *arguments]) == 0
+    with Image.open(out) as picture:
+        assert picture.size == (66, 66)  # 64 × 64 in the frame of a grid
+
+
+def test_features_reach_the_teacher_and_dropped_captions_are_empty(sd3, prompts, tmp_path):
+    """Run.text is the shards': what HashedText does with words, they do with rows."""
+    encode("--model", sd3, "--prompts", prompts, "--out", tmp_path / "shards")
+    settings, _ = ladd.parse([*TINY.split(), "--data", str(tmp_path / "shards")])
+    run = ladd.Run(settings)
+    words = run.text.ids(["prompt number 3", "prompt number 5"])
+    context, pooled = run.text.features(words * torch.tensor([[0], [1]]))
+    wanted = run.text(["", "prompt number 5"])
+    assert torch.equal(context, wanted[0]) and torch.equal(pooled, wanted[1])
+    assert run.generator("teacher", ladd.MMDiT(**settings.model())).text is run.text
 
 
 # ---------------------------------------------------------------------------------------------
