@@ -747,12 +747,10 @@ class Encoders:
                 part, info = kind.from_pretrained(folder, **options, output_loading_info=True)
                 if absent := sorted(info["missing_keys"]):
                     raise ValueError(f"{len(absent)} tensors are missing: {absent[0]} …")
-                half = name == "text_encoder_3" and self.device.type == "cuda"
-                part = (
-                    part.eval()
-                    if name == "vae"
-                    else part.eval().to(torch.bfloat16 if half else torch.float32)
-                )
+                part.eval()
+                if name != "vae":  # which is float32 from the start
+                    half = name == "text_encoder_3" and self.device.type == "cuda"
+                    part.to(torch.bfloat16 if half else torch.float32)
         except ImportError:
             raise DataError(NEEDS) from None
         except Exception as error:  # these libraries raise nearly anything on damaged folders
@@ -802,10 +800,14 @@ class Encoders:
         path = self.folder / "text_encoder_3" / "config.json"
         return json.loads(path.read_text(encoding="utf-8"))["d_model"] if path.exists() else 4096
 
-    def __call__(self, captions):
-        """captions -> context, pooled on the device; each caption is encoded once and kept."""
+    def learn(self, captions):
+        """Encodes those captions that are new, and keeps their features on the CPU."""
         if new := [caption for caption in dict.fromkeys(captions) if caption not in self.known]:
             self.known |= zip(new, zip(*self.text(new), strict=True), strict=True)
+
+    def __call__(self, captions):
+        """captions -> context (B, M, D_c), pooled (B, D_p), float32 on the device."""
+        self.learn(captions)
         columns = zip(*(self.known[caption] for caption in captions), strict=True)
         return tuple(torch.stack(column).to(self.device) for column in columns)
 

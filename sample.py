@@ -678,7 +678,7 @@ def draw(args, error):
     if args.decode:
         encoders = sd3_encoders(args.decode, generator)
         to_images, unit = encoders.pixels, encoders.unit()
-        encoders([*prompts, ""])  # all at once: every encoder moves to the device one time
+        encoders.learn([*prompts, ""])  # all at once: every encoder moves to the device one time
     elif (channels := generator.model.config["channels"]) != 3:
         error(f"{args.run} makes latents of {channels} channels: add --decode SD3_DIR")
     options = dict(seed=args.seed, steps=args.steps, cfg=args.cfg, sampler=args.sampler)

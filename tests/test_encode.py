@@ -485,6 +485,22 @@ def test_decode_makes_pictures_of_any_size_from_real_prompts(student, sd3, tmp_p
     assert not torch.equal(wanted[0], wanted[1])
 
 
+def test_decode_starts_at_images_and_shows_the_way(student, sd3, tmp_path):
+    """From an image with hardly any noise on it comes that image, through the VAE and back."""
+    pixels = torch.randint(0, 256, (1, 3, 64, 32), generator=torch.manual_seed(1)).byte()
+    Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).save(tmp_path / "start.png")
+    arguments = [str(student), "--decode", str(sd3), "--prompt", "a fox", "--size", "64x32"]
+    arguments += ["--init-image", str(tmp_path / "start.png"), "--strength", "0.0001"]
+    arguments += ["--trajectory", str(tmp_path / "way.gif"), "--device", "cpu"]
+    assert sample.main([*arguments, "--precision", "fp32", "--out", str(tmp_path / "out")]) == 0
+    encoders = data.Encoders(sd3, vae=True)
+    wanted = encoders.pixels(encoders.latents(pixels))[0].numpy()
+    got = np.asarray(Image.open(tmp_path / "out" / "00000.png")).transpose(2, 0, 1)
+    assert np.abs(got.astype(int) - wanted).max() <= 2
+    with Image.open(tmp_path / "way.gif") as moving:
+        assert moving.n_frames == 2 and moving.size == (34, 66)
+
+
 def test_decode_refuses_what_does_not_fit(student, sd3, capsys, tmp_path):
     run = [str(student), "--prompt", "x", "--device", "cpu", "--out", str(tmp_path / "a.png")]
     with pytest.raises(SystemExit, match="2"):
