@@ -531,7 +531,11 @@ def storages(tensors):
 
 
 def size_of(tensors):
-    return sum(storage.nbytes() for storage in storages(tensors).values())
+    return bytes_of(storages(tensors))
+
+
+def bytes_of(pieces):
+    return sum(storage.nbytes() for storage in pieces.values())
 
 
 def meta_networks(s):
@@ -577,15 +581,16 @@ def meta_iteration(s, batch, checkpointing):
         text = torch.empty(batch, s.text_length, s.text_dim), torch.empty(batch, pooled_dim)
         tokens = [torch.empty(batch, n, s.width) for n in (s.text_length, math.prod(grid))]
     own = storages(v for n in (student, teacher, heads) for v in (*n.parameters(), *n.buffers()))
-    kept, counts = {}, []
+    kept, block = {}, 0
 
     def pack(tensor):
         kept.update({k: v for k, v in storages([tensor]).items() if k not in own})
         return tensor
 
-    def count():
-        counts.append(sum(storage.nbytes() for storage in kept.values()))
-
+    if checkpointing:  # the way back holds one block that it has computed again
+        with saved_tensors_hooks(pack, lambda x: x):
+            student.joint_blocks[0](*map(cast, tokens), cast(tokens[0][:, 0]))
+        block, kept = bytes_of(kept), {}
     with FlopCounterMode(display=False) as flops, saved_tensors_hooks(pack, lambda x: x):
         x0_hat = student_predict(student, x0, text, t, x0)
         forward = flops.get_total_flops()
@@ -596,22 +601,20 @@ def meta_iteration(s, batch, checkpointing):
         before = dict(kept)
         kept |= storages(real)
         loss = discriminator_loss(heads, real, fake, t, text[1], grid, s.r1)[0]
-        count()
+        most, kept = bytes_of(kept), before
         loss.backward()
-        kept = before
         loss = generator_loss(heads, fake, t, text[1], grid)
-        if checkpointing:  # its backward holds one block that it has computed again
-            student.joint_blocks[0](*map(cast, tokens), cast(tokens[0][:, 0]))
-        count()
+        most = max(most, bytes_of(kept) + block)
         loss.backward()
-    return max(counts), forward, flops.get_total_flops()
+    return most, forward, flops.get_total_flops()
 
 
 def plan(s):
     """What `s.gpus` GPUs need for LADD: bytes of one GPU, FLOPs of all, seconds of an update.
 
-    The student stands in float32 with its average, gradients and AdamW's moments, the teacher in
-    the precision of the arithmetic; FSDP divides all of it, and gathers block by block."""
+    The student stands in float32 with its average, gradients (all the time, as when they are
+    accumulated) and AdamW's moments, the teacher in the precision of the arithmetic; FSDP divides
+    all of it and gathers block by block. Buffers of communication are not counted."""
     student, _, heads, dtype = meta_networks(s)
     sizes = dict(student=student, teacher=student, heads=heads)
     sizes = {k: sum(p.numel() for p in network.parameters()) for k, network in sizes.items()}
