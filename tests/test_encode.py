@@ -424,10 +424,13 @@ def test_latents_are_taught_distilled_and_decoded(sd3, images, prompts, tmp_path
     assert shapes == {(16, 6, 10), (16, 8, 8), (16, 10, 6)}
     assert "--decode" in (first / "report.md").read_text()
 
-    alone = [*tiny, str(tmp_path / "prompts"), "--out", str(second)]
+    alone = [*tiny, str(tmp_path / "prompts"), "--out", str(second), "--aspects", "1:1,4:1"]
     assert ladd.main(alone) == 2 and not second.exists()
     assert "prompts alone: that takes --teacher" in capsys.readouterr().err
-    assert ladd.main([*alone, "--teacher", str(first / "teacher.pt"), "--synthetic", "40"]) == 0
+    assert ladd.main([*alone, "--teacher", str(first / "teacher.pt")]) == 0
+    made = [torch.load(path) for path in sorted((second / "synthetic").iterdir())]
+    assert [shard["x0"].shape[1:] for shard in made] == [(16, 8, 8), (16, 8, 16)]
+    assert len({caption for shard in made for caption in shard["captions"]}) == 32  # no doubles
     out = tmp_path / "fox.png"
     arguments = ["--decode", str(sd3), "--prompt", "a fox", "--device", "cpu", "--out", str(out)]
     assert sample.main([str(second), *arguments]) == 0
