@@ -8,20 +8,29 @@ A data set is anything with these four things; `load` makes one from a name or a
     batch(index, held_out=False)            index (B,) of int -> images (B, 3, H, W) uint8,
                                             caption (B,) int64: a row of `captions`
 
+Images of several aspect ratios are one such set per shape, a bucket, with the same captions; all of
+them together are a `Buckets`, and every batch comes from one of them.
+
 The same index always gives the same image, whatever was drawn before: a run that is cut and
 resumed, or split over several processes, sees the same data. Indices run on for ever; finite sets
 are passed over again in a new order (and mirrored at random). Held-out images are never trained on.
 
 Text features need no download: every word is a frozen random vector, hashed from the word itself.
 The interface is that of real text encoders: captions -> context (B, M, D_c), pooled (B, D_p), and
-the empty caption is the unconditional one.
+the empty caption is the unconditional one. Real encoders' features are computed once, into shards:
+
+    python data.py encode --model SD3_DIR --prompts prompts.txt --out shards/
+    python data.py encode --model SD3_DIR --images PATH --out shards/        latents as well
 """
 
+import argparse
 import contextlib
 import hashlib
 import http.client
+import importlib
 import io
 import json
+import math
 import os
 import pickle
 import posixpath
@@ -82,13 +91,75 @@ def hash_uniform(seed, index, slots):
 
 
 def to_float(images):
-    """uint8 pixels 0…255 -> float32 in [-1, 1], the x_0 of a network that works on pixels."""
-    return images.float() / 127.5 - 1
+    """uint8 pixels 0…255 -> float32 in [-1, 1], the x_0 of a network that works on pixels.
+    Latents, which are no integers, are x_0 as they are."""
+    return images.float() if images.is_floating_point() else images.float() / 127.5 - 1
 
 
 def to_uint8(x0):
     """[-1, 1] -> uint8, rounded; values outside are clipped."""
     return ((x0.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------
+# Buckets: one shape each, all of the same area
+# ---------------------------------------------------------------------------------------------
+
+
+def bucket_sizes(side, multiple, aspects):
+    """Aspect ratios "width:height" -> their (H, W) with H·W ≈ side², both multiples of `multiple`.
+
+    The square one is side × side; ratios that come out the same are given once."""
+    sizes = []
+    for aspect in aspects:
+        width, height = (int(part) for part in aspect.split(":"))
+        ratio = max(width, height) / min(width, height)
+        long = max(1, round(side * math.sqrt(ratio) / multiple)) * multiple
+        short = max(1, round(side * side / long / multiple)) * multiple
+        square = (side, side) if width == height else None
+        sizes.append(square or ((short, long) if width > height else (long, short)))
+    return list(dict.fromkeys(sizes))
+
+
+def nearest(sizes, height, width):
+    """The one of `sizes` whose aspect ratio is nearest to that of height × width."""
+    ratio = lambda h, w: math.log(w / h)  # noqa: E731
+    return min(sizes, key=lambda size: abs(ratio(*size) - ratio(height, width)))
+
+
+class Buckets:
+    """Data sets of one shape each that share captions, attributes and labels."""
+
+    def __init__(self, sets):
+        self.sets = sets
+        self.name, self.captions = sets[0].name, sets[0].captions
+        self.attributes, self.labels = sets[0].attributes, sets[0].labels
+
+
+def buckets_of(dataset):
+    """The sets of one shape that a data set consists of: itself, or its buckets."""
+    return getattr(dataset, "sets", [dataset])
+
+
+def share_ends(sets, total):
+    """Where each set's share of `total` ends, in proportion to its images (endless: equally)."""
+    ends = np.cumsum([s.train_size or 1 for s in sets])
+    return ends * (total / ends[-1])
+
+
+def shares(dataset, count):
+    """[(bucket, how many of `count` things are its)], in proportion; without buckets of none."""
+    sets = buckets_of(dataset)
+    each = np.diff(share_ends(sets, count).round().astype(int), prepend=0).tolist()
+    return [(bucket, n) for bucket, n in zip(sets, each, strict=True) if n]
+
+
+def draw_bucket(dataset, seed, stage, step):
+    """The bucket of one batch, drawn in proportion from (seed, stage number, step) alone: the same
+    on every rank and after every resume. On average each image is then shown equally often."""
+    sets = buckets_of(dataset)
+    u = hash_uniform(seed, [step], 17 + stage)[0, -1]  # the slots before are others'
+    return sets[int(np.searchsorted(share_ends(sets, 1), u, side="right"))]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -175,15 +246,16 @@ class Shapes:
     name = "shapes"
     train_size = None  # endless
 
-    def __init__(self, height, width, seed=0):
+    def __init__(self, height, width, seed=0, pairs=None):
         self.height, self.width, self.seed = height, width, seed
+        self.size = (height, width)
         self.palette = np.array(list(COLOURS.values()), np.float32)
         colours = list(COLOURS)
         one = {"size": SIZES, "colour": colours, "shape": SHAPES}
         self.attributes = {**one, "background": colours}
         one_object = np.indices((2, 8, 4, 8)).reshape(4, -1).T  # every combination of values
         labels = one_object[one_object[:, 1] != one_object[:, 3]]
-        if min(height, width) >= PAIR_SIDE:
+        if min(height, width) >= PAIR_SIDE if pairs is None else pairs:
             # A relation and the second object's attributes; answer "none" where there is no second.
             self.attributes["relation"] = ("none", *RELATIONS)
             self.attributes |= {f"second {k}": ("none", *v) for k, v in one.items()}
@@ -285,7 +357,7 @@ class ImageSet:
         self.images, self.caption = train
         self.held_out_images, self.held_out_caption = held_out
         self.captions, self.attributes, self.labels = captions, attributes, labels
-        self.train_size = len(self.images)
+        self.train_size, self.size = len(self.images), tuple(self.images.shape[2:])
         self.orders = {}  # epoch -> its order; the last few are kept
 
     def order(self, epoch):
@@ -354,8 +426,15 @@ def to_rgb(image):
 
 def decode(data, height, width):
     """The bytes of an image file -> (3, H, W) uint8, cropped at the centre and resized."""
+    return decode_nearest(data, [(height, width)])
+
+
+def decode_nearest(data, sizes):
+    """The same to that (H, W) of `sizes` whose aspect ratio is nearest to the image's."""
     with Image.open(io.BytesIO(data)) as image:
-        image = ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.BICUBIC)
+        image = to_rgb(image)
+        height, width = nearest(sizes, image.height, image.width)
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     return np.asarray(image).transpose(2, 0, 1)
 
 
@@ -437,11 +516,13 @@ def find_captions(files):
     return captions, False
 
 
-def load_files(path, height, width, seed=0):
-    """A folder or a zip of images with a captions.jsonl, or a .txt each, or in class folders."""
+def load_files(path, height, width, seed=0, sizes=None):
+    """A folder or a zip of images with a captions.jsonl, or a .txt each, or in class folders.
+
+    With several `sizes` every image goes to the bucket of the nearest aspect ratio."""
     files = Files(path)
     caption_of, classes = find_captions(files)
-    pixels, kept = decode_all(files, sorted(caption_of), height, width)
+    pixels, kept = decode_all(files, sorted(caption_of), sizes or [(height, width)])
     texts = Counter(caption_of[n] for n in kept)
     captions = sorted(texts)
     row = {text: i for i, text in enumerate(captions)}
@@ -454,26 +535,33 @@ def load_files(path, height, width, seed=0):
     # A tenth of the images, at most 10,000, chosen by their names, is held out of training.
     names = [n.encode("utf-8", "surrogatepass") for n in kept]
     keys = [hashlib.blake2b(n, digest_size=8).digest() for n in names]
-    order = torch.tensor(sorted(range(len(kept)), key=keys.__getitem__))
-    cut = min(10_000, max(1, len(kept) // 10))
-    held, train = order[:cut], order[cut:] if len(kept) > 1 else order
-    return ImageSet(
-        f"{Path(path).resolve()}",
-        (pixels[train], caption[train]),
-        (pixels[held], caption[held]),
-        captions,
-        attributes,
-        labels,
-        seed,
-    )
+    order = sorted(range(len(kept)), key=keys.__getitem__)
+    sets = []
+    for shape in sorted({x.shape for x in pixels}):  # every bucket holds out its own tenth
+        mine = [i for i in order if pixels[i].shape == shape]
+        cut = min(10_000, max(1, len(mine) // 10))
+        held, train = mine[:cut], mine[cut:] if len(mine) > 1 else mine
+        part = lambda rows: (torch.from_numpy(np.stack([pixels[i] for i in rows])), caption[rows])  # noqa: E731
+        sets.append(
+            ImageSet(
+                f"{Path(path).resolve()}",
+                part(train),
+                part(held),
+                captions,
+                attributes,
+                labels,
+                seed,
+            )
+        )
+    return sets[0] if len(sets) == 1 else Buckets(sets)
 
 
-def decode_all(files, names, height, width):
-    """Every image as (n, 3, H, W) uint8, and the names that could be read; bad ones are named."""
+def decode_all(files, names, sizes):
+    """Every image as (3, H, W) uint8, and the names that could be read; bad ones are named."""
 
     def one(name):
         try:
-            return decode(files.read(name), height, width)
+            return decode_nearest(files.read(name), sizes)
         except Exception as error:  # Pillow and zipfile raise nearly anything on damaged files
             return error
 
@@ -492,7 +580,7 @@ def decode_all(files, names, height, width):
             f"First: {bad[0][0]}."
         )
     good = [(n, d) for n, d in zip(names, done, strict=True) if not isinstance(d, Exception)]
-    return torch.from_numpy(np.stack([d for _, d in good])), [n for n, _ in good]
+    return [d for _, d in good], [n for n, _ in good]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -603,12 +691,514 @@ def resize(images, height, width):
     return torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).contiguous()
 
 
-def load(name, height, width, *, data_dir="data", seed=0):
-    """The data set `shapes`, `cifar10`, or that of a folder or zip of images at a path."""
+# ---------------------------------------------------------------------------------------------
+# Shards: the features and latents of SD3's frozen encoders, computed once
+# ---------------------------------------------------------------------------------------------
+
+TOKENS = 77  # of CLIP, and as many of T5 after them
+SD3_PARTS = dict(
+    tokenizer="CLIPTokenizer",
+    tokenizer_2="CLIPTokenizer",
+    tokenizer_3="T5TokenizerFast",
+    text_encoder="CLIPTextModelWithProjection",
+    text_encoder_2="CLIPTextModelWithProjection",
+    text_encoder_3="T5EncoderModel",
+    vae="AutoencoderKL",
+)
+NEEDS = "SD3's encoders and shards need: pip install diffusers transformers safetensors"
+
+
+class Encoders:
+    """The text encoders and the VAE of a local SD3 folder in diffusers' layout; no network.
+
+    Each is loaded when first asked for and on the device only while it works. In float32; T5, with
+    4.7 G parameters, in bf16 on a GPU. Without T5 its tokens are zeros, as SD3 allows."""
+
+    def __init__(self, folder, device="cpu", t5=True, vae=False):
+        self.folder, self.device, self.t5 = Path(folder), torch.device(device), t5
+        self.loaded, self.known = {}, {}
+        wanted = dict(tokenizer_3=t5, text_encoder_3=t5, vae=vae)
+        self.parts = [part for part in SD3_PARTS if wanted.get(part, True)]
+        if missing := [part for part in self.parts if not (self.folder / part).is_dir()]:
+            raise DataError(
+                f"{folder}: not a whole SD3 folder of diffusers' layout, it lacks "
+                f"{', '.join(part + '/' for part in missing)}."
+            )
+
+    def identity(self):
+        """A hash of the names and sizes of the encoders' files."""
+        files = [f for part in self.parts for f in (self.folder / part).iterdir() if f.is_file()]
+        sizes = sorted((f.relative_to(self.folder).as_posix(), f.stat().st_size) for f in files)
+        return hashlib.sha256(repr(sizes).encode()).hexdigest()
+
+    def part(self, name):
+        """A tokenizer, an encoder or the VAE, on the CPU."""
+        if name in self.loaded:
+            return self.loaded[name]
+        folder, options = self.folder / name, dict(local_files_only=True)
+        try:
+            library = importlib.import_module("diffusers" if name == "vae" else "transformers")
+            library.utils.logging.disable_progress_bar()
+            kind = getattr(library, SD3_PARTS[name])
+            if name.startswith("tokenizer"):
+                part = kind.from_pretrained(folder, **options)
+            else:
+                options |= dict(low_cpu_mem_usage=False) if name == "vae" else {}
+                part, info = kind.from_pretrained(folder, **options, output_loading_info=True)
+                if absent := sorted(info["missing_keys"]):
+                    raise ValueError(f"{len(absent)} tensors are missing: {absent[0]} …")
+                part.eval()
+                if name != "vae":  # which is float32 from the start
+                    half = name == "text_encoder_3" and self.device.type == "cuda"
+                    part.to(torch.bfloat16 if half else torch.float32)
+        except ImportError:
+            raise DataError(NEEDS) from None
+        except Exception as error:  # these libraries raise nearly anything on damaged folders
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise DataError(f"{folder} can't be loaded: {reason}") from None
+        self.loaded[name] = part
+        return part
+
+    @contextlib.contextmanager
+    def at_work(self, name):
+        model = self.part(name)
+        yield model.to(self.device)
+        model.to("cpu")
+
+    @torch.no_grad()
+    def read(self, n, captions, outputs):
+        """outputs(answer) of text encoder n on the captions, 32 at a time; float32 on the CPU."""
+        tokens = self.part("tokenizer" + n)(
+            captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids
+        with self.at_work("text_encoder" + n) as model:
+            answers = (
+                outputs(model(part.to(self.device), output_hidden_states=True))
+                for part in tokens.split(32)
+            )
+            rows = [[x.float().cpu() for x in answer] for answer in answers]
+        return [torch.cat(column) for column in zip(*rows, strict=True)]
+
+    def text(self, captions):
+        """captions -> context (n, 77 + 77, 4096), pooled (n, 768 + 1280), float32 on the CPU.
+
+        As SD3 has it (arXiv 2403.03206, appendix B): the last hidden states but one of both CLIPs
+        side by side, padded with zeros to T5's width, then T5's tokens; both CLIPs' pooled ones."""
+        both = lambda answer: (answer.hidden_states[-2], answer.text_embeds)  # noqa: E731
+        (l_states, l_pooled), (g_states, g_pooled) = (
+            self.read(n, captions, both) for n in ("", "_2")
+        )
+        clip = torch.cat([l_states, g_states], dim=2)  # (n, 77, 768 + 1280)
+        if self.t5:
+            (t5,) = self.read("_3", captions, lambda answer: (answer.last_hidden_state,))
+        else:
+            t5 = torch.zeros(len(captions), TOKENS, self.t5_width())
+        clip = torch.nn.functional.pad(clip, (0, t5.shape[2] - clip.shape[2]))
+        return torch.cat([clip, t5], dim=1), torch.cat([l_pooled, g_pooled], dim=1)
+
+    def t5_width(self):
+        path = self.folder / "text_encoder_3" / "config.json"
+        return json.loads(path.read_text(encoding="utf-8"))["d_model"] if path.exists() else 4096
+
+    def learn(self, captions):
+        """Encodes those captions that are new, and keeps their features on the CPU."""
+        if new := [caption for caption in dict.fromkeys(captions) if caption not in self.known]:
+            self.known |= zip(new, zip(*self.text(new), strict=True), strict=True)
+
+    def __call__(self, captions):
+        """captions -> context (B, M, D_c), pooled (B, D_p), float32 on the device."""
+        self.learn(captions)
+        columns = zip(*(self.known[caption] for caption in captions), strict=True)
+        return tuple(torch.stack(column).to(self.device) for column in columns)
+
+    def scale(self):
+        """SD3's scale and shift of latents, or what the VAE says of itself."""
+        config = self.part("vae").config
+        if config.shift_factor is None:
+            return 1.5305, 0.0609
+        return config.scaling_factor, config.shift_factor
+
+    def unit(self):
+        """The side of a position of latents, pixels."""
+        return 2 ** (len(self.part("vae").config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def latents(self, images):
+        """images (n, 3, H, W) uint8 -> x_0 = (mean - shift)·scale (n, 16, H/8, W/8), on the CPU."""
+        scale, shift = self.scale()
+        with self.at_work("vae") as vae:
+            parts = (to_float(part.to(self.device)) for part in images.split(4))
+            means = [vae.encode(part).latent_dist.mean.cpu() for part in parts]
+        return (torch.cat(means) - shift) * scale
+
+    @torch.no_grad()
+    def pixels(self, x0):
+        """x_0 (n, 16, h, w) -> images (n, 3, 8·h, 8·w) uint8 on the CPU."""
+        scale, shift = self.scale()
+        with self.at_work("vae") as vae:
+            parts = ((part.to(self.device) / scale + shift) for part in x0.split(4))
+            return torch.cat([to_uint8(vae.decode(part).sample).cpu() for part in parts])
+
+
+def read_prompts(path):
+    """The distinct lines of a file that are not empty."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--prompts {path}: can't be read ({error}).") from None
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not prompts:
+        raise DataError(f"--prompts {path}: no prompt in it; one a line is expected.")
+    return prompts
+
+
+def by_bucket(files, sizes):
+    """Images by the size of nearest aspect, from their headers: {(H, W): [(name, caption)]}."""
+    caption_of, classes = find_captions(files)
+    names = sorted(caption_of)
+
+    def size(name):
+        try:
+            with (
+                files.zip.open(name) if files.zip else open(files.path / name, "rb") as file,
+                Image.open(file) as image,
+            ):
+                turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation
+                return nearest(sizes, *(image.size if turned else image.size[::-1]))
+        except Exception:  # said when the image itself is read
+            return sizes[0]
+
+    groups = {}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for name, bucket in zip(names, pool.map(size, names), strict=True):
+            caption = f"a photo of a {caption_of[name]}" if classes else caption_of[name]
+            groups.setdefault(bucket, []).append((name, caption))
+    return groups
+
+
+def encode(encoders, out, *, prompts="", images="", sizes=(), shard=256, part=(0, 1)):
+    """Writes the shards i of a prompts file or of images for which i mod world is this rank.
+
+    sizes: the (H, W) in pixels of images; each is cropped to that of the nearest aspect ratio.
+    NNNNNN.safetensors holds bf16 tensors of samples of one size: context, pooled, and of images
+    latents. Beside it NNNNNN.json has its captions, its length in bytes and its SHA-256, and is
+    written last: a shard with it is finished, and not made again. Shard 0 is the empty caption
+    alone. shards.json says of what the folder is made. part: (rank, world)."""
+    try:
+        from safetensors.torch import save
+    except ImportError:
+        raise DataError(NEEDS) from None
+    files = Files(images) if images else None
+    if files:
+        groups = by_bucket(files, sizes)
+    else:
+        groups = {(0, 0): [("", prompt) for prompt in read_prompts(prompts)]}
+    plan = [((0, 0), [("", "")])]
+    for bucket, rows in sorted(groups.items()):
+        plan += [(bucket, rows[i : i + shard]) for i in range(0, len(rows), shard)]
+    source = hashlib.sha256(repr(plan).encode("utf-8", "surrogatepass")).hexdigest()
+    made_of = dict(format=SHARDS, shards=len(plan), samples=sum(len(rows) for _, rows in plan))
+    made_of |= dict(source=source, model=encoders.identity(), t5=encoders.t5)
+    out, (rank, world) = Path(out), part
+    claim(out, made_of, rank)
+
+    bad = []
+    for i, (bucket, rows) in tqdm(list(enumerate(plan))[rank::world], "shards", disable=None):
+        path, pixels = out / f"{i:06d}.safetensors", None
+        if path.exists() and path.stat().st_size == shard_note(path).get("bytes"):
+            continue
+        if bucket != (0, 0):
+            rows, pixels = decode_rows(files, rows, bucket, bad)
+            if len(bad) > 0.01 * made_of["samples"]:
+                raise DataError(
+                    f"{images}: {len(bad)} of {made_of['samples']} images can't be read, more "
+                    f"than 1 %. First: {bad[0]}."
+                )
+        captions = [caption for _, caption in rows]
+        tensors = features_of(encoders, captions, pixels) if rows else {}
+        content = save(tensors)
+        note = dict(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        note |= dict(latents=list(tensors["latents"].shape[1:]) if "latents" in tensors else None)
+        with replacing(path) as file:
+            file.write(content)
+        with replacing(path.with_suffix(".json")) as file:
+            file.write(json.dumps(note | dict(captions=captions)).encode())
+    mine = len(range(rank, len(plan), world))
+    print(f"{mine} of {len(plan)} shards: {out}" + f", by process {rank} of {world}" * (world > 1))
+
+
+SHARDS = "ladd-shards-1"
+
+
+def features_of(encoders, captions, pixels):
+    """The bf16 tensors of a shard: context, pooled, and of pixels (n, 3, H, W) uint8 latents."""
+    distinct = list(dict.fromkeys(captions))
+    row = {caption: k for k, caption in enumerate(distinct)}
+    where = [row[caption] for caption in captions]
+    tensors = {
+        k: x[where] for k, x in zip(("context", "pooled"), encoders.text(distinct), strict=True)
+    }
+    if pixels is not None:
+        tensors["latents"] = encoders.latents(pixels)
+    for name, x in tensors.items():
+        if not x.isfinite().all():
+            raise DataError(f"{encoders.folder}: its {name} of {captions[0]!r} … are not finite.")
+    return {name: x.bfloat16().contiguous() for name, x in tensors.items()}
+
+
+def decode_rows(files, rows, size, bad):
+    """-> those (name, caption) that can be read, pixels (n, 3, H, W); others go to `bad`."""
+
+    def one(row):
+        try:
+            return decode(files.read(row[0]), *size)
+        except Exception as error:  # Pillow and zipfile raise nearly anything on damaged files
+            return error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        done = list(zip(rows, pool.map(one, rows), strict=True))
+    for (name, _), error in done:
+        if isinstance(error, Exception):
+            print(f"skipped {files.path}: {name}: {error}", file=sys.stderr)
+            bad.append(name)
+    good = [(row, x) for row, x in done if not isinstance(x, Exception)]
+    return [row for row, _ in good], torch.from_numpy(np.array([x for _, x in good]))
+
+
+def shard_note(path):
+    """What stands in the JSON file beside a shard; nothing, if the shard was not finished."""
+    try:
+        return dict(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, OSError) as error:
+        raise DataError(f"{path.with_suffix('.json')} can't be read ({error}).") from None
+
+
+def claim(out, made_of, rank):
+    """Signs the folder, if it is empty, or finds it made of the same."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"--out {out}: is a file; choose another name.")
+    out.mkdir(parents=True, exist_ok=True)
+    signing = re.compile(r"\..*\.tmp|shards\.\d+\.json")  # by processes that started with this one
+    strangers = [path.name for path in out.iterdir() if not signing.fullmatch(path.name)]
+    signed = shard_note(out / "shards")
+    if strangers and not signed:
+        raise DataError(f"--out {out}: has {strangers[0]} and is no shard folder; choose another.")
+    if signed and (differing := [k for k in made_of if signed.get(k) != made_of[k]]):
+        raise DataError(
+            f"--out {out}: was made with another {', '.join(differing)}; choose "
+            "another, or give the same prompts or images, model and options to go on."
+        )
+    own = out / f"shards.{rank}.json"
+    with replacing(own) as file:
+        file.write((json.dumps(made_of, indent=1) + "\n").encode())
+    os.replace(own, out / "shards.json")
+
+
+class ShardBucket(ImageSet):
+    """Samples of one size from a shard folder. Nothing is held out."""
+
+    def __init__(self, shards, size, samples, caption):
+        rows = (torch.tensor(samples), caption[samples])
+        captions, labels = shards.captions, shards.labels
+        super().__init__(shards.name, rows, rows, captions, {}, labels, shards.seed, flip=False)
+        self.shards, self.size = shards, size
+
+    def batch(self, index, held_out=False):
+        """index (B,) -> x_0 (B, C, h, w) float32, or None of prompts alone; caption (B,)"""
+        index = np.asarray(index, np.int64) % SYNTHETIC_INDEX  # synthesis begins with a whole pass
+        samples, caption = super().batch(index, held_out)
+        latents = self.shards.channels and self.shards.read("latents", samples).cpu()
+        return latents, caption
+
+
+class Shards(Buckets):
+    """A folder that `encode` wrote: data sets of one size each, and their text features.
+
+    In place of HashedText: the id of a caption is its row of `captions`, and row 0 is the empty
+    caption. Tensors stay on disk, memory-mapped, and are read sample by sample. Every file's size
+    is checked at once; its SHA-256 too, or in large folders (4 GB) when it is first opened.
+
+    sizes: those of the samples to be made where there are prompts alone, (H, W) of x_0; each prompt
+    belongs to one of them."""
+
+    attributes, device = {}, torch.device("cpu")
+
+    def __init__(self, path, sizes, seed=0):
+        self.name, self.path, self.seed = f"{Path(path).resolve()}", Path(path), seed
+        index = shard_note(self.path / "shards")
+        if index.get("format") != SHARDS:
+            raise DataError(f"{path}: its shards.json is not that of a shard folder.")
+        self.files = [self.path / f"{i:06d}.safetensors" for i in range(index["shards"])]
+        self.notes = [shard_note(file) for file in self.files]
+        for file, note in zip(self.files, self.notes, strict=True):
+            if not note.keys() >= {"bytes", "sha256", "latents", "captions"} or not file.exists():
+                raise DataError(f"{path}: {file.name} is missing; run the same encode again.")
+            if (found := file.stat().st_size) != note["bytes"]:
+                raise DataError(f"{file}: {found:,} of {note['bytes']:,} bytes; encode it again.")
+
+        captions = [caption for note in self.notes for caption in note["captions"]]
+        first = {}  # caption -> its first sample
+        for sample, caption in enumerate(captions):
+            first.setdefault(caption, sample)
+        self.captions, self.first = list(first), torch.tensor(list(first.values()))
+        self.rows = {caption: row for row, caption in enumerate(self.captions)}
+        self.labels = torch.zeros(len(self.captions), 0, dtype=torch.int64)
+        counts = [len(note.pop("captions")) for note in self.notes]
+        file = np.repeat(np.arange(len(counts)), counts)
+        starts = np.cumsum([0, *counts])
+        self.place = np.stack([file, np.arange(len(file)) - starts[file]], axis=1)
+        caption = torch.tensor([self.rows[c] for c in captions])
+
+        self.channels, members = None, {}  # (h, w) of latents -> their samples
+        for i, note in enumerate(self.notes[1:], 1):
+            if counts[i]:  # 0: none of its images could be read
+                self.channels, *size = note["latents"] or (None, 0, 0)
+                members.setdefault(tuple(size), []).extend(range(starts[i], starts[i + 1]))
+        if prompts := members.pop((0, 0), []):
+            members = {size: prompts[i :: len(sizes)] for i, size in enumerate(sizes)}
+        self.sets = [
+            ShardBucket(self, size, samples, caption)
+            for size, samples in sorted(members.items())
+            if samples
+        ]
+        self.opened = {}
+        few = sum(note["bytes"] for note in self.notes) <= 4e9
+        for i in range(len(self.files) if few else 1):
+            self.open(i)
+        context, pooled = self.features(torch.zeros(1, dtype=torch.int64))
+        self.context_dim, self.pooled_dim = context.shape[2], pooled.shape[1]
+
+    def expect(self, context_dim, pooled_dim, channels):
+        """Raises DataError where a network of these widths can't use the features."""
+        for what, mine, wanted in (
+            ("text features", self.context_dim, context_dim),
+            ("pooled text features", self.pooled_dim, pooled_dim),
+            ("latents", self.channels or channels, channels),
+        ):
+            if mine != wanted:
+                raise DataError(f"{self.path}: {what} {mine} wide, but the network takes {wanted}.")
+
+    def open(self, i):
+        """File i, checked and memory-mapped."""
+        if i not in self.opened:
+            try:
+                from safetensors import safe_open
+            except ImportError:
+                raise DataError(NEEDS) from None
+            if (found := sha256(self.files[i])) != self.notes[i]["sha256"]:
+                raise DataError(
+                    f"{self.files[i]}: altered since it was made (SHA-256 {found[:16]}…, expected "
+                    f"{self.notes[i]['sha256'][:16]}…); delete it and run the same encode again."
+                )
+            self.opened[i] = safe_open(self.files[i], "pt")
+        return self.opened[i]
+
+    def read(self, name, samples):
+        """One tensor of samples (B,) -> (B, …) float32 on the device."""
+        rows = [self.open(i).get_slice(name)[k] for i, k in self.place[samples.numpy()].tolist()]
+        return torch.stack(rows).to(self.device).float()
+
+    def ids(self, captions):
+        """captions -> (B, 1) int64 rows of `captions`."""
+        unknown = next((c for c in captions if c not in self.rows), None)
+        if unknown is not None:
+            raise DataError(f"{self.path}: holds no features of the caption {unknown!r}.")
+        return torch.tensor([[self.rows[c]] for c in captions])
+
+    def features(self, ids):
+        """rows of `captions` -> context (B, M, D_c), pooled (B, D_p), float32 on the device."""
+        samples = self.first[ids.flatten().cpu()]
+        return self.read("context", samples), self.read("pooled", samples)
+
+    def to(self, device):
+        self.device = torch.device(device)
+        return self
+
+    def __call__(self, captions):
+        return self.features(self.ids(captions))
+
+
+def load(name, height, width, *, data_dir="data", seed=0, sizes=None):
+    """The data set `shapes`, `cifar10`, or of a folder or zip of images, or a folder of shards.
+
+    sizes: the (H, W) of several buckets, where height × width is their common area."""
+    sizes = sizes or [(height, width)]
     if name == "shapes":
-        return Shapes(height, width, seed)
-    if name == "cifar10":
-        return load_cifar10(data_dir, height, width, seed)
+        pairs = min(height, width) >= PAIR_SIDE  # in all buckets or in none
+        sets = [Shapes(h, w, seed, pairs) for h, w in sizes]
+        return sets[0] if len(sets) == 1 else Buckets(sets)
+    if name == "cifar10":  # its photographs are square
+        return load_cifar10(data_dir, *nearest(sizes, 1, 1), seed)
     if not os.path.exists(name):
         raise DataError(f"--data {name}: no such folder or file, and not one of shapes, cifar10.")
-    return load_files(name, height, width, seed)
+    if os.path.exists(os.path.join(name, "shards.json")):
+        return Shards(name, sizes, seed)
+    return load_files(name, height, width, seed, sizes)
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+
+ASPECTS = "1:1,5:4,4:5,3:2,2:3,16:9,9:16"
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, status 2; --help shows the rest."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists all options)\n")
+
+
+def main(argv=None):
+    parser = Parser(
+        "data.py", allow_abbrev=False, description="Computes text features, and latents of images."
+    )
+    add, env = parser.add_argument, os.environ
+    add("command", choices=["encode"])
+    add("--model", required=True, metavar="SD3_DIR", help="a local SD3 folder, diffusers' layout")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompts", default="", metavar="FILE", help="one prompt a line")
+    source.add_argument(
+        "--images", default="", metavar="PATH", help="a folder or zip with captions"
+    )
+    add("--out", required=True, metavar="FOLDER", help="where shards are written, or gone on with")
+    add("--size", type=int, default=1024, help="images get this area, ² pixels …")
+    add("--multiple", type=int, default=64, help="… sides that are multiples of this, and …")
+    add("--aspects", default=ASPECTS, metavar="W:H,…", help="… the nearest of these aspect ratios")
+    add("--no-t5", action="store_true", help="zeros for T5's tokens")
+    add("--shard", type=int, default=256, help="samples of a file; 1.8 MB each at 1024²")
+    add("--rank", type=int, default=int(env.get("RANK", 0)), help="this process of …")
+    add("--world", type=int, default=int(env.get("WORLD_SIZE", 1)), help="… so many that share")
+    cuda = f"cuda:{env.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    add("--device", default=cuda)
+    args = parser.parse_args(argv)
+    if not 0 <= args.rank < args.world:
+        parser.error(f"--rank {args.rank}: must be from 0 to below --world {args.world}")
+    if args.shard < 1 or args.multiple < 8 or args.multiple % 8 or args.size < args.multiple:
+        parser.error("--shard: at least 1; --multiple: a multiple of 8; --size: at least that")
+    if not re.fullmatch(r"[1-9]\d*:[1-9]\d*(,[1-9]\d*:[1-9]\d*)*", args.aspects):
+        parser.error(f"--aspects {args.aspects}: must look like 1:1,3:2,2:3")
+    sizes = bucket_sizes(args.size, args.multiple, args.aspects.split(","))
+    try:
+        encoders = Encoders(args.model, args.device, not args.no_t5, vae=bool(args.images))
+        encode(
+            encoders, args.out, prompts=args.prompts, images=args.images, sizes=sizes,
+            shard=args.shard, part=(args.rank, args.world),
+        )  # fmt: skip
+    except DataError as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        kept = f"what is finished in {args.out} is kept, the same command goes on"
+        print(f"data.py: {reason}; {kept}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

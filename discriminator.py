@@ -61,7 +61,8 @@ class Discriminator(nn.Module):
 
     def forward(self, features, t_hat, pooled, h, w):
         """features: K tensors (B, N, D) -> logits (B, K, h, w)"""
-        cond = F.silu(self.embed_t(timestep_sinusoid(t_hat)) + self.embed_y(pooled))
+        t = timestep_sinusoid(t_hat).to(pooled.dtype)
+        cond = F.silu(self.embed_t(t) + self.embed_y(pooled))
         logits = [
             head(tokens, cond, h, w) for head, tokens in zip(self.heads, features, strict=True)
         ]

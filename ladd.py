@@ -19,6 +19,7 @@ optimiser or EMA: those are ours, chosen by the experiments in docs/log.md.
 
     python ladd.py --preset nano                  everything, on a laptop, with built-in data
     python ladd.py --preset tiny                  CIFAR-10 on one GPU
+    python ladd.py --preset sd3-8b --dry-run      what the real size needs: no GPU, no weights
 """
 
 import argparse
@@ -27,6 +28,7 @@ import dataclasses
 import json
 import math
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -37,6 +39,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -59,18 +64,22 @@ class Settings:
     """Every setting, its default and its meaning; the command line is made from this."""
 
     preset: str = setting("nano", "the row of PRESETS to start from")
-    data: str = setting("shapes", "shapes, cifar10, or a folder or zip of images")
+    data: str = setting("shapes", "shapes, cifar10, or a folder or zip of images, or of shards")
     seed: int = setting(0, "of all randomness")
     size: int = setting(16, "side of the images, pixels")
+    aspects: tuple = setting(("1:1",), "width:height of the images; all have the area of size²")
     # the network: teacher and student
     channels: int = setting(3, "of x_0: 3 for pixels")
+    downscale: int = setting(1, "pixels per position of x_0: 8 for SD3's latents")
     patch: int = setting(2, "side of a patch")
     width: int = setting(128, "D")
     depth: int = setting(4, "blocks")
     heads: int = setting(4, "attention heads")
     qk_norm: bool = setting(True, "RMSNorm of queries and keys, as in SD3.5")
+    attn2_blocks: int = setting(0, "first blocks with a second attention, 13 in SD3.5-medium")
     pos_size: int = setting(32, "side of the position table, patches")
     text_dim: int = setting(64, "width of the text features")
+    pooled_dim: int = setting(0, "width of the pooled ones; 0: the same")
     text_length: int = setting(8, "words of a caption that are read")
     # teacher (rectified flow, arXiv 2403.03206)
     teacher_iterations: int = setting(2400, "updates of the teacher")
@@ -109,6 +118,7 @@ class Settings:
     student_lr: float = setting(2e-4, "AdamW")
     heads_lr: float = setting(1e-3, "AdamW")
     beta1: float = setting(0.5, "AdamW's first decay, student and heads")
+    adam_eps: float = setting(1e-8, "AdamW's ε (SD3: 1e-15)")
     r1: float = setting(0.0, "weight γ of R1 on the heads' inputs")
     student_ema: float = setting(0.995, "decay per update of the student's average")
     clip: float = setting(1.0, "largest gradient norm, teacher and student")
@@ -122,6 +132,11 @@ class Settings:
     device: str = setting("auto", "cpu, cuda, …")
     precision: str = setting("auto", "bf16, fp32, or auto: bf16 where the hardware has it")
     compile: bool = setting(False, "torch.compile the networks")
+    checkpointing: bool = setting(False, "less memory: a backward computes the blocks again")
+    dry_run: bool = setting(False, "print what the run needs, and stop: no data, GPU or weights")
+    gpus: int = setting(1, "--dry-run: number of GPUs")
+    tflops: float = setting(989.0, "--dry-run: TFLOP/s of one GPU (H100 and H200: 989, dense bf16)")
+    utilisation: float = setting(0.4, "--dry-run: the share of it that is reached")
     stage: str = setting("all", "run one stage: teacher, synthesis, distillation, report")
     teacher: str = setting(
         "", "a teacher to use instead of training one: our .pt, .safetensors, or a diffusers folder"
@@ -139,6 +154,20 @@ class Settings:
         return self.taps or tuple(range(self.depth))
 
     @property
+    def side(self):
+        """Height and width of a square x_0."""
+        return self.size // self.downscale
+
+    @property
+    def sizes(self):
+        """(H, W) of x_0 for every aspect ratio."""
+        return sample.latent_sizes(dataclasses.asdict(self))
+
+    def logit_shift(self, size):
+        """What SD3's shift α = √(n / n_square) for n = H·W positions adds to the logit of a t."""
+        return 0.5 * math.log(size[0] * size[1] / self.side**2)
+
+    @property
     def m(self):
         """Mean of t̂'s logit: the paper's 1 at 1024², moved by SD3's rule for other resolutions.
 
@@ -148,7 +177,7 @@ class Settings:
         latents and pixels comparable: m = 1 + ½·ln(C·H·W / 262,144)."""
         if self.t_hat_mean is not None:
             return self.t_hat_mean
-        return 1 + 0.5 * math.log(self.channels * self.size**2 / (16 * 128**2))
+        return 1 + 0.5 * math.log(self.channels * self.side**2 / (16 * 128**2))
 
     def model(self):
         """MMDiT's arguments."""
@@ -159,10 +188,16 @@ class Settings:
             patch=self.patch,
             channels=self.channels,
             context_dim=self.text_dim,
-            pooled_dim=self.text_dim,
+            pooled_dim=self.pooled_dim or self.text_dim,
             pos_size=self.pos_size,
             qk_norm=self.qk_norm,
+            attn2_blocks=self.attn2_blocks,
         )
+
+    def head_sizes(self):
+        """The Discriminator's arguments."""
+        pooled, width = self.pooled_dim or self.text_dim, self.width
+        return dict(width=width, taps=self.tapped, pooled_dim=pooled, hidden=self.head_width)
 
     def scaled(self):
         """The settings with --smoke and --steps-scale worked in."""
@@ -181,6 +216,20 @@ class Settings:
 
 SCALED = ("teacher_iterations", "heads_warmup", "iterations", "synthetic", "evaluation")
 
+# What SD3-medium and SD3.5-large have in common. [P] stands in arXiv 2403.03206 (SD3) or in the
+# released files, [L] is reported of LADD (arXiv 2403.12015), all else is ours and not measured.
+SD3 = dict(
+    size=1024, channels=16, downscale=8, patch=2, pos_size=192,  # [P]
+    text_dim=4096, pooled_dim=2048, text_length=154,  # [P] 77 tokens of CLIP, 77 of T5
+    shift=3.0, adam_eps=1e-15,  # [P]
+    levels=(1.0, 0.75, 0.5, 0.25), level_p=(0.7, 0.1, 0.1, 0.1),  # [L]
+    warmup_iterations=500, warmup_p=(0.0, 0.0, 0.5, 0.5),  # [L] above 512²
+    t_hat_mean=1.0, t_hat_std=1.0, taps=(),  # [L] chosen of m = -1, 0, 1, 2; every block
+    iterations=10_000,  # [L] of its ablations
+    aspects=("1:1", "5:4", "4:5", "3:2", "2:3", "16:9", "9:16"), batch=128, synthetic=500_000,
+    student_lr=1e-5, heads_lr=1e-4, student_ema=0.999, head_width=128, save_every=500,
+)  # fmt: skip
+
 PRESETS = {
     "nano": dict(),
     "tiny": dict(
@@ -190,11 +239,27 @@ PRESETS = {
         student_ema=0.999, evaluation=10_000, judge_steps=8_000, judge_width=64, log_every=50,
         save_every=2_000, sample_every=2_000,
     ),
+    "small": dict(  # ours, not run yet; folders of photographs take --data PATH
+        size=64, aspects=("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16"), patch=4, width=512,
+        depth=12, heads=8, text_length=16, teacher_iterations=40_000, teacher_batch=256,
+        teacher_lr=1e-3, teacher_ema=0.999, synthetic=50_000, iterations=10_000, batch=256,
+        taps=(), student_ema=0.999, evaluation=10_000, judge_steps=8_000, judge_width=64,
+        log_every=50, save_every=2_000, sample_every=2_000,
+    ),
+    # SD3-medium. SD3.5-medium is --qk-norm --attn2-blocks 13 --pos-size 384, as its weights say.
+    "sd3-2b": SD3 | dict(
+        depth=24, width=1536, heads=24, qk_norm=False,  # [P]
+        teacher_steps=50, cfg=5.0, synthetic_steps=50, synthetic_cfg=5.0,  # [P] as released
+    ),
+    "sd3-8b": SD3 | dict(
+        depth=38, width=2432, heads=38, qk_norm=True,  # [P]
+        teacher_steps=40, cfg=4.5, synthetic_steps=40, synthetic_cfg=4.5,  # [P] as released
+    ),
 }  # fmt: skip
 
 # Settings that may differ between two commands of the same run.
 FREE = {"out", "data_dir", "device", "stage", "save_every", "sample_every", "log_every"}
-FREE |= {"tensorboard", "compile"}
+FREE |= {"tensorboard", "compile", "checkpointing", "dry_run", "gpus", "tflops", "utilisation"}
 
 
 class RunError(Exception):
@@ -267,19 +332,21 @@ def draw_levels(settings, n, step, generator):
 def train_teacher(run):
     s, device = run.settings, run.device
     model = run.seeded(MMDiT, **s.model())
-    optimizers = make_optimizers(model, s.teacher_lr, s.muon_lr, 0.9)
+    optimizers = make_optimizers(model, s.teacher_lr, s.muon_lr, 0.9, s.adam_eps)
     ema = copy.deepcopy(model).requires_grad_(False)
+    model.checkpointing = s.checkpointing
     words = run.text.ids(run.dataset.captions)
     loop = Loop(run, "teacher", s.teacher_iterations, s.teacher_batch)
     loop.resume(dict(model=model, ema=ema), optimizers)
     for step in loop:
         random = run.random("teacher", step)
         index = np.arange(step * s.teacher_batch, (step + 1) * s.teacher_batch)
-        images, caption = run.dataset.batch(index)
+        images, caption = run.bucket("teacher", step).batch(index)
         kept = torch.rand(len(caption), generator=random) >= s.drop
         text = run.text.features((words[caption] * kept[:, None]).to(device))
         x0 = data.to_float(images.to(device))
-        t = logit_normal(len(x0), s.t_mean, s.t_std, random).to(device)
+        mean = s.t_mean + s.logit_shift(x0.shape[2:])
+        t = logit_normal(len(x0), mean, s.t_std, random).to(device)
         noise = torch.randn(x0.shape, generator=random).to(device)
         with run.autocast():
             loss = teacher_loss(model, x0, text, t, noise)
@@ -297,23 +364,32 @@ def train_teacher(run):
 # Stage 2: synthesis
 # ---------------------------------------------------------------------------------------------
 
-SHARD = 512  # samples of one file
+SHARD = 512  # samples of one file, all of one shape
+
+
+def shard_buckets(run):
+    """The bucket of every shard, each as often as its share of the images, and a shard's size."""
+    s = run.settings
+    size = min(SHARD, math.ceil(s.synthetic / len(data.buckets_of(run.dataset))))
+    shares = data.shares(run.dataset, math.ceil(s.synthetic / size))
+    return [bucket for bucket, n in shares for _ in range(n)], size
 
 
 def synthesise(run):
     """The teacher's samples, in shards: what is real to the discriminator. A cut run goes on."""
     s, folder = run.settings, run.out / "synthetic"
     teacher = run.generator("teacher")
+    options = dict(seed=s.seed + 2, steps=s.synthetic_steps, cfg=s.synthetic_cfg)
+    buckets, size = shard_buckets(run)
     with progress("synthesis", s.synthetic) as bar:
-        for start in range(0, s.synthetic, SHARD):
-            index = np.arange(start, min(start + SHARD, s.synthetic))
-            path = folder / f"{start // SHARD:05d}.pt"
+        for shard, bucket in enumerate(buckets):
+            index = np.arange(shard * size, min((shard + 1) * size, s.synthetic))
+            path = folder / f"{shard:05d}.pt"
             if not path.exists():
-                _, caption = run.dataset.batch(index + data.SYNTHETIC_INDEX)
+                first = buckets.index(bucket) * size  # a bucket's own captions from the first on
+                _, caption = bucket.batch(index - first + data.SYNTHETIC_INDEX)
                 captions = [run.dataset.captions[i] for i in caption]
-                x0 = teacher.sample(
-                    captions, index, seed=s.seed + 2, steps=s.synthetic_steps, cfg=s.synthetic_cfg
-                )
+                x0 = teacher.sample(captions, index, size=bucket.size, **options)
                 if not x0.isfinite().all():
                     raise RunError(
                         f"the teacher's samples {index[0]} to {index[-1]} are not finite."
@@ -331,20 +407,23 @@ def distillation_batches(run):
         words, dataset = run.text.ids(run.dataset.captions), run.dataset
     else:
         shards = [torch.load(p, weights_only=True) for p in run.shards()]
-        x0_all = torch.cat([shard["x0"].float() for shard in shards])
         words = run.text.ids([caption for shard in shards for caption in shard["captions"]])
-        shape = x0_all.shape[1:]
-        paired = sample.noise_of(s.seed + 2, range(len(words)), shape) if s.distill_weight else None
-        dataset = data.ImageSet(
-            "synthetic", (x0_all, torch.arange(len(words))), seed=s.seed, flip=False
+        rows = torch.arange(len(words)).split([len(shard["x0"]) for shard in shards])
+        parts = {}  # shape -> its samples and their rows in `words`, shard by shard
+        for shard, row in zip(shards, rows, strict=True):
+            parts.setdefault(shard["x0"].shape[1:], []).append((shard["x0"].float(), row))
+        columns = ([torch.cat(c) for c in zip(*own, strict=True)] for own in parts.values())
+        dataset = data.Buckets(
+            [data.ImageSet("synthetic", own, seed=s.seed, flip=False) for own in columns]
         )
 
     def draw(step, generator):
-        images, caption = dataset.batch(np.arange(step * s.batch, (step + 1) * s.batch))
+        bucket = run.bucket("distillation", step, dataset)
+        images, caption = bucket.batch(np.arange(step * s.batch, (step + 1) * s.batch))
         x0 = data.to_float(images) if s.targets == "real" else images
         noise = torch.randn(x0.shape, generator=generator)
-        if s.targets == "synthetic" and paired is not None:
-            noise = paired[caption]
+        if s.targets == "synthetic" and s.distill_weight:
+            noise = sample.noise_of(s.seed + 2, caption.tolist(), x0.shape[1:])
         text = run.text.features(words[caption].to(device))
         return x0.to(device), text, noise.to(device)
 
@@ -361,27 +440,26 @@ def distil(run):
     teacher = run.load("teacher")  # frozen
     student = copy.deepcopy(teacher).requires_grad_(True)
     ema = copy.deepcopy(teacher)
-    heads = run.seeded(
-        Discriminator, width=s.width, taps=s.tapped, pooled_dim=s.text_dim, hidden=s.head_width
-    )
-    student_optimizer = make_optimizers(student, s.student_lr, 0.0, s.beta1)
-    heads_optimizer = make_optimizers(heads, s.heads_lr, 0.0, s.beta1)
+    teacher.checkpointing = student.checkpointing = s.checkpointing
+    heads = run.seeded(Discriminator, **s.head_sizes())
+    student_optimizer = make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
+    heads_optimizer = make_optimizers(heads, s.heads_lr, 0.0, s.beta1, s.adam_eps)
     if s.discriminator:
         start = given_heads(s)
         heads.load_state_dict(start["weights"])
         moments = dict(state=start["optimizer"]["state"])  # the learning rate is the settings'
         heads_optimizer[0].load_state_dict(heads_optimizer[0].state_dict() | moments)
     batch = distillation_batches(run)
-    grid = (s.size // s.patch,) * 2
     loop = Loop(run, "distillation", s.iterations, s.batch)
     loop.resume(dict(student=student, ema=ema, heads=heads), student_optimizer + heads_optimizer)
     for step in loop:
         random = run.random("distillation", step)
         x0, text, noise = batch(step, random)
         t = draw_levels(s, s.batch, step - s.heads_warmup, random).to(device)
-        t_hat = logit_normal(s.batch, s.m, s.t_hat_std, random).to(device)
+        m = s.m + s.logit_shift(x0.shape[2:])
+        t_hat = logit_normal(s.batch, m, s.t_hat_std, random).to(device)
         noise_fake, noise_real = (torch.randn(x0.shape, generator=random).to(device) for _ in "12")
-        pooled = text[1]
+        pooled, grid = text[1], (x0.shape[2] // s.patch, x0.shape[3] // s.patch)
 
         learning = step >= s.heads_warmup
         with run.autocast(), torch.set_grad_enabled(learning):
@@ -424,21 +502,24 @@ def distil(run):
 def report(run):
     """Scores everything; writes samples.png (same noise for all), metrics.json and report.md."""
     s, start = run.settings, time.perf_counter()
+    if s.channels != 3:
+        command = f"`python sample.py {run.out} --decode SD3_DIR --prompt TEXT`"
+        return write(f"Latents are not scored. {command} makes pictures.\n", run.out / "report.md")
     judge = run.judge()
     teacher, student = run.generator("teacher"), run.generator("student")
     accuracy = sample.judge_accuracy(run.dataset, judge)
     rows = sample.evaluate(run.dataset, judge, teacher, student, s.evaluation, s.seed)
 
-    _, caption = run.dataset.batch(np.arange(24), held_out=True)
-    captions = [run.dataset.captions[i] for i in caption]
+    parts = sample.held_out_captions(run.dataset, 24)
+    captions = [caption for own, _ in parts for caption in own]
     made = [(f"teacher, {s.teacher_steps} steps", teacher, dict(steps=s.teacher_steps))]
     few = [n for n in (4, 2, 1) if n <= len(s.levels)]
     made += [(f"student, {n} step{'s'[: n > 1]}", student, dict(steps=n)) for n in few]
     made += [("untrained, 1 step", teacher, dict(steps=1, cfg=1.0, sampler="renoise"))]
-    titled = [
-        (title, data.to_uint8(generator.sample(captions, seed=s.seed + 3, **options)))
-        for title, generator, options in made
-    ]
+    titled = []
+    for title, generator, options in made:
+        images = sample.sample_buckets(generator, parts, seed=s.seed + 3, **options)
+        titled.append((title, [image for part in images for image in data.to_uint8(part)]))
     sample.save_png(sample.panels(titled, 4), run.out / "samples.png", captions="; ".join(captions))
 
     run.write_report(rows, accuracy, time.perf_counter() - start)
@@ -447,17 +528,169 @@ def report(run):
 
 
 # ---------------------------------------------------------------------------------------------
+# The plan: what a run needs, from the same networks and steps without data (the meta device)
+# ---------------------------------------------------------------------------------------------
+
+NETWORK = 50e9  # bytes a second that one GPU exchanges with the others: 400 Gbit/s
+
+
+def storages(tensors):
+    """The memory under the tensors, every piece once. -> {identity: storage}"""
+    return {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
+
+
+def size_of(tensors):
+    return bytes_of(storages(tensors))
+
+
+def bytes_of(pieces):
+    return sum(storage.nbytes() for storage in pieces.values())
+
+
+def meta_networks(s):
+    """Student, frozen teacher and heads without data, and the precision that they compute in."""
+    dtype = torch.float32 if s.precision == "fp32" else torch.bfloat16
+    with torch.device("meta"):
+        student, heads = MMDiT(**s.model()), Discriminator(**s.head_sizes())
+        return student, MMDiT(**s.model()).requires_grad_(False), heads, dtype
+
+
+def meta_state(s):
+    """Bytes of all weights, gradients, optimisers, and of the position tables, undivided."""
+    student, teacher, heads, dtype = meta_networks(s)
+    networks, optimizers = (student, copy.deepcopy(student), teacher.to(dtype), heads), []
+    for network, lr in ((student, s.student_lr), (heads, s.heads_lr)):
+        for parameter in network.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        optimizers += make_optimizers(network, lr, 0.0, s.beta1, s.adam_eps)
+    for optimizer in optimizers:
+        optimizer.step()
+    weights = [p for network in networks for p in network.parameters()]
+    moments = [v for o in optimizers for state in o.state.values() for v in state.values()]
+    return dict(
+        weights=size_of(weights),
+        gradients=size_of(p.grad for p in weights if p.grad is not None),
+        optimiser=size_of(moments),
+        tables=size_of(table for network in networks for table in network.buffers()),
+    )
+
+
+def meta_iteration(s, batch, checkpointing):
+    """One update of `distil` without data -> the most bytes kept for a backward, FLOPs of one
+    forward, and of all. Up to 512 tokens attention is counted as on a CPU."""
+    student, teacher, heads, dtype = meta_networks(s)
+    cast = lambda x: x.to(dtype) if torch.is_tensor(x) else x  # noqa: E731
+    for network in (student, teacher, heads):
+        network.to(dtype).register_forward_pre_hook(lambda _, inputs: tree_map(cast, inputs))
+    student.checkpointing = teacher.checkpointing = checkpointing
+    (height, width), pooled_dim = s.sizes[0], student.config["pooled_dim"]
+    grid = (height // s.patch, width // s.patch)
+    with torch.device("meta"):
+        x0, t = torch.empty(batch, s.channels, height, width), torch.empty(batch)
+        text = torch.empty(batch, s.text_length, s.text_dim), torch.empty(batch, pooled_dim)
+        tokens = [torch.empty(batch, n, s.width) for n in (s.text_length, math.prod(grid))]
+    own = storages(v for n in (student, teacher, heads) for v in (*n.parameters(), *n.buffers()))
+    kept, block = {}, 0
+
+    def pack(tensor):
+        kept.update({k: v for k, v in storages([tensor]).items() if k not in own})
+        return tensor
+
+    if checkpointing:  # the way back holds one block that it has computed again
+        with saved_tensors_hooks(pack, lambda x: x):
+            student.joint_blocks[0](*map(cast, tokens), cast(tokens[0][:, 0]))
+        block, kept = bytes_of(kept), {}
+    with FlopCounterMode(display=False) as flops, saved_tensors_hooks(pack, lambda x: x):
+        x0_hat = student_predict(student, x0, text, t, x0)
+        forward = flops.get_total_flops()
+        fake = teacher_features(teacher, x0_hat, text, t, x0, s.tapped)
+        with torch.no_grad():
+            real = teacher_features(teacher, x0, text, t, x0, s.tapped)
+        kept |= storages(fake)
+        before = dict(kept)
+        kept |= storages(real)
+        loss = discriminator_loss(heads, real, fake, t, text[1], grid, s.r1)[0]
+        most, kept = bytes_of(kept), before
+        loss.backward()
+        loss = generator_loss(heads, fake, t, text[1], grid)
+        most = max(most, bytes_of(kept) + block)
+        loss.backward()
+    return most, forward, flops.get_total_flops()
+
+
+def plan(s):
+    """What `s.gpus` GPUs need for LADD: bytes of one GPU, FLOPs of all, seconds of an update.
+
+    The student stands in float32 with its average, gradients (all the time, as when they are
+    accumulated) and AdamW's moments, the teacher in the precision of the arithmetic; FSDP divides
+    all of it and gathers block by block. Buffers of communication are not counted."""
+    student, _, heads, dtype = meta_networks(s)
+    sizes = dict(student=student, teacher=student, heads=heads)
+    sizes = {k: sum(p.numel() for p in network.parameters()) for k, network in sizes.items()}
+    block = max(sum(p.numel() for p in b.parameters()) for b in student.joint_blocks)
+    state, images, width = meta_state(s), math.ceil(s.batch / s.gpus), dtype.itemsize
+    tables = state.pop("tables")
+    share = {k: v / s.gpus for k, v in state.items()} | dict(tables=tables)
+    gathered = block * (2 * width + 4)  # two blocks, and the gradients of one in float32
+    share["gathered"] = gathered if s.gpus > 1 else 0
+    # The student is gathered twice and its gradients reduced in float32, the teacher is gathered
+    # for fakes, for reals and for the way back. Traffic and arithmetic overlap.
+    traffic = sizes["student"] * (2 * width + 4 + 3 * width) * (1 - 1 / s.gpus)
+    ways = {}
+    for again in (False, True):
+        kept, forward, flops = meta_iteration(s, images, again)
+        seconds = max(flops / (s.tflops * 1e12 * s.utilisation), traffic / NETWORK)
+        total = sum(share.values()) + kept
+        ways[again] = dict(activations=kept, total=total, flops=flops * s.gpus, seconds=seconds)
+    smallest, one_image = {}, tables + gathered + ways[True]["activations"] / images
+    for gigabytes in (80, 141):  # a tenth is left for what is not counted
+        room = 0.9e9 * gigabytes - one_image
+        smallest[gigabytes] = math.ceil(sum(state.values()) / room) if room > 0 else None
+    text = s.text_length * s.text_dim + student.config["pooled_dim"] if s.downscale > 1 else 0
+    disk = s.synthetic * 2 * (s.channels * s.side**2 + text)
+    result = dict(parameters=sizes, images=images, share=share, ways=ways, smallest=smallest)
+    return result | dict(forward=forward * s.gpus, traffic=traffic, disk=disk)
+
+
+def plan_table(s):
+    p, (height, width) = plan(s), s.sizes[0]
+    both = lambda key, form: " | ".join(form(way[key]) for way in p["ways"].values())  # noqa: E731
+    forwards = lambda flops: f"{flops:.3e} ({flops / p['forward']:.2f} forwards)"  # noqa: E731
+    fits = (f"{n or 'any number is too few'} of {gb} GB" for gb, n in p["smallest"].items())
+    rows = {f"{s.preset}, {s.gpus} GPUs": f"{p['images']} × {s.channels}×{height}×{width} each"}
+    rows |= {f"parameters, {name}": f"{n:,}" for name, n in p["parameters"].items()}
+    rows |= {f"a GPU's {name}": in_bytes(n) for name, n in p["share"].items()}
+    rows |= {"(a | b: b is with --checkpointing)": ""}
+    rows |= {"a GPU's activations": both("activations", in_bytes)}
+    rows |= {"a GPU's sum": both("total", in_bytes), "FLOPs of an update": both("flops", forwards)}
+    rows |= {"a GPU's traffic, an update": in_bytes(p["traffic"])}
+    rows |= {f"seconds, {s.tflops:g} TFLOP/s × {s.utilisation:g}": both("seconds", "{:.3g}".format)}
+    hours = lambda seconds: f"{seconds * s.iterations / 3600:.3g}"  # noqa: E731
+    rows |= {f"hours, {s.iterations:,} updates": both("seconds", hours)}
+    rows |= {"fewest GPUs, with --checkpointing": ", ".join(fits)}
+    rows |= {f"{s.synthetic:,} samples on disk": in_bytes(p["disk"])}
+    return "\n".join(f"{name:36}{value}".rstrip() for name, value in rows.items())
+
+
+def in_bytes(n):
+    power = min(3, max(0, int(math.log10(max(n, 1)) / 3)))
+    return f"{n / 1000**power:,.3g} {('B', 'kB', 'MB', 'GB')[power]}"
+
+
+# ---------------------------------------------------------------------------------------------
 # Plumbing: optimisers, averages
 # ---------------------------------------------------------------------------------------------
 
 
-def make_optimizers(model, lr, muon_lr, beta1):
+def make_optimizers(model, lr, muon_lr, beta1, eps=1e-8):
     """[AdamW], or with muon_lr [AdamW, Muon], where Muon has the matrices of the blocks."""
     matrices, rest = [], []
     for name, parameter in model.named_parameters():
         inner = muon_lr and parameter.ndim == 2 and name.startswith("joint_blocks")
         (matrices if inner else rest).append(parameter)
-    optimizers = [torch.optim.AdamW(rest, lr, betas=(beta1, 0.99), weight_decay=0.0, fused=True)]
+    optimizers = [
+        torch.optim.AdamW(rest, lr, betas=(beta1, 0.99), eps=eps, weight_decay=0.0, fused=True)
+    ]
     if matrices:
         optimizers.append(
             torch.optim.Muon(
@@ -525,14 +758,25 @@ class Run:
         self.device = torch.device(
             sample.best_device() if settings.device == "auto" else settings.device
         )
-        self.text = data.HashedText(settings.text_dim, settings.text_length).to(self.device)
         self.dataset = data.load(
             settings.data,
             settings.size,
             settings.size,
             data_dir=settings.data_dir,
             seed=settings.seed,
+            sizes=settings.sizes,
         )
+        encoded = isinstance(self.dataset, data.Shards)
+        if encoded:
+            wanted = settings.model()
+            self.dataset.expect(wanted["context_dim"], wanted["pooled_dim"], wanted["channels"])
+        elif settings.channels != 3:
+            raise data.DataError(
+                f"--preset {settings.preset} learns from latents of {settings.channels} channels, "
+                f"and --data {settings.data} has images of 3: it needs a folder of encoded shards."
+            )
+        words = data.HashedText(settings.text_dim, settings.text_length)
+        self.text = (self.dataset if encoded else words).to(self.device)
         self.notes = []  # lines the report must repeat
         self.board = None
 
@@ -561,7 +805,9 @@ class Run:
         """What samples from the finished teacher or student, or from a network in training."""
         model = self.load(kind) if model is None else model
         settings = dataclasses.asdict(self.settings)
-        return sample.Generator(model, settings, kind, self.device, self.settings.precision)
+        made = sample.Generator(model, settings, kind, self.device, self.settings.precision)
+        made.text = self.text
+        return made
 
     def judge(self):
         s = self.settings
@@ -577,6 +823,11 @@ class Run:
         key = data.hash_uniform(self.settings.seed, [step], 1 + STAGES.index(stage))[0, -1]
         return torch.Generator().manual_seed(int(key * (1 << 53)))
 
+    def bucket(self, stage, step, dataset=None):
+        """The data set of one shape that an update's batch comes from."""
+        dataset = self.dataset if dataset is None else dataset
+        return data.draw_bucket(dataset, self.settings.seed, STAGES.index(stage), step)
+
     def autocast(self):
         return sample.autocast(self.device, self.settings.precision)
 
@@ -586,12 +837,13 @@ class Run:
         return sorted((self.out / "synthetic").glob("*.pt"))
 
     def show(self, kind, step, model):
-        """A grid from fixed noise and captions into samples/."""
-        _, caption = self.dataset.batch(np.arange(32), held_out=True)
-        captions = [self.dataset.captions[i] for i in caption]
-        images = data.to_uint8(
-            self.generator(kind, model).sample(captions, seed=self.settings.seed)
-        )
+        """A grid from fixed noise and captions into samples/; of pixels, not of latents."""
+        if self.settings.channels != 3:
+            return
+        parts = sample.held_out_captions(self.dataset, 32)
+        captions = [caption for own, _ in parts for caption in own]
+        made = sample.sample_buckets(self.generator(kind, model), parts, seed=self.settings.seed)
+        images = [image for part in made for image in data.to_uint8(part)]
         path = self.out / "samples" / f"{kind}-{step:06d}.png"
         sample.save_png(sample.grid(images, 8), path, step=step, captions="; ".join(captions))
 
@@ -801,7 +1053,7 @@ def parse(argv):
         elif isinstance(field.default, bool):
             parser.add_argument(flag, **options, action=argparse.BooleanOptionalAction)
         elif isinstance(field.default, tuple):
-            kind = int if field.name == "taps" else float
+            kind = dict(taps=int, aspects=str).get(field.name, float)
             parser.add_argument(
                 flag, **options, metavar="A,B,…", type=lambda text, kind=kind: numbers(text, kind)
             )
@@ -827,7 +1079,9 @@ def numbers(text, kind):
 AT_LEAST_ONE = "size patch width depth heads text_length teacher_iterations teacher_batch"
 AT_LEAST_ONE += " teacher_steps synthetic synthetic_steps iterations batch head_width"
 AT_LEAST_ONE += " judge_steps judge_width save_every sample_every log_every pos_size"
-ABOVE_ZERO = "steps_scale teacher_lr student_lr heads_lr clip t_std t_hat_std shift"
+AT_LEAST_ONE += " downscale gpus"
+ABOVE_ZERO = "steps_scale teacher_lr student_lr heads_lr clip t_std t_hat_std shift adam_eps"
+ABOVE_ZERO += " tflops utilisation"
 SHARES = "drop teacher_ema student_ema beta1"
 
 
@@ -844,9 +1098,17 @@ def check(s, error):
         demand(getattr(s, name) > 0, name, "must be above 0")
     for name in SHARES.split():
         demand(0 <= getattr(s, name) < 1, name, "must be from 0 to below 1")
-    demand(s.channels == 3, "channels", "images have 3; other latents need an encoder")
-    demand(s.size % s.patch == 0, "size", f"patches of {s.patch} pixels don't divide it")
-    demand(s.size <= s.patch * s.pos_size, "size", f"more than {s.pos_size} patches a side")
+    latent = s.downscale > 1
+    demand(s.channels == 3 or latent, "channels", "images have 3; other latents need an encoder")
+    patch = s.patch * s.downscale
+    demand(s.size % patch == 0, "size", f"patches of {patch} pixels don't divide it")
+    demand(s.size <= patch * s.pos_size, "size", f"more than {s.pos_size} patches a side")
+    ratio = re.compile("[1-9][0-9]*:[1-9][0-9]*")
+    right = s.aspects and all(ratio.fullmatch(aspect) for aspect in s.aspects)
+    demand(right, "aspects", "must be WIDTH:HEIGHT,… such as 1:1,3:2,2:3")
+    for height, width in s.sizes:
+        fits = max(height, width) <= s.patch * s.pos_size
+        demand(fits, "aspects", f"{height}×{width} has more than {s.pos_size} patches a side")
     demand(
         s.width % s.heads == 0 and s.width % 4 == 0,
         "width",
@@ -947,15 +1209,25 @@ def load_data(settings, given):
     """The data set; where a preset's own default can't be had, shapes in its place, said loudly."""
     try:
         run = Run(settings)
-        held_out = getattr(run.dataset, "held_out_images", None)
-        if held_out is not None and len(held_out) < 8:
+        if isinstance(run.dataset, data.Shards):
+            taught = settings.teacher or run.path("teacher").exists()
+            if not run.dataset.channels and (settings.targets == "real" or not taught):
+                raise data.DataError(
+                    f"--data {settings.data}: has no images, prompts alone: that takes --teacher, "
+                    "and --targets synthetic."
+                )
+            return settings, None, run
+        finite = [bucket for bucket in data.buckets_of(run.dataset) if bucket.train_size]
+        held_out = sum(len(bucket.held_out_images) for bucket in finite)
+        if finite and held_out < 8:
+            images = held_out + sum(bucket.train_size for bucket in finite)
             raise data.DataError(
-                f"--data {settings.data}: {len(held_out) + run.dataset.train_size} images are too "
+                f"--data {settings.data}: {images} images are too "
                 "few: a tenth is held out to score by, and that takes at least 80."
             )
         return settings, None, run
     except data.DataError as error:
-        if given or settings.data == "shapes":
+        if given or settings.data == "shapes" or settings.channels != 3:
             raise
         note = f"{settings.data} can't be had, so this run uses the built-in shapes. {error}"
         settings = dataclasses.replace(settings, data="shapes")
@@ -964,6 +1236,9 @@ def load_data(settings, given):
 
 def main(argv=None):
     settings, given = parse(argv)
+    if settings.dry_run:
+        print(plan_table(settings))
+        return 0
     try:
         if settings.teacher and (others := given_teacher(settings).get("ignored")):
             print(f"--teacher {settings.teacher}: {others} tensors of other networks are ignored")
@@ -1023,7 +1298,7 @@ def execute(run):
         save(given_teacher(s) | dict(kind="teacher"), run.path("teacher"))
     done = dict(
         teacher=run.path("teacher").exists(),
-        synthesis=s.targets == "real" or len(run.shards()) == math.ceil(s.synthetic / SHARD),
+        synthesis=s.targets == "real" or len(run.shards()) == len(shard_buckets(run)[0]),
         distillation=run.path("student").exists(),
         report=(run.out / "report.md").exists(),
     )

@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 PREFIX = "model.diffusion_model."  # of the network's tensors inside released single files
 
@@ -97,11 +98,13 @@ def modulate(x, shift, scale):
 
 def attention(q, k, v):
     """softmax(q kᵀ / √d) v. q, k, v (B, A, L, d) -> (B, L, D)."""
-    if q.device.type == "cpu" and q.shape[2] <= 512:
+    if q.device.type in ("cpu", "meta") and q.shape[2] <= 512:
         # PyTorch's CPU flash attention has a slow backward at short lengths: a third of a training
         # step at 67 tokens. The plain matrix form gives the same numbers.
         weights = ((q * q.shape[3] ** -0.5) @ k.transpose(2, 3)).softmax(dim=3)
         out = weights @ v
+    elif q.device.type == "meta":  # count what a GPU keeps, not the matrix that it never forms
+        out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
     else:
         out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).flatten(2)
@@ -229,6 +232,7 @@ class MMDiT(nn.Module):
     Arguments default to SD3's rule: width 64·depth, heads = depth, patch 2, 16 latent channels.
     `pos_size` is the side of the position table: the largest h or w the network can take.
     `attn2_blocks` is the number of first blocks with a second image attention (13 in SD3.5-medium).
+    With the attribute `checkpointing` a backward computes every block again instead of keeping it.
     """
 
     def __init__(
@@ -263,6 +267,7 @@ class MMDiT(nn.Module):
             for i in range(depth)
         )
         self.final_layer = FinalLayer(width, patch * patch * channels)
+        self.checkpointing = False
         self.init_weights()
 
     def init_weights(self):
@@ -314,8 +319,12 @@ class MMDiT(nn.Module):
         context = self.context_embedder(context)  # (B, M, D)
 
         features, last_tap = [], max(taps, default=-1)
+        again = self.checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.joint_blocks):
-            context, x = block(context, x, cond)
+            if again:
+                context, x = checkpoint(block, context, x, cond, use_reentrant=False)
+            else:
+                context, x = block(context, x, cond)
             if i in taps:
                 features.append(x)
             if features_only and i == last_tap:

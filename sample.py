@@ -15,9 +15,9 @@ Rectified flow and its schedules: arXiv 2403.03206 (SD3). Few-step sampling: LAD
     python sample.py runs/nano --prompt "a large red circle on a blue background" --out a.png
     python sample.py runs/nano --evaluate
     python sample.py runs/nano --export student.safetensors
+    python sample.py RUN --decode SD3_DIR --prompt "a red fox" --size 832x1216 --out fox.png
 """
 
-import argparse
 import copy
 import hashlib
 import json
@@ -33,6 +33,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from tqdm import tqdm
 
 import data
+from data import Parser
 from mmdit import CheckpointError, MMDiT, write_sd3
 
 # ---------------------------------------------------------------------------------------------
@@ -184,6 +185,7 @@ class Generator:
     def __init__(self, model, settings, kind, device="cpu", precision="auto"):
         self.model, self.settings, self.kind = model, settings, kind
         self.device, self.precision = torch.device(device), precision
+        self.side = settings["size"] // settings.get("downscale", 1)  # of its square samples
         self.text = data.HashedText(settings["text_dim"], settings["text_length"]).to(self.device)
 
     def steps_or_default(self, steps, cfg, sampler=None):
@@ -213,11 +215,14 @@ class Generator:
     ):
         """Yields x̂_0 (B, C, H, W) on the CPU after every step, for one batch of captions.
 
+        size: (H, W) of the latents, by default the square that the model was made for. The shift of
+        an Euler sampler follows the number n of positions: α·√(n / n_square), SD3's rule.
+
         indices: the number of every image, which with the seed decides its noise.
         start: (x0, strength), to begin at an image noised to that level, not at pure noise."""
         steps, cfg = self.steps_or_default(steps, cfg, sampler)
         sampler = sampler or ("renoise" if self.kind == "student" else "euler")
-        shape = (self.model.config["channels"], *(size or (self.settings["size"],) * 2))
+        shape = (self.model.config["channels"], *(size or (self.side, self.side)))
         fresh = lambda step: noise_of(seed, indices, shape, step).to(self.device)  # noqa: E731
         x, level = fresh(0), 1.0
         if start is not None:
@@ -225,7 +230,8 @@ class Generator:
             x = add_noise(start[0].to(self.device), x, torch.full((len(x),), level).to(self.device))
         text = self.text(captions)
         if sampler == "euler":
-            times = euler_times(steps, self.settings["shift"]) * level
+            alpha = self.settings["shift"] * math.sqrt(shape[1] * shape[2]) / self.side
+            times = euler_times(steps, alpha) * level
             path = euler(self.network, x, times, text, self.text([""]), cfg)
         else:
             levels = [t * level for t in student_levels(self.settings["levels"], steps)]
@@ -254,6 +260,35 @@ def checkpoint_of(run, teacher=False):
     return path / f"{kind}.pt" if path.is_dir() else path
 
 
+def latent_sizes(settings):
+    """The (H, W) of the latents of every aspect ratio in a run's settings: multiples of the patch,
+    or where an encoder made the latents, of 64 pixels."""
+    scale, patch = settings.get("downscale", 1), settings["patch"]
+    unit = patch if scale == 1 else max(patch, 64 // scale)
+    return data.bucket_sizes(settings["size"] // scale, unit, settings.get("aspects", ["1:1"]))
+
+
+def sample_buckets(generator, parts, **options):
+    """Samples of several shapes: parts = [(captions, (H, W)), …] -> [(n, C, H, W), …].
+
+    Image i of all together has noise i."""
+    out, first = [], 0
+    for captions, size in parts:
+        index = range(first, first + len(captions))
+        out.append(generator.sample(captions, index, size=size, **options))
+        first += len(captions)
+    return out
+
+
+def held_out_captions(dataset, count):
+    """`count` captions of held-out images with their shapes -> [(captions, (H, W)), …]"""
+    parts = []
+    for bucket, n in data.shares(dataset, count):
+        _, caption = bucket.batch(np.arange(n), held_out=True)
+        parts.append(([bucket.captions[i] for i in caption], bucket.size))
+    return parts
+
+
 def load_generator(run, teacher=False, device=None, precision="auto"):
     """The student (or teacher) of a run folder, or of a checkpoint file."""
     checkpoint = read_checkpoint(checkpoint_of(run, teacher))
@@ -269,12 +304,17 @@ def load_generator(run, teacher=False, device=None, precision="auto"):
 
 
 def grid(images, columns, scale=None):
-    """(n, 3, H, W) uint8 -> one picture, small images enlarged without smoothing."""
-    n, _, H, W = images.shape
-    rows, scale = math.ceil(n / columns), scale or max(1, 64 // max(H, W))
+    """Images (3, H, W) uint8 -> one picture, small images enlarged without smoothing.
+
+    Smaller ones stand in the middle of a place that has room for the largest."""
+    H, W = (max(image.shape[k] for image in images) for k in (1, 2))
+    rows, scale = math.ceil(len(images) / columns), scale or max(1, 64 // max(H, W))
     sheet = np.full((rows, H + 2, columns, W + 2, 3), 255, np.uint8)
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        sheet[i // columns, 1:-1, i % columns, 1:-1] = image
+    for i, image in enumerate(images):
+        _, h, w = image.shape
+        top, left = 1 + (H - h) // 2, 1 + (W - w) // 2
+        place = sheet[i // columns, top : top + h, i % columns, left : left + w]
+        place[:] = image.permute(1, 2, 0).numpy()
     picture = Image.fromarray(sheet.reshape(rows * (H + 2), columns * (W + 2), 3))
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
@@ -360,7 +400,9 @@ class Judge(torch.nn.Module):
 
 
 def train_judge(dataset, size, device, *, steps, width, precision="auto", batch=128):
-    """Trains a judge on the real images, always from the same seed."""
+    """Trains a judge on the real images, always from the same seed.
+
+    One judge reads all shapes: it learns from batches of each, and pools its features to 4 × 4."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         judge = Judge([len(v) for v in dataset.attributes.values()], width, size).to(device)
@@ -370,7 +412,7 @@ def train_judge(dataset, size, device, *, steps, width, precision="auto", batch=
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for step in tqdm(range(steps), "judge", leave=False, disable=not sys.stderr.isatty()):
         index = np.arange(step * batch, (step + 1) * batch) + data.JUDGE_INDEX
-        images, caption = dataset.batch(index)
+        images, caption = data.draw_bucket(dataset, 0, 0, step).batch(index)
         labels = dataset.labels[caption].to(device)
         with autocast(device, precision):
             _, answers = judge(data.to_float(images.to(device)))
@@ -387,11 +429,12 @@ def train_judge(dataset, size, device, *, steps, width, precision="auto", batch=
 
 def get_judge(dataset, size, device, *, data_dir="data", steps=1000, width=32, precision="auto"):
     """The judge of a data set, trained once and kept in data_dir."""
-    dataset = copy.copy(dataset)  # the same judge for all seeds
-    dataset.seed, dataset.orders = 0, {}
-    images, _ = dataset.batch(np.arange(64))
+    buckets = [copy.copy(bucket) for bucket in data.buckets_of(dataset)]
     key = hashlib.sha256(repr((dataset.captions[:1000], size, steps, width)).encode())
-    key.update(images.numpy().tobytes())
+    for bucket in buckets:
+        bucket.seed, bucket.orders = 0, {}  # the same judge for all seeds
+        key.update(bucket.batch(np.arange(64))[0].numpy().tobytes())
+    dataset = data.Buckets(buckets)
     path = Path(data_dir) / f"judge-{key.hexdigest()[:16]}.pt"
     if path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
@@ -430,8 +473,10 @@ def precision_recall(real, fake, k=3):
 def score(images, labels, reference, judge):
     """One row of the table: alignment, Fréchet distance, precision, recall.
 
-    images (n, 3, H, W) uint8, labels (n, A), reference: features of held-out images (m, 64)"""
-    features, answers = judge.read(images)
+    images (n, 3, H, W) uint8, or a list of such; labels (n, A); reference: features of held-out
+    images (m, 64), the first n of them of the same shapes"""
+    parts = [images] if torch.is_tensor(images) else images
+    features, answers = (torch.cat(x) for x in zip(*map(judge.read, parts), strict=True))
     precision, recall = precision_recall(reference[: len(features)], features)
     aligned = (answers == labels).all(dim=1).double().mean().item() if labels.shape[1] else None
     return dict(
@@ -457,8 +502,8 @@ def evaluation_rows(teacher, student):
     return rows
 
 
-def evaluate(dataset, judge, teacher, student, count, seed=0):
-    """The table of a run: a list of dicts, the real images first."""
+def held_out_split(dataset, count):
+    """Held-out images of one shape: -> `count` of them, their captions, others to compare with."""
     index = np.arange(count)
     real, caption = dataset.batch(index, held_out=True)
     held_out = getattr(dataset, "held_out_images", None)
@@ -468,26 +513,39 @@ def evaluate(dataset, judge, teacher, student, count, seed=0):
         reference, _ = dataset.batch(np.arange(len(held_out) // 2, len(held_out)), held_out=True)
     else:
         reference, _ = dataset.batch(np.arange(count, min(available, 6 * count)), held_out=True)
-    labels, captions = dataset.labels[caption], [dataset.captions[i] for i in caption]
-    reference, _ = judge.read(reference)
+    return real, caption, reference
+
+
+def evaluate(dataset, judge, teacher, student, count, seed=0):
+    """The table of a run: a list of dicts, the real images first.
+
+    Of several shapes each has its share of the samples, and a row scores all of them together."""
+    split = [(bucket, n, *held_out_split(bucket, n)) for bucket, n in data.shares(dataset, count)]
+    real, captions = [part[2] for part in split], torch.cat([part[3] for part in split])
+    parts = [([b.captions[i] for i in caption], b.size) for b, _, _, caption, _ in split]
+    labels, read = dataset.labels[captions], [(n, judge.read(r)[0]) for _, n, _, _, r in split]
+    reference = torch.cat([r[:n] for n, r in read] + [r[n:] for n, r in read])
     rows = [dict(name="real, held out", **score(real, labels, reference, judge))]
     planned = evaluation_rows(teacher, student)
     total = len(planned) * count
     with tqdm(total=total, desc="evaluation", leave=False, disable=not sys.stderr.isatty()) as bar:
         for name, generator, options in planned:
             start = time.perf_counter()
-            images = generator.sample(captions, seed=seed + 1, progress=bar, **options)
+            images = sample_buckets(generator, parts, seed=seed + 1, progress=bar, **options)
             seconds = (time.perf_counter() - start) / count
             evaluations = options["steps"] * (2 if options.get("cfg", 1) != 1 else 1)
-            row = score(data.to_uint8(images), labels, reference, judge)
+            row = score([data.to_uint8(x) for x in images], labels, reference, judge)
             rows.append(dict(name=name, **row, evaluations=evaluations, seconds=seconds))
     return rows
 
 
 def judge_accuracy(dataset, judge, count=2000):
     """Share of held-out images whose attributes the judge reads right, for each attribute."""
-    real, caption = dataset.batch(np.arange(count), held_out=True)
-    right = (judge.read(real)[1] == dataset.labels[caption]).double().mean(dim=0)
+    right = []
+    for bucket, n in data.shares(dataset, count):
+        real, caption = bucket.batch(np.arange(n), held_out=True)
+        right.append((judge.read(real)[1] == dataset.labels[caption]).double())
+    right = torch.cat(right).mean(dim=0)
     return dict(zip(dataset.attributes, right.tolist(), strict=True))
 
 
@@ -518,13 +576,6 @@ def markdown_table(rows):
 # ---------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors in one line, status 2; --help shows the rest."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists all options)\n")
-
-
 EXPORTS = dict(fp32="F32", bf16="BF16", fp16="F16")  # as safetensors names them
 
 
@@ -547,6 +598,7 @@ def parse(argv):
     add("--trajectory", metavar="FILE.gif", help="x̂_0 along the steps, as an animation")
     add("--init-image", metavar="FILE", help="start from this image instead of noise …")
     add("--strength", type=float, default=0.6, help="… noised to this level (0 to 1)")
+    add("--decode", metavar="SD3_DIR", help="for latents: SD3's text encoders and VAE, diffusers'")
     add("--evaluate", action="store_true", help="the table of scores instead of samples")
     add("--export", metavar="FILE", help="write the weights as .safetensors, SD3's names")
     add("--dtype", choices=EXPORTS, default="fp32", help="of the exported weights")
@@ -558,6 +610,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if not 0 < args.strength <= 1:
         parser.error(f"--strength {args.strength:g}: must be above 0 and at most 1")
+    if args.evaluate and args.decode:
+        parser.error("--evaluate scores models of pixels, --decode is for models of latents")
     if args.evaluate and args.num is not None and args.num < 8:
         parser.error("--num: scores need at least 8 samples")
     for name in ("num", "steps", "batch"):
@@ -571,8 +625,8 @@ def read_prompts(args, generator, error):
     prompts = list(args.prompt)
     if args.prompts == "@captions":
         dataset = dataset_of(args, generator)
-        _, caption = dataset.batch(np.arange(args.num or 16), held_out=True)
-        prompts += [dataset.captions[i] for i in caption]
+        for captions, _ in held_out_captions(dataset, args.num or 16):
+            prompts += captions
     elif args.prompts:
         try:
             lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
@@ -581,7 +635,7 @@ def read_prompts(args, generator, error):
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         error("no prompt: give --prompt TEXT, --prompts FILE, or --prompts @captions")
-    length = generator.settings["text_length"]
+    length = math.inf if args.decode else generator.settings["text_length"]
     for prompt in dict.fromkeys(prompts):
         if len(data.split_words(prompt)) > length:
             print(f"only the first {length} words are read of: {prompt}", file=sys.stderr)
@@ -591,12 +645,25 @@ def read_prompts(args, generator, error):
 def dataset_of(args, generator):
     """The data set that a model was trained on, or the one that was asked for."""
     s = generator.settings
-    return data.load(
-        args.data or s["data"], s["size"], s["size"], data_dir=args.data_dir, seed=s["seed"]
-    )
+    options = dict(data_dir=args.data_dir, seed=s["seed"], sizes=latent_sizes(s))
+    return data.load(args.data or s["data"], s["size"], s["size"], **options)
 
 
-def parse_size(text, generator, error):
+def sd3_encoders(folder, generator):
+    """SD3's encoders, in place of the text features that the model is otherwise sampled with."""
+    encoders, config = data.Encoders(folder, generator.device, vae=True), generator.model.config
+    context, pooled = encoders([""])
+    mine = context.shape[2], pooled.shape[1], encoders.part("vae").config.latent_channels
+    wanted = config["context_dim"], config["pooled_dim"], config["channels"]
+    if mine != wanted:
+        names = "widths of text and pooled text, and channels of latents"
+        raise ValueError(f"--decode {folder}: {names} are {mine}, but the model has {wanted}")
+    generator.text = encoders
+    return encoders
+
+
+def parse_size(text, generator, error, unit=1):
+    """--size, which is in pixels, in the model's own positions of `unit` pixels a side."""
     if text is None:
         return None
     try:
@@ -604,19 +671,27 @@ def parse_size(text, generator, error):
     except ValueError:
         error(f"--size {text}: must look like 24x16, height x width")
     patch, most = generator.settings["patch"], generator.settings["pos_size"]
-    if height < 1 or width < 1 or height % patch or width % patch:
-        error(f"--size {text}: both must be multiples of the patch, {patch}")
-    if max(height, width) > patch * most:
-        error(f"--size {text}: the model's positions end at {patch * most} pixels")
-    return height, width
+    side = patch * unit  # of a patch, pixels
+    if height < 1 or width < 1 or height % side or width % side:
+        error(f"--size {text}: both must be multiples of the patch, {side}")
+    if max(height, width) > side * most:
+        error(f"--size {text}: the model's positions end at {side * most} pixels")
+    return height // unit, width // unit
 
 
 def draw(args, error):
     """Samples as asked for, and writes them."""
     generator = load_generator(args.run, args.teacher, args.device, args.precision)
     prompts = read_prompts(args, generator, error)
+    to_images, unit = data.to_uint8, 1
+    if args.decode:
+        encoders = sd3_encoders(args.decode, generator)
+        to_images, unit = encoders.pixels, encoders.unit()
+        encoders.learn([*prompts, ""])  # all at once: every encoder moves to the device one time
+    elif (channels := generator.model.config["channels"]) != 3:
+        error(f"{args.run} makes latents of {channels} channels: add --decode SD3_DIR")
     options = dict(seed=args.seed, steps=args.steps, cfg=args.cfg, sampler=args.sampler)
-    options["size"] = size = parse_size(args.size, generator, error)
+    options["size"] = size = parse_size(args.size, generator, error, unit)
     steps, cfg = generator.steps_or_default(args.steps, args.cfg, args.sampler)
     few = "renoise" if generator.kind == "student" else "euler"
     if cfg != 1 and (args.sampler or few) == "renoise":
@@ -624,17 +699,19 @@ def draw(args, error):
     if args.trajectory:
         refuse_strangers(args.trajectory)
     if args.init_image:
-        height, width = size or (generator.settings["size"],) * 2
+        height, width = size or (generator.side, generator.side)
         try:
-            pixels = data.decode(Path(args.init_image).read_bytes(), height, width)
+            pixels = data.decode(Path(args.init_image).read_bytes(), height * unit, width * unit)
         except OSError as reason:
             error(f"--init-image {args.init_image}: can't be read ({reason})")
-        options["start"] = (data.to_float(torch.from_numpy(pixels.copy()))[None], args.strength)
+        pixels = torch.from_numpy(pixels.copy())[None]
+        x0 = encoders.latents(pixels) if args.decode else data.to_float(pixels)
+        options["start"] = (x0, args.strength)
 
     notes = dict(seed=args.seed, steps=steps, cfg=cfg, model=f"{generator.kind} of {args.run}")
     with tqdm(total=len(prompts), desc="sampling", disable=not sys.stderr.isatty()) as bar:
         images = generator.sample(prompts, batch=args.batch, progress=bar, **options)
-    images, out = data.to_uint8(images), Path(args.out)
+    images, out = to_images(images), Path(args.out)
     if out.suffix.lower() == ".png":
         columns = math.ceil(math.sqrt(len(images)))
         text = "; ".join(dict.fromkeys(prompts))
@@ -646,7 +723,7 @@ def draw(args, error):
     print(f"{len(images)} images, {steps} steps: {out}")
     if args.trajectory:
         frames = generator.trajectory(prompts[:64], range(min(64, len(prompts))), **options)
-        pictures = [grid(data.to_uint8(x), math.ceil(len(x) ** 0.5)) for x in frames]
+        pictures = [grid(to_images(x), math.ceil(len(x) ** 0.5)) for x in frames]
         pause = [150] * (len(pictures) - 1) + [1500]
         moving = dict(save_all=True, append_images=pictures[1:], duration=pause, loop=0)
         pictures[0].save(args.trajectory, "GIF", comment=b"LADD", **moving)

@@ -328,6 +328,7 @@ VALUES = dict(
     targets="real", taps=(0, 2), out="elsewhere", data_dir="there", device="cpu",
     precision="fp32", stage="report", teacher="there.pt", steps_scale=0.5, drop=0.2,
     teacher_ema=0.5, student_ema=0.6, beta1=0.7, t_hat_mean=-0.5, discriminator="heads.pt",
+    aspects=("1:1", "3:2"),
 )  # fmt: skip
 FIXED = {"channels"}  # the data are RGB
 

@@ -1,0 +1,521 @@
+"""SD3's encoders, the shards that `data.py encode` writes, and `sample.py --decode`.
+
+The encoders are those of a tiny random pipeline in diffusers' layout, built and saved here; the
+features are compared with diffusers' own. All widths differ, so that a swapped part would show.
+"""
+
+import errno
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import ladd
+import sample
+from mmdit import MMDiT
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+pytest.importorskip("safetensors")
+
+PROMPTS = [
+    "a small red fox",
+    "Two geese,  above a lake!",
+    "a very long prompt " * 40,  # cut to 77 tokens
+    "x",
+]
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    """A whole SD3 pipeline with random weights: CLIPs 8 and 12 wide, T5 24, pooled 6 + 10."""
+    import transformers
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+
+    letters = [chr(c) + end for end in ("", "</w>") for c in range(33, 127)]
+    words = {w: i for i, w in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0)]
+    pieces += [(chr(c), -3.0) for c in range(33, 127)] + [("▁a", -1.0), ("ed", -1.0)]
+
+    def clip(width, pooled):
+        config = transformers.CLIPTextConfig(
+            vocab_size=len(words), hidden_size=width, intermediate_size=16, projection_dim=pooled,
+            num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=77,
+            bos_token_id=words["<|startoftext|>"], eos_token_id=words["<|endoftext|>"],
+            pad_token_id=words["<|endoftext|>"],
+        )  # fmt: skip
+        return transformers.CLIPTextModelWithProjection(config)
+
+    def tokenizer():
+        return transformers.CLIPTokenizer(words, [], model_max_length=77)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        t5 = transformers.T5Config(
+            vocab_size=len(pieces), d_model=24, d_kv=4, d_ff=16, num_layers=2, num_heads=2
+        )
+        return StableDiffusion3Pipeline(
+            transformer=SD3Transformer2DModel(
+                sample_size=8, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+                joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=16,
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=AutoencoderKL(
+                latent_channels=16, block_out_channels=(4, 4, 8, 8), norm_num_groups=2,
+                down_block_types=["DownEncoderBlock2D"] * 4,
+                up_block_types=["UpDecoderBlock2D"] * 4,
+                scaling_factor=1.4, shift_factor=0.25, use_quant_conv=False,
+                use_post_quant_conv=False,
+            ).eval(),
+            text_encoder=clip(8, 6).eval(), tokenizer=tokenizer(),
+            text_encoder_2=clip(12, 10).eval(), tokenizer_2=tokenizer(),
+            text_encoder_3=transformers.T5EncoderModel(t5).eval(),
+            tokenizer_3=transformers.T5TokenizerFast(pieces, extra_ids=0, model_max_length=77),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sd3(pipeline, tmp_path_factory):
+    """The folder of the tiny pipeline."""
+    folder = tmp_path_factory.mktemp("sd3")
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"prompt number {i}\n" for i in range(40)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Nine pictures with captions: wide, tall, square; one tall by its EXIF alone."""
+    folder, rows = tmp_path_factory.mktemp("images"), []
+    random = np.random.default_rng(0)
+    for i, (height, width) in enumerate([(40, 80), (80, 40), (50, 50)] * 3):
+        picture = Image.fromarray(random.integers(0, 255, (height, width, 3), np.uint8))
+        exif = picture.getexif()
+        exif[0x0112] = 6 if i == 0 else 1
+        picture.save(folder / f"{i}.png", exif=exif)
+        rows.append(json.dumps(dict(file=f"{i}.png", caption=f"picture {i % 8}")))
+    (folder / "captions.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return folder
+
+
+def encode(*arguments):
+    """`python data.py encode …` in this process. -> exit status"""
+    return data.main(["encode", "--device", "cpu", *map(str, arguments)])
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ---------------------------------------------------------------------------------------------
+# Encoders
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("t5", [True, False])
+def test_text_features_are_those_of_diffusers(pipeline, sd3, t5):
+    """77 CLIP tokens, padded, then 77 of T5 (or zeros); pooled of both; the empty caption too."""
+    from diffusers import StableDiffusion3Pipeline
+
+    parts = pipeline.components if t5 else pipeline.components | dict(text_encoder_3=None)
+    with torch.no_grad():
+        context, empty, pooled, empty_pooled = StableDiffusion3Pipeline(**parts).encode_prompt(
+            PROMPTS, None, None, max_sequence_length=77
+        )
+    mine, mine_pooled = data.Encoders(sd3, t5=t5).text([*PROMPTS, ""])
+    assert mine.shape == (5, 154, 24) and mine_pooled.shape == (5, 16)
+    torch.testing.assert_close(mine, torch.cat([context, empty[:1]]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        mine_pooled, torch.cat([pooled, empty_pooled[:1]]), rtol=1e-5, atol=1e-5
+    )
+    assert (mine[:, 77:] == 0).all() != t5 and (mine[:, :77, 20:] == 0).all()
+
+
+def test_latents_are_shifted_and_scaled_as_the_vae_says(pipeline, sd3):
+    """x_0 = (mean - 0.25)·1.4, and pixels are the decoded x_0 / 1.4 + 0.25."""
+    images = torch.randint(0, 256, (5, 3, 32, 48), generator=torch.manual_seed(0)).byte()
+    encoders = data.Encoders(sd3, vae=True)
+    x0 = encoders.latents(images)
+    with torch.no_grad():
+        z = pipeline.vae.encode(images / 127.5 - 1).latent_dist.mean
+        pixels = pipeline.vae.decode(z).sample
+    torch.testing.assert_close(x0, (z - 0.25) * 1.4, rtol=1e-4, atol=1e-5)
+    difference = encoders.pixels(x0).float() - data.to_uint8(pixels).float()
+    assert x0.shape == (5, 16, 4, 6) and difference.abs().max() <= 1
+
+
+def test_a_vae_that_says_nothing_has_sd3s_scale_and_shift(sd3, tmp_path):
+    folder = shutil.copytree(sd3, tmp_path / "sd3")
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    del config["scaling_factor"], config["shift_factor"]
+    (folder / "vae" / "config.json").write_text(json.dumps(config))
+    assert data.Encoders(folder, vae=True).scale() == (1.5305, 0.0609)
+
+
+def test_every_encoder_is_on_the_device_only_while_it_works(sd3, monkeypatch):
+    """Moves are recorded: one encoder's way back comes before the next one's way there."""
+    encoders, moves = data.Encoders(sd3), []
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        model = encoders.part(name)
+        monkeypatch.setattr(
+            model, "to", lambda device, m=model, n=name: (moves.append((n, str(device))), m)[1]
+        )
+    encoders.device = torch.device("cpu", 0)  # told apart from the "cpu" they go back to
+    encoders.text(["a"])
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    assert moves == [(name, device) for name in names for device in ("cpu:0", "cpu")]
+
+
+@pytest.mark.parametrize("part", ["text_encoder_2", "tokenizer_3", "vae"])
+def test_a_missing_part_is_named(sd3, images, tmp_path, capsys, part):
+    folder = shutil.copytree(sd3, tmp_path / "sd3", ignore=shutil.ignore_patterns(part))
+    assert encode("--model", folder, "--images", images, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"lacks {part}/" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "a tensor missing"])
+def test_a_damaged_encoder_is_named(sd3, prompts, tmp_path, capsys, damage):
+    """transformers alone would go on with random numbers for the missing tensor."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(sd3, tmp_path / "sd3")
+    path = folder / "text_encoder_2" / "model.safetensors"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        tensors = load_file(path)
+        tensors.pop("text_projection.weight")
+        save_file(tensors, path, {"format": "pt"})
+    assert encode("--model", folder, "--prompts", prompts, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "text_encoder_2 can't be loaded" in error
+
+
+# ---------------------------------------------------------------------------------------------
+# Shards
+# ---------------------------------------------------------------------------------------------
+
+
+def test_shards_give_back_the_features_of_every_prompt(sd3, prompts, tmp_path):
+    """The encoders' numbers in bf16, for any order of captions, and row 0 the empty caption."""
+    out = tmp_path / "shards"
+    assert encode("--model", sd3, "--prompts", prompts, "--out", out, "--shard", 16) == 0
+    dataset, encoders = data.load(str(out), 8, 8), data.Encoders(sd3)
+    assert len(list(out.glob("*.safetensors"))) == 1 + 3
+    assert dataset.captions == ["", *(f"prompt number {i}" for i in range(40))]
+    asked = ["prompt number 39", "", "prompt number 16", "prompt number 39"]
+    for got, wanted in zip(dataset(asked), encoders(asked), strict=True):
+        torch.testing.assert_close(got, wanted.bfloat16().float(), rtol=0.01, atol=1e-4)
+    dropped = dataset.features(dataset.ids(asked) * torch.tensor([[0], [1], [1], [0]]))
+    assert torch.equal(dropped[0][0], dataset([""])[0][0])  # as teachers drop captions
+    with pytest.raises(data.DataError, match="no features of the caption 'unheard'"):
+        dataset(["unheard"])
+
+
+def test_prompts_are_drawn_without_gaps_or_doubles(sd3, prompts, tmp_path):
+    out = tmp_path / "shards"
+    encode("--model", sd3, "--prompts", prompts, "--out", out, "--shard", 16)
+    sizes = [(4, 4), (2, 6), (6, 2)]
+    dataset, drawn = data.load(str(out), 4, 4, seed=3, sizes=sizes), []
+    for bucket in dataset.sets:
+        images, caption = bucket.batch(np.arange(bucket.train_size) + data.SYNTHETIC_INDEX)
+        assert images is None and bucket.size in sizes and bucket.train_size in (13, 14)
+        drawn += caption.tolist()
+    assert sorted(drawn) == list(range(1, 41))
+
+
+def test_a_sample_costs_its_tensors_and_one_percent(sd3, prompts, tmp_path):
+    out = tmp_path / "shards"
+    encode("--model", sd3, "--prompts", prompts, "--out", out)
+    on_disk = sum(path.stat().st_size for path in out.iterdir())
+    assert on_disk <= 1.01 * 41 * 2 * (154 * 24 + 16) + 1500  # once: the folder's own index
+
+
+def test_images_are_sorted_into_buckets_of_one_size(sd3, images, tmp_path):
+    """Of nine pictures the one turned by its EXIF is tall; latents are those of its caption."""
+    out = tmp_path / "shards"
+    options = ("--size", 64, "--multiple", 16, "--shard", 3, "--aspects", "1:1,5:3,3:5")
+    assert encode("--model", sd3, "--images", images, "--out", out, *options) == 0
+    dataset, encoders = data.load(str(out), 8, 8), data.Encoders(sd3, vae=True)
+    dataset.expect(24, 16, 16)
+    assert {s.size: s.train_size for s in dataset.sets} == {(6, 10): 2, (8, 8): 3, (10, 6): 4}
+    x0, caption = dataset.sets[2].batch(np.arange(4))
+    assert x0.shape == (4, 16, 10, 6) and x0.dtype == torch.float32
+    assert {dataset.captions[i] for i in caption} == {f"picture {i}" for i in (0, 1, 4, 7)}
+    row = [dataset.captions[i] for i in caption].index("picture 4")
+    pixels = torch.from_numpy(data.decode((images / "4.png").read_bytes(), 80, 48).copy())
+    wanted = encoders.latents(pixels[None])[0]
+    torch.testing.assert_close(x0[row], wanted, rtol=0.01, atol=1e-3)
+
+
+def test_a_cut_run_goes_on_and_keeps_what_is_finished(sd3, prompts, tmp_path, monkeypatch):
+    """A full disk at the third shard ends the run; the same command makes the same folder."""
+    arguments = ("--model", sd3, "--prompts", prompts, "--shard", 16, "--out")
+    encode(*arguments, tmp_path / "whole")
+    real, calls = data.os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 6:  # shards.json, two files of two shards each, now the third shard
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor)
+
+    out = tmp_path / "cut"
+    monkeypatch.setattr(data.os, "fsync", full)
+    assert encode(*arguments, out) == 1
+    monkeypatch.undo()
+    before = contents(out)
+    assert sorted(before) == [
+        "000000.json", "000000.safetensors", "000001.json", "000001.safetensors", "shards.json",
+    ]  # fmt: skip
+    with pytest.raises(data.DataError, match=r"000002\.safetensors is missing"):
+        data.load(str(out), 8, 8)
+    old = (out / "000001.safetensors").stat().st_mtime_ns
+    assert encode(*arguments, out) == 0
+    assert contents(out) == contents(tmp_path / "whole")
+    assert (out / "000001.safetensors").stat().st_mtime_ns == old
+
+
+def test_two_processes_share_the_work(sd3, prompts, tmp_path, monkeypatch):
+    """Each writes its own shards and nothing else, in any order; torchrun's variables serve too."""
+    arguments = ("--model", sd3, "--prompts", prompts, "--shard", 8, "--out")
+    encode(*arguments, tmp_path / "one")
+    out = tmp_path / "two"
+    assert encode(*arguments, out, "--rank", 1, "--world", 2) == 0
+    assert {int(p.stem) % 2 for p in out.glob("*.safetensors")} == {1}
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert encode(*arguments, out) == 0
+    assert contents(out) == contents(tmp_path / "one")
+
+
+def test_processes_that_start_together_finish_one_folder(sd3, prompts, tmp_path, monkeypatch):
+    """All of rank 0's work falls between rank 1's first encoding and its first file."""
+    arguments = ("--model", sd3, "--prompts", prompts, "--out", tmp_path / "out", "--shard", 4)
+    text, status = data.Encoders.text, []
+
+    def interrupted(self, captions):
+        if not status:
+            status.append(None)
+            status[0] = encode(*arguments, "--world", 2, "--rank", 0)
+        return text(self, captions)
+
+    monkeypatch.setattr(data.Encoders, "text", interrupted)
+    assert encode(*arguments, "--world", 2, "--rank", 1) == 0 and status == [0]
+    assert data.load(str(tmp_path / "out"), 8, 8).sets[0].train_size == 40
+
+
+@pytest.mark.parametrize("damage", ["cut", "altered", "missing", "note"])
+def test_damaged_shards_are_refused(sd3, prompts, tmp_path, damage):
+    out = tmp_path / "shards"
+    encode("--model", sd3, "--prompts", prompts, "--out", out, "--shard", 16)
+    path = out / "000002.safetensors"
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[:-2])
+    elif damage == "altered":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "missing":
+        path.unlink()
+    else:
+        path.with_suffix(".json").write_text('{"bytes": 1')
+    with pytest.raises(data.DataError, match="000002"):
+        data.load(str(out), 8, 8)
+
+
+def test_features_of_another_width_are_refused(sd3, prompts, tmp_path):
+    out = tmp_path / "shards"
+    encode("--model", sd3, "--prompts", prompts, "--out", out)
+    dataset = data.load(str(out), 8, 8)
+    dataset.expect(24, 16, 16)
+    with pytest.raises(data.DataError, match="text features 24 wide, but the network takes 4096"):
+        dataset.expect(4096, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "content, words", [(None, "can't be read"), ("\n \n", "no prompt in it"), (b"\xff", "decode")]
+)
+def test_a_prompts_file_without_prompts_is_one_line(sd3, tmp_path, capsys, content, words):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert encode("--model", sd3, "--prompts", path, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_other_folders_are_left_alone(sd3, prompts, tmp_path, capsys):
+    """A folder with something else in it, or with the shards of other prompts."""
+    out = tmp_path / "theirs"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    arguments = ("--model", sd3, "--prompts", prompts, "--out")
+    assert encode(*arguments, out) == 2 and contents(out) == {"thesis.txt": b"mine"}
+    assert "thesis.txt" in capsys.readouterr().err
+    encode(*arguments, tmp_path / "shards")
+    before = contents(tmp_path / "shards")
+    capsys.readouterr()
+    assert encode(*arguments, tmp_path / "shards", "--no-t5") == 2
+    error = capsys.readouterr().err
+    assert "made with another model, t5" in error and contents(tmp_path / "shards") == before
+
+
+def test_an_unreadable_image_among_many_is_named_and_left_out(sd3, tmp_path, capsys):
+    folder = tmp_path / "many" / "red_fox"
+    folder.mkdir(parents=True)
+    for i in range(110):
+        Image.new("RGB", (20, 20), (i, 0, 0)).save(folder / f"{i}.png")
+    path = folder / "7.png"
+    path.write_bytes(b"no picture")
+    arguments = ("--model", sd3, "--images", folder.parent, "--size", 16, "--multiple", 8)
+    arguments += ("--aspects", "4:1,1:1")
+    assert encode(*arguments, "--out", tmp_path / "shards") == 0
+    assert "7.png" in capsys.readouterr().err
+    dataset = data.load(str(tmp_path / "shards"), 8, 8)
+    (bucket,) = dataset.sets  # another had only the bad image
+    assert (
+        bucket.size == (2, 2)
+        and bucket.train_size == 109
+        and dataset.captions == ["", "a photo of a red fox"]
+    )
+
+
+def test_missing_packages_are_named(sd3, prompts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert encode("--model", sd3, "--prompts", prompts, "--out", tmp_path / "out") == 2
+    assert "pip install diffusers transformers safetensors" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------
+# ladd.py --data shards/
+# ---------------------------------------------------------------------------------------------
+
+TINY = "--smoke --device cpu --precision fp32 --channels 16 --downscale 8 --size 64 --width 32"
+TINY += " --heads 2 --text-dim 24 --pooled-dim 16 --depth 3 --head-width 16"
+
+
+def test_latents_are_taught_distilled_and_decoded(sd3, images, prompts, tmp_path, capsys):
+    """encode → ladd.py → sample.py --decode; then LADD from prompts alone with that teacher."""
+    options = ("--size", 64, "--multiple", 16, "--aspects", "1:1,5:3,3:5")
+    encode("--model", sd3, "--images", images, "--out", tmp_path / "latents", *options)
+    encode("--model", sd3, "--prompts", prompts, "--out", tmp_path / "prompts")
+    first, second = tmp_path / "first", tmp_path / "second"
+    tiny = [*TINY.split(), "--data"]
+    assert ladd.main([*tiny, str(tmp_path / "latents"), "--out", str(first)]) == 0
+    shapes = {tuple(torch.load(p)["x0"].shape[1:]) for p in (first / "synthetic").iterdir()}
+    assert shapes == {(16, 6, 10), (16, 8, 8), (16, 10, 6)}
+    assert "--decode" in (first / "report.md").read_text()
+
+    alone = [*tiny, str(tmp_path / "prompts"), "--out", str(second), "--aspects", "1:1,4:1"]
+    assert ladd.main(alone) == 2 and not second.exists()
+    assert "prompts alone: that takes --teacher" in capsys.readouterr().err
+    assert ladd.main([*alone, "--teacher", str(first / "teacher.pt")]) == 0
+    made = [torch.load(path) for path in sorted((second / "synthetic").iterdir())]
+    assert [shard["x0"].shape[1:] for shard in made] == [(16, 8, 8), (16, 8, 16)]
+    assert len({caption for shard in made for caption in shard["captions"]}) == 32  # no doubles
+    out = tmp_path / "fox.png"
+    arguments = ["--decode", str(sd3), "--prompt", "a fox", "--device", "cpu", "--out", str(out)]
+    assert sample.main([str(second), *arguments]) == 0
+    with Image.open(out) as picture:
+        assert picture.size == (66, 66)  # 64 × 64 in the frame of a grid
+
+
+def test_features_reach_the_teacher_and_dropped_captions_are_empty(sd3, prompts, tmp_path):
+    """Run.text is the shards': what HashedText does with words, they do with rows."""
+    encode("--model", sd3, "--prompts", prompts, "--out", tmp_path / "shards")
+    settings, _ = ladd.parse([*TINY.split(), "--data", str(tmp_path / "shards")])
+    run = ladd.Run(settings)
+    words = run.text.ids(["prompt number 3", "prompt number 5"])
+    context, pooled = run.text.features(words * torch.tensor([[0], [1]]))
+    wanted = run.text(["", "prompt number 5"])
+    assert torch.equal(context, wanted[0]) and torch.equal(pooled, wanted[1])
+    assert run.generator("teacher", ladd.MMDiT(**settings.model())).text is run.text
+
+
+# ---------------------------------------------------------------------------------------------
+# sample.py --decode
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def student(tmp_path):
+    """A tiny student of latents 8 × 8, for the tiny pipeline's text features."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = MMDiT(depth=1, width=16, heads=2, context_dim=24, pooled_dim=16, pos_size=8)
+        for p in model.parameters():
+            p.data.normal_(std=0.1)
+    settings = dict(
+        size=64, downscale=8, patch=2, pos_size=8, text_dim=24, text_length=8, levels=(1.0, 0.5)
+    )
+    settings |= dict(data="shards", seed=0, shift=3.0, teacher_steps=4, cfg=4.0)
+    checkpoint = dict(format="ladd-1", kind="student", model=model.config, settings=settings)
+    torch.save(checkpoint | dict(weights=model.state_dict(), step=1), tmp_path / "student.pt")
+    return tmp_path
+
+
+def test_decode_makes_pictures_of_any_size_from_real_prompts(student, sd3, tmp_path):
+    """sample.py --decode: the encoders' features in, the VAE's pixels out, --size in pixels."""
+    out = tmp_path / "pictures"
+    arguments = [str(student), "--decode", str(sd3), "--prompt", "a fox", "--prompt", "x"]
+    arguments += ["--size", "48x112", "--device", "cpu", "--precision", "fp32"]
+    assert sample.main([*arguments, "--out", str(out)]) == 0
+    encoders = data.Encoders(sd3, vae=True)
+    generator = sample.load_generator(student, device="cpu", precision="fp32")
+    generator.text = encoders.text
+    wanted = encoders.pixels(generator.sample(["a fox", "x"], size=(6, 14)))
+    for i in range(2):
+        pixels = np.asarray(Image.open(out / f"{i:05d}.png")).transpose(2, 0, 1)
+        assert pixels.shape == (3, 48, 112) and np.array_equal(pixels, wanted[i].numpy())
+    assert not torch.equal(wanted[0], wanted[1])
+
+
+def test_decode_starts_at_images_and_shows_the_way(student, sd3, tmp_path):
+    """From an image with hardly any noise on it comes that image, through the VAE and back."""
+    pixels = torch.randint(0, 256, (1, 3, 64, 32), generator=torch.manual_seed(1)).byte()
+    Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).save(tmp_path / "start.png")
+    arguments = [str(student), "--decode", str(sd3), "--prompt", "a fox", "--size", "64x32"]
+    arguments += ["--init-image", str(tmp_path / "start.png"), "--strength", "0.0001"]
+    arguments += ["--trajectory", str(tmp_path / "way.gif"), "--device", "cpu"]
+    assert sample.main([*arguments, "--precision", "fp32", "--out", str(tmp_path / "out")]) == 0
+    encoders = data.Encoders(sd3, vae=True)
+    wanted = encoders.pixels(encoders.latents(pixels))[0].numpy()
+    got = np.asarray(Image.open(tmp_path / "out" / "00000.png")).transpose(2, 0, 1)
+    assert np.abs(got.astype(int) - wanted).max() <= 2
+    with Image.open(tmp_path / "way.gif") as moving:
+        assert moving.n_frames == 2 and moving.size == (34, 66)
+
+
+def test_decode_refuses_what_does_not_fit(student, sd3, capsys, tmp_path):
+    run = [str(student), "--prompt", "x", "--device", "cpu", "--out", str(tmp_path / "a.png")]
+    with pytest.raises(SystemExit, match="2"):
+        sample.main(run)
+    assert "16 channels: add --decode" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        sample.main([*run, "--decode", str(sd3), "--size", "40x64"])
+    assert "multiples of the patch, 16" in capsys.readouterr().err
+    checkpoint = torch.load(student / "student.pt")
+    model = MMDiT(**checkpoint["model"] | dict(context_dim=32))
+    torch.save(
+        checkpoint | dict(model=model.config, weights=model.state_dict()), student / "student.pt"
+    )
+    assert sample.main([*run, "--decode", str(sd3)]) == 2
+    assert "(24, 16, 16), but the model has (32, 16, 16)" in capsys.readouterr().err
