@@ -411,7 +411,7 @@ def distil(run):
         values = dict(loss_d=loss_d, d_real=real_logits.mean(), d_fake=fake_logits.mean())
         values |= dict(ranked=ranked, grad_norm_heads=norm_d, diversity=diversity(fake, real))
 
-        if learning:
+        if learning and norm_d is not None:
             with run.autocast():
                 loss_g = generator_loss(heads, fake, t_hat, pooled, grid)
                 if s.distill_weight:
@@ -927,13 +927,13 @@ def health(stage, rows, expected=None):
     """What is wrong with a stage by its rows of log.jsonl: [(verdict, what, figure)].
 
     A sign is suspicious when it stands for a tenth of the stage's rows without a break (of those
-    `expected` at its end), and a failure when it stands for half of them."""
+    `expected` at its end) and for ten, and a failure when it stands for half of them."""
     told = [r for r in rows if "loss" in r or "loss_g" in r]  # not while the heads learn alone
     expected, found = expected or len(told), []
     for number, test, what in SIGNS[stage]:
         groups = groupby([r for r in told if number in r], lambda r, f=test: f(r, told[0]))
         longest = max((list(group) for bad, group in groups if bad), key=len, default=[])
-        if len(longest) >= max(5, expected / 10):
+        if len(longest) >= max(10, expected / 10):
             verdict = "failed" if len(longest) >= expected / 2 else "suspicious"
             mean = sum(row[number] for row in longest) / len(longest)
             span = f"updates {longest[0]['step']} to {longest[-1]['step']}"
