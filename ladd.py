@@ -205,8 +205,9 @@ class RunError(Exception):
     """The run can't go on; the message says why and what to do."""
 
 
-class Stop(Exception):
-    """The run was asked to end, and what it has is saved; holds the exit status."""
+class Stop(BaseException):
+    """The run was asked to end, and what it has is saved; holds the exit status. Like Ctrl-C's
+    own exception it passes by `except Exception`."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -333,7 +334,8 @@ def synthesise(run):
                 )
                 if not x0.isfinite().all():
                     raise RunError(
-                        f"the teacher's samples {index[0]} to {index[-1]} are not finite."
+                        f"the teacher's samples {index[0]} to {index[-1]} are not finite. Train it "
+                        "in another folder (--out) with a lower --teacher-lr or --precision fp32."
                     )
                 save(dict(x0=x0.half(), captions=captions, index=index.tolist()), path)
             bar.update(len(index))
@@ -948,16 +950,15 @@ def health(stage, rows, expected=None):
 
 def judge_stages(s, log, table):
     """{stage: healthy, suspicious or failed, and why}, from the log and the table of scores."""
-    verdicts = {}
+    verdicts, real = {}, table[0]["alignment"]
+    frechet = {row["name"]: row["frechet"] for row in table}
+    after, before = frechet["student, 1 step"], frechet["untrained, 1 step"]
     for stage in STAGES:
         rows = [r for r in log if r.get("stage") == stage and "step" in r]
         found = health(stage, rows) if stage in SIGNS else []
-        score = {row["name"]: row for row in table}
-        student, before = score["student, 1 step"], score["untrained, 1 step"]
-        if stage == "distillation" and student["frechet"] >= before["frechet"]:
-            figures = f"Fréchet {student['frechet']:.1f} in 1 step, {before['frechet']:.1f} before"
-            found.append(("suspicious", "the student is no better than untrained", figures))
-        real = table[0]["alignment"]
+        if stage == "distillation" and after >= before:
+            figure = f"Fréchet {after:.3g} in 1 step, {before:.3g} before"
+            found.append(("suspicious", "the student is no better than untrained", figure))
         if stage == "report" and real is not None and real < 0.5:
             found.append(("suspicious", "the judge misreads real images", f"{real:.2f} right"))
         if found:

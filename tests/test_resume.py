@@ -25,7 +25,7 @@ import ladd
 import sample
 
 ROOT = Path(__file__).resolve().parent.parent
-ALL = FEW + " --save-every 2 --sample-every 2 --evaluation 16 --judge-steps 5"
+ALL = FEW + " --save-every 2 --sample-every 2 --log-every 4 --evaluation 16 --judge-steps 5"
 
 DRIVER = '''
 """Runs ladd.py in children that kill themselves. Arguments: flags, plan of (stage, kind, nth)."""
@@ -502,7 +502,7 @@ def test_skipped_updates_are_part_of_the_verdict():
 def test_a_bad_sign_is_one_warning_that_names_the_readmes_section(launch, monkeypatch, capsys):
     """Said once, in the run; and it is the verdict of report.md."""
     monkeypatch.setattr(ladd, "diversity", lambda fake, real: torch.tensor(0.25))
-    assert launch("--iterations 11") == 0
+    assert launch("--iterations 11 --log-every 1") == 0
     message, report = capsys.readouterr().err, Path("run/report.md").read_text()
     assert message.count("diversity 0.25") == 1
     section = message[message.index("README: ") + 8 :].splitlines()[0]
@@ -513,7 +513,7 @@ def test_a_bad_sign_is_one_warning_that_names_the_readmes_section(launch, monkey
 def test_the_report_has_a_verdict_on_every_stage(whole):
     report = (whole / "report.md").read_text()
     assert all(f"\n- {stage}: " in report for stage in ladd.STAGES)
-    assert "- teacher: not judged: 6 rows" in report and "- synthesis: healthy" in report
+    assert "- teacher: not judged: 2 rows" in report and "- synthesis: healthy" in report
 
 
 def test_diversity_is_that_of_the_fakes_over_that_of_the_reals():
