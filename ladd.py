@@ -23,17 +23,21 @@ optimiser or EMA: those are ours, chosen by the experiments in docs/log.md.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
 import math
+import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +52,7 @@ import data
 import sample
 from discriminator import Discriminator, hinge_d, hinge_g, r1
 from mmdit import MMDiT, open_sd3
-from sample import add_noise, logit_normal, predict_x0
+from sample import add_noise, logit_normal, predict_x0, read, save
 
 # ---------------------------------------------------------------------------------------------
 # Settings and presets
@@ -144,7 +148,10 @@ class Settings:
     discriminator: str = setting("", "another run's heads.pt for the heads to start from")
     smoke: bool = setting(False, "two updates of every stage, to see that all of it runs")
     steps_scale: float = setting(1.0, "multiplies all updates, the synthetic set, the evaluation")
+    deterministic: bool = setting(False, "only kernels that give the same bits every time")
     save_every: int = setting(500, "updates between states from which a cut run goes on")
+    save_minutes: float = setting(10.0, "minutes after which a state is due anyway; 0: never")
+    stop_after: float = setting(0.0, "minutes after which to save and exit with 75; 0: never")
     sample_every: int = setting(1000, "updates between sample grids")
     log_every: int = setting(20, "updates between lines of log.jsonl")
     tensorboard: bool = setting(False, "also write logs for tensorboard")
@@ -260,10 +267,16 @@ PRESETS = {
 # Settings that may differ between two commands of the same run.
 FREE = {"out", "data_dir", "device", "stage", "save_every", "sample_every", "log_every"}
 FREE |= {"tensorboard", "compile", "checkpointing", "dry_run", "gpus", "tflops", "utilisation"}
+FREE |= {"save_minutes", "stop_after"}
 
 
 class RunError(Exception):
     """The run can't go on; the message says why and what to do."""
+
+
+class Stop(BaseException):
+    """The run was asked to end, and what it has is saved; holds the exit status. Like Ctrl-C's
+    own exception it passes by `except Exception`."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -316,6 +329,15 @@ def distillation_loss(x0_hat, x0):
     return F.smooth_l1_loss(x0_hat, x0)
 
 
+@torch.no_grad()
+def diversity(fake, real):
+    """Mean distance between two fakes over that between two reals, in the last block's features.
+
+    Below 1 the fakes are too much alike; a floor near 1/2 is left by their captions and t̂."""
+    fake, real = (F.pdist(f[-1][:32].float().flatten(1)).sum() for f in (fake, real))
+    return (fake + 1e-6) / (real + 1e-6)
+
+
 def draw_levels(settings, n, step, generator):
     """n noise levels of the student, by their probabilities. -> (n,)"""
     warm = step < settings.warmup_iterations
@@ -353,9 +375,9 @@ def train_teacher(run):
         norm = update(optimizers, loss, model, s.clip, learning_rate(step, loop.total, 0.6))
         update_ema(ema, model, s.teacher_ema, step)
         loop.log(loss=loss, grad_norm=norm)
-        loop.checkpoint()
         if loop.due(s.sample_every):
             run.show("teacher", step + 1, ema)
+        loop.checkpoint()
     run.save("teacher", ema, s.teacher_iterations)
     loop.forget()
 
@@ -392,10 +414,12 @@ def synthesise(run):
                 x0 = teacher.sample(captions, index, size=bucket.size, **options)
                 if not x0.isfinite().all():
                     raise RunError(
-                        f"the teacher's samples {index[0]} to {index[-1]} are not finite."
+                        f"the teacher's samples {index[0]} to {index[-1]} are not finite. Train it "
+                        "in another folder (--out) with a lower --teacher-lr or --precision fp32."
                     )
                 save(dict(x0=x0.half(), captions=captions, index=index.tolist()), path)
             bar.update(len(index))
+            run.watch.check()
 
 
 def distillation_batches(run):
@@ -406,7 +430,7 @@ def distillation_batches(run):
     if s.targets == "real":
         words, dataset = run.text.ids(run.dataset.captions), run.dataset
     else:
-        shards = [torch.load(p, weights_only=True) for p in run.shards()]
+        shards = [read(p) for p in run.shards()]
         words = run.text.ids([caption for shard in shards for caption in shard["captions"]])
         rows = torch.arange(len(words)).split([len(shard["x0"]) for shard in shards])
         parts = {}  # shape -> its samples and their rows in `words`, shard by shard
@@ -474,9 +498,9 @@ def distil(run):
         norm_d = update(heads_optimizer, loss_d, heads, math.inf, min(1.0, (step + 1) / 40))
         ranked = (real_logits.mean((1, 2, 3)) > fake_logits.mean((1, 2, 3))).float().mean()
         values = dict(loss_d=loss_d, d_real=real_logits.mean(), d_fake=fake_logits.mean())
-        values |= dict(ranked=ranked, grad_norm_heads=norm_d)
+        values |= dict(ranked=ranked, grad_norm_heads=norm_d, diversity=diversity(fake, real))
 
-        if learning:
+        if learning and norm_d is not None:
             with run.autocast():
                 loss_g = generator_loss(heads, fake, t_hat, pooled, grid)
                 if s.distill_weight:
@@ -486,9 +510,9 @@ def distil(run):
             update_ema(ema, student, s.student_ema, step - s.heads_warmup)
             values |= dict(loss_g=loss_g, grad_norm=norm_g)
         loop.log(**values)
-        loop.checkpoint()
         if loop.due(s.sample_every):
             run.show("student", step + 1, ema)
+        loop.checkpoint()
     run.save("heads", heads, s.iterations, optimizer=heads_optimizer[0].state_dict())
     run.save("student", ema, s.iterations)
     loop.forget()
@@ -709,13 +733,18 @@ def learning_rate(step, total, decay, warmup=40):
 
 
 def update(optimizers, loss, model, clip, rate):
-    """Backward and one step of all optimisers at `rate` times their lr. -> gradient norm"""
+    """Backward and one step of all optimisers at `rate` times their lr. -> gradient norm
+
+    None, and no step at all, where the loss or the gradient is not finite. (To know costs a wait
+    for the backward pass; the queue of the device fills again at once.)"""
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    if not (norm + loss.detach()).isfinite():
+        return None
     for optimizer in optimizers:
         optimizer.step()
     return norm
@@ -731,11 +760,6 @@ def update_ema(ema, model, decay, step):
 # ---------------------------------------------------------------------------------------------
 # Plumbing: the run folder
 # ---------------------------------------------------------------------------------------------
-
-
-def save(value, path):
-    with data.replacing(path) as file:
-        torch.save(value, file)
 
 
 def write(text, path):
@@ -778,7 +802,8 @@ class Run:
         words = data.HashedText(settings.text_dim, settings.text_length)
         self.text = (self.dataset if encoded else words).to(self.device)
         self.notes = []  # lines the report must repeat
-        self.board = None
+        self.board, self.watch, self.state = None, Watch(settings.stop_after), None
+        self.earlier = 0.0  # seconds that earlier processes worked at the stage
 
     # networks -------------------------------------------------------------------------------
 
@@ -847,23 +872,41 @@ class Run:
         path = self.out / "samples" / f"{kind}-{step:06d}.png"
         sample.save_png(sample.grid(images, 8), path, step=step, captions="; ".join(captions))
 
+    def states(self, stage):
+        """The files of a stage's states, the newest last."""
+        return sorted(self.out.glob(f"{stage}-state-*.pt"))
+
+    def newest_state(self):
+        """The state that a cut run goes on from, None if there is none; writes nothing."""
+        for stage, kind in (("teacher", "teacher"), ("distillation", "student")):
+            paths = [] if self.path(kind).exists() else self.states(stage)
+            for path in reversed(paths):
+                try:
+                    return read(path, self.device)
+                except sample.CheckpointError as error:
+                    print(f"ladd.py: {error} Trying the state before it.", file=sys.stderr)
+            if paths:
+                raise RunError(
+                    f"no state of the {stage} can be read. To begin this stage afresh, delete "
+                    + ", ".join(map(str, paths))
+                )
+
     def log(self, **row):
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def forget_log(self, stage, step):
-        """Drops the log's lines after a saved state: the updates they tell of are done again."""
+    def rows(self):
+        """The rows of log.jsonl; one that a cut left unfinished is passed over."""
         path = self.out / "log.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = []
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:  # cut in the middle
-                continue
-            if row.get("stage") != stage or row.get("step", 0) <= step:
-                kept.append(line + "\n")
-        write("".join(kept), path)
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError):
+                yield json.loads(line)
+
+    def forget_log(self, stage=None, step=0):
+        """Drops what a cut left of a row, and a stage's rows after its saved state: the updates
+        that they tell of are done again."""
+        kept = [r for r in self.rows() if r.get("stage") != stage or r.get("step", 0) <= step]
+        write("".join(json.dumps(row) + "\n" for row in kept), self.out / "log.jsonl")
 
     def write_board(self, stage, step, values):
         """tensorboard, if asked for."""
@@ -894,16 +937,15 @@ class Run:
 
     def write_report(self, rows, accuracy, report_seconds):
         """metrics.json and report.md."""
-        s, where = self.settings, machine()
-        seconds = {}
-        for line in (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if row.get("finished"):
-                seconds[row["stage"]] = row["seconds"]
+        s, where, log = self.settings, machine(), list(self.rows())
+        seconds = {row["stage"]: row["seconds"] for row in log if row.get("finished")}
         seconds["report"] = report_seconds
+        verdicts = judge_stages(s, log, rows)
         metrics = dict(
             rows=rows, judge_accuracy=accuracy, seconds=seconds, seed=s.seed, data=s.data
         )
+        metrics |= dict(samples=s.evaluation, checkpoints=sample.fingerprints(self.out))
+        metrics |= dict(verdicts=verdicts)
         metrics |= dict(preset=s.preset, notes=self.notes, command=self.command(), **where)
         write(json.dumps(metrics, indent=1) + "\n", self.out / "metrics.json")
         judged = sample.accuracy_line(accuracy)
@@ -923,10 +965,48 @@ class Run:
             "",
             f"The judge reads held-out images right: {judged}.",
             "",
+            *(f"- {stage}: {verdict}" for stage, verdict in verdicts.items()),
+            "",
             f"Time: {took}. Commit {where['commit']}{dirty}, torch {where['torch']}, "
             f"{where['gpu'] or where['processor']}, {where['threads']} threads.",
         ]
         write("\n".join(lines) + "\n", self.out / "report.md")
+
+
+class Watch:
+    """Whether a run should end: SIGINT or SIGTERM came, or --stop-after is over."""
+
+    def __init__(self, minutes):
+        self.end = time.perf_counter() + 60 * minutes if minutes else math.inf
+        self.status, self.patient, self.before = 0, False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # others can't hear signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self.hear)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def hear(self, number, frame):
+        """The first signal waits for what can be saved, where a stage is `patient` for it; the
+        second ends the process at once."""
+        for each in self.before:
+            signal.signal(each, signal.SIG_DFL)
+        self.status = 128 + number
+        if not self.patient:
+            raise Stop(self.status)
+        os.write(2, b"\nladd.py: one moment, saving; a second signal ends at once\n")
+
+    def due(self):
+        """The exit status to end with, or 0 to go on."""
+        return self.status or (75 if time.perf_counter() > self.end else 0)
+
+    def check(self):
+        if self.due():
+            raise Stop(self.due())
 
 
 class Loop:
@@ -934,27 +1014,32 @@ class Loop:
 
     def __init__(self, run, stage, total, batch):
         self.run, self.stage, self.total, self.batch = run, stage, total, batch
-        self.step, self.sums, self.path = 0, {}, run.out / f"{stage}-state.pt"
+        self.step, self.sums, self.kept = 0, {}, run.states(stage)[-1:]
+        self.skipped = self.in_a_row = 0  # updates that were not applied
 
     def resume(self, networks, optimizers):
         """Remembers what a state consists of, and takes it from the last saved one, if any."""
         self.networks, self.optimizers = networks, optimizers
-        if self.path.exists():
-            state = torch.load(self.path, map_location=self.run.device, weights_only=True)
+        state, self.run.state = self.run.state, None
+        if state is not None and state["stage"] == self.stage:
             for name, network in networks.items():
                 network.load_state_dict(state["networks"][name])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
-            self.step, self.sums = state["step"], state["sums"]
+            self.step, self.sums, self.run.earlier = state["step"], state["sums"], state["seconds"]
+            self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+            self.kept = [self.path(self.step)]
             print(f"{self.stage}: going on from update {self.step} of {self.total}", flush=True)
         self.run.forget_log(self.stage, self.step)
+        self.rows = [row for row in self.run.rows() if row.get("stage") == self.stage]
+        self.warned = {why for _, why, _ in self.signs()}
         if self.run.settings.compile:
             for network in networks.values():
                 network.compile()
 
     def __iter__(self):
         self.start, self.first = time.perf_counter(), self.step
-        self.last_line = self.start
+        self.last_line = self.saved = self.start
         with progress(self.stage, self.total, self.step) as self.bar:
             while self.step < self.total:
                 yield self.step
@@ -962,32 +1047,54 @@ class Loop:
                 self.bar.update()
 
     def forget(self):
-        """The stage's result is safe: its state is not needed any more."""
-        self.path.unlink(missing_ok=True)
+        """The stage's result is safe: its states are not needed any more."""
+        for path in self.run.states(self.stage):
+            path.unlink()
 
     def due(self, every):
         """Whether something done every so many updates, and at the end, is due after this one."""
         return (self.step + 1) % every == 0 or self.step + 1 == self.total
 
     def log(self, **values):
-        """Adds up the values; at every log line writes their means. Non-finite ones end the run."""
-        for name, value in values.items():
-            total, n = self.sums.get(name, (0, 0))
-            self.sums[name] = (total + value.detach().float(), n + 1)
+        """Adds up the values; at every log line writes their means.
+
+        None among them: an update that was not applied, which is counted and told instead."""
+        if None in values.values():
+            self.skip(values)
+        else:
+            self.in_a_row = 0
+            for name, value in values.items():
+                total, n = self.sums.get(name, (0, 0))
+                self.sums[name] = (total + value.detach().float(), n + 1)
         if self.step - self.first == 4:  # the first updates are slower
             self.warm = time.perf_counter()
         if self.step - self.first == 14:
             self.warn_if_hours()
-        if self.due(self.run.settings.log_every):
+        if self.due(self.run.settings.log_every) and self.sums:
             means = {name: (total / n).item() for name, (total, n) in self.sums.items()}
             self.sums = {}
-            if not all(map(math.isfinite, means.values())):
-                raise RunError(
-                    f"{self.stage}: a loss or gradient is not finite at update {self.step + 1} "
-                    f"({means}). Try a lower learning rate or --precision fp32; the last saved "
-                    f"state is {self.path}."
-                )
             self.tell(means)
+
+    def skip(self, values):
+        """Tells of an update that was not applied; five in a row end the run."""
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        names = [name for name, v in values.items() if v is None or not v.isfinite()]
+        row = dict(stage=self.stage, step=self.step + 1, skipped=self.skipped, not_finite=names)
+        self.run.log(**row)
+        self.rows.append(row)
+        if self.in_a_row == 5:
+            self.in_a_row = 0
+            self.save()
+            raise RunError(
+                f"{self.stage}: the loss or the gradient was not finite at update {self.step + 1} "
+                f"and the 4 before it ({', '.join(names)}). None of them was applied; the weights "
+                "are saved as they were before. The same command tries the next batches; if that "
+                "does not help, train in another folder (--out) with --precision fp32 or a lower "
+                f"{'--teacher-lr' if self.stage == 'teacher' else '--student-lr'}."
+            )
+
+    def signs(self):
+        return health(self.stage, self.rows, self.total // self.run.settings.log_every)
 
     def warn_if_hours(self):
         """After the first updates: on a CPU a preset made for a GPU takes days."""
@@ -1004,7 +1111,16 @@ class Loop:
         now = time.perf_counter()
         speed = (self.step + 1 - self.first) / (now - self.start)  # updates per second
         means["images_per_s"] = speed * self.batch
-        self.run.log(stage=self.stage, step=self.step + 1, **means)
+        self.rows.append(dict(stage=self.stage, step=self.step + 1, **means))
+        self.run.log(**self.rows[-1])
+        for _, why, figure in self.signs():
+            if why not in self.warned:
+                self.warned.add(why)
+                print(
+                    f"\n{self.stage}: {why} ({figure}). README: If a run is cut or goes wrong",
+                    file=sys.stderr,
+                    flush=True,
+                )
         self.run.write_board(self.stage, self.step + 1, means)
         shown = {k: f"{means[k]:.3f}" for k in SHOWN if k in means}
         self.bar.set_postfix(shown | {"img/s": f"{means['images_per_s']:.0f}"})
@@ -1019,16 +1135,104 @@ class Loop:
             )
 
     def checkpoint(self):
-        """Saves a state from which a cut run goes on, every `save_every` updates."""
-        if (self.step + 1) % self.run.settings.save_every or self.step + 1 == self.total:
+        """Saves a state every so many updates or minutes, and when the run is asked to end."""
+        if self.step + 1 == self.total:  # the result itself is saved next
             return
-        state = dict(step=self.step + 1, sums=self.sums)
+        s, end = self.run.settings, self.run.watch.due()
+        late = s.save_minutes and time.perf_counter() - self.saved > 60 * s.save_minutes
+        if (self.step + 1) % s.save_every == 0 or late or end:
+            self.save()
+        if end:
+            raise Stop(end)
+
+    def path(self, step):
+        return self.run.out / f"{self.stage}-state-{step:08d}.pt"
+
+    def save(self):
+        """A state: all that the rest of the stage depends on. The last two are kept."""
+        self.saved = time.perf_counter()
+        state = dict(stage=self.stage, step=self.step + 1, sums=self.sums, skipped=self.skipped)
+        state |= dict(in_a_row=self.in_a_row, seconds=self.run.earlier + self.saved - self.start)
         state["networks"] = {name: network.state_dict() for name, network in self.networks.items()}
         state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
-        save(state, self.path)
+        with open(self.run.out / "log.jsonl", "ab") as file:
+            os.fsync(file.fileno())  # a state's rows must not be lost where the state is not
+        path = self.path(self.step + 1)
+        save(state, path)
+        self.kept = [*(p for p in self.kept if p != path), path][-2:]
+        for old in set(self.run.states(self.stage)) - set(self.kept):
+            old.unlink()
 
 
 SHOWN = ("loss", "loss_d", "loss_g", "d_real", "d_fake")
+
+
+# ---------------------------------------------------------------------------------------------
+# Plumbing: health
+# ---------------------------------------------------------------------------------------------
+
+# What is a bad sign in a row of log.jsonl, beside the first row: number, test, meaning.
+SIGNS = {
+    "teacher": (("loss", lambda r, first: r["loss"] > 0.9 * first["loss"], "no progress"),),
+    "distillation": (
+        ("loss_d", lambda r, _: r["loss_d"] > 1.95 and r["ranked"] < 0.53, "the heads see nothing"),
+        ("loss_d", lambda r, _: r["loss_d"] < 0.3, "the heads have won outright"),
+        (
+            "grad_norm",
+            lambda r, first: r["grad_norm"] < 0.01 * first["grad_norm"],
+            "the student's gradient has vanished",
+        ),
+        ("diversity", lambda r, _: r["diversity"] < 0.75, "the student's samples are alike"),
+    ),
+}
+
+
+def health(stage, rows, expected=None):
+    """What is wrong with a stage by its rows of log.jsonl: [(verdict, what, figure)].
+
+    A sign is suspicious when it stands for a tenth of the stage's rows without a break (of those
+    `expected` at its end) and for ten, and a failure when it stands for half of them."""
+    told = [r for r in rows if "loss" in r or "loss_g" in r]  # not while the heads learn alone
+    expected, found = expected or len(told), []
+    for number, test, what in SIGNS[stage]:
+        groups = groupby([r for r in told if number in r], lambda r, f=test: f(r, told[0]))
+        longest = max((list(group) for bad, group in groups if bad), key=len, default=[])
+        if len(longest) >= max(10, expected / 10):
+            verdict = "failed" if len(longest) >= expected / 2 else "suspicious"
+            mean = sum(row[number] for row in longest) / len(longest)
+            span = f"updates {longest[0]['step']} to {longest[-1]['step']}"
+            found.append((verdict, what, f"{number} {mean:.3g}, {span}"))
+    skipped = [r["step"] for r in rows if "skipped" in r]
+    if skipped:
+        verdict = "failed" if 10 * len(skipped) > rows[-1]["step"] else "suspicious"
+        figure = f"{len(skipped)} of {rows[-1]['step']}, the first was {skipped[0]}"
+        found.append((verdict, "updates were not finite, so not applied", figure))
+    return found
+
+
+def judge_stages(s, log, table):
+    """{stage: healthy, suspicious or failed, and why}, from the log and the table of scores."""
+    verdicts, real = {}, table[0]["alignment"]
+    frechet = {row["name"]: row["frechet"] for row in table}
+    after, before = frechet["student, 1 step"], frechet["untrained, 1 step"]
+    for stage in STAGES:
+        rows = [r for r in log if r.get("stage") == stage and "step" in r]
+        found = health(stage, rows) if stage in SIGNS else []
+        if stage == "distillation" and after >= before:
+            figure = f"Fréchet {after:.3g} in 1 step, {before:.3g} before"
+            found.append(("suspicious", "the student is no better than untrained", figure))
+        if stage == "report" and real is not None and real < 0.5:
+            found.append(("suspicious", "the judge misreads real images", f"{real:.2f} right"))
+        if found:
+            worst = min(verdict for verdict, _, _ in found)  # failed comes before suspicious
+            verdicts[stage] = f"{worst}: " + "; ".join(f"{w} ({f})" for _, w, f in found)
+        elif stage == "teacher" and s.teacher:
+            verdicts[stage] = "not trained here but given"
+        elif stage in SIGNS and len(rows) < 10:
+            verdicts[stage] = f"not judged: {len(rows)} rows of log.jsonl are too few"
+        else:
+            verdicts[stage] = "healthy"
+    return verdicts
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1094,6 +1298,8 @@ def check(s, error):
 
     for name in AT_LEAST_ONE.split():
         demand(getattr(s, name) >= 1, name, "must be at least 1")
+    for name in ("save_minutes", "stop_after"):
+        demand(getattr(s, name) >= 0, name, "must not be negative")
     for name in ABOVE_ZERO.split():
         demand(getattr(s, name) > 0, name, "must be above 0")
     for name in SHARES.split():
@@ -1139,8 +1345,45 @@ def check(s, error):
         error(f"--device {s.device}: {str(reason).splitlines()[0]}")
 
 
+@contextlib.contextmanager
+def locked(out):
+    """Makes the run folder and holds it for this process alone, until it ends, however it ends."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file: choose another folder with --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    handle = None
+    try:
+        import fcntl
+
+        handle = os.open(out, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UsageError(f"{out}: another process is at work in this run folder.") from None
+    except (ImportError, OSError):
+        print(f"{out} can't be locked here: take care that one process uses it", file=sys.stderr)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def deterministic(wanted):
+    """Has torch take kernels that give the same bits every time; it names those that don't."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def open_folder(settings):
-    """Makes the run folder, or finds it made with the same settings."""
+    """Finds the run folder made with the same settings, or empty, and writes them into it."""
     out, mine = Path(settings.out), dataclasses.asdict(settings)
     mine = json.loads(json.dumps({k: v for k, v in mine.items() if k not in FREE}))
     path = out / "config.json"
@@ -1156,10 +1399,9 @@ def open_folder(settings):
                 f"{out} was made with other settings ({different}). "
                 f"Choose another folder with --out, or give the same settings to go on."
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif any(not p.name.startswith(".config.json.") for p in out.iterdir()):
         raise UsageError(f"{out} is not empty and not a run folder: choose another with --out.")
     else:
-        out.mkdir(parents=True, exist_ok=True)
         write(json.dumps(mine, indent=1) + "\n", path)
 
 
@@ -1240,19 +1482,30 @@ def main(argv=None):
         print(plan_table(settings))
         return 0
     try:
-        if settings.teacher and (others := given_teacher(settings).get("ignored")):
-            print(f"--teacher {settings.teacher}: {others} tensors of other networks are ignored")
-        if settings.discriminator:
-            given_heads(settings)
-        settings, note, run = load_data(settings, given)
-        open_folder(settings)
-        if note:
-            run.notes.append(note)
-            print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
-        run.log(settings=dataclasses.asdict(settings), note=note, **machine())
-        execute(run)
-        if note:
-            print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
+        with Watch(settings.stop_after) as watch:
+            if settings.teacher and (others := given_teacher(settings).get("ignored")):
+                print(f"--teacher {settings.teacher}: {others} tensors of other networks ignored")
+            if settings.discriminator:
+                given_heads(settings)
+            settings, note, run = load_data(settings, given)
+            run.watch = watch
+            with locked(run.out), deterministic(settings.deterministic):
+                open_folder(settings)
+                run.state = run.newest_state()
+                for unfinished in run.out.rglob(".*.tmp"):
+                    unfinished.unlink()
+                run.forget_log()
+                if note:
+                    run.notes.append(note)
+                    print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
+                run.log(settings=dataclasses.asdict(settings), note=note, **machine())
+                execute(run)
+                if note:
+                    print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
+    except Stop as stop:
+        again = shlex.join(["python", "ladd.py", *(sys.argv[1:] if argv is None else argv)])
+        print(f"ladd.py: stopped, and saved what is done. To go on:\n    {again}", file=sys.stderr)
+        return stop.args[0]
     except (UsageError, data.DataError, sample.CheckpointError) as error:
         print(f"ladd.py: {error}", file=sys.stderr)
         return 2
@@ -1278,8 +1531,7 @@ def given_teacher(s):
 def given_heads(s):
     """The checkpoint of --discriminator, if its heads are those of the settings."""
     checkpoint = sample.read_checkpoint(s.discriminator, ["heads"])
-    wanted = dict(width=s.width, taps=s.tapped, pooled_dim=s.text_dim, hidden=s.head_width)
-    same_network("discriminator", s.discriminator, checkpoint["model"], wanted)
+    same_network("discriminator", s.discriminator, checkpoint["model"], s.head_sizes())
     return checkpoint
 
 
@@ -1310,11 +1562,17 @@ def execute(run):
         if missing:
             raise UsageError(f"--stage {stage} needs the stage {missing[0]} first.")
         if done[stage]:
+            for path in run.states(stage):  # the process ended between the result and this
+                path.unlink()
+            if stage == "report":
+                sample.read_metrics(run.out)
             print(f"{stage}: done before", flush=True)
             continue
-        start = time.perf_counter()
+        run.watch.patient = stage != "report"  # which saves nothing on its way
+        run.watch.check()
+        start, run.earlier = time.perf_counter(), 0.0
         work[stage](run)
-        seconds = time.perf_counter() - start
+        seconds = run.earlier + time.perf_counter() - start
         run.log(stage=stage, finished=True, seconds=seconds)
         print(f"{stage}: {seconds:.0f} s", flush=True)
         done[stage] = True

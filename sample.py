@@ -20,6 +20,7 @@ Rectified flow and its schedules: arXiv 2403.03206 (SD3). Few-step sampling: LAD
 
 import copy
 import hashlib
+import io
 import json
 import math
 import sys
@@ -131,15 +132,41 @@ def noise_of(seed, indices, shape, step=0):
 # ---------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(path, kinds=("teacher", "student")):
-    """A checkpoint's dict: kind, model (arguments), weights, settings, step. Runs no code."""
+MARK = b"\nSHA-256 "  # then the digest of all before it, in hex: the end of every file of `save`
+
+
+def save(value, path):
+    """Writes a file for `read` and torch.load, whole or not at all, that ends in its checksum."""
+    buffer = io.BytesIO()  # torch.save itself hides what is wrong with a disk
+    torch.save(value, buffer)
+    content = buffer.getbuffer()
+    with data.replacing(path) as file:
+        file.write(content)
+        file.write(MARK + hashlib.sha256(content).hexdigest().encode())
+
+
+def read(path, device="cpu"):
+    """What `save` wrote. Runs no code. CheckpointError where it is missing or damaged.
+
+    A file without a checksum (torch.save's own) is taken as it is, if torch.load can read it."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        content = Path(path).read_bytes()
+        length = len(content) - len(MARK) - 64
+        if content[length:].startswith(MARK):
+            if hashlib.sha256(content[:length]).hexdigest().encode() != content[-64:]:
+                raise ValueError("its content is not what was written: the checksum differs")
+            content = content[:length]
+        return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file. Has the run got that far?") from None
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:100]
         raise CheckpointError(f"{path}: can't be read as a checkpoint ({reason}).") from None
+
+
+def read_checkpoint(path, kinds=("teacher", "student")):
+    """A checkpoint's dict: kind, model (arguments), weights, settings, step. Runs no code."""
+    checkpoint = read(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "ladd-1":
         raise CheckpointError(f"{path}: not a checkpoint of this program.")
     if checkpoint.get("kind") not in kinds:
@@ -437,13 +464,12 @@ def get_judge(dataset, size, device, *, data_dir="data", steps=1000, width=32, p
     dataset = data.Buckets(buckets)
     path = Path(data_dir) / f"judge-{key.hexdigest()[:16]}.pt"
     if path.exists():
-        saved = torch.load(path, map_location=device, weights_only=True)
+        saved = read(path, device)
         judge = Judge(**saved["config"]).to(device).eval()
         judge.load_state_dict(saved["weights"])
         return judge
     judge = train_judge(dataset, size, device, steps=steps, width=width, precision=precision)
-    with data.replacing(path) as file:
-        torch.save({"config": judge.config, "weights": judge.state_dict()}, file)
+    save({"config": judge.config, "weights": judge.state_dict()}, path)
     return judge
 
 
@@ -592,7 +618,7 @@ def parse(argv):
     add("--teacher", action="store_true", help="sample from the teacher instead of the student")
     add("--cfg", type=float, help="guidance scale w (default: the teacher's own; students: 1)")
     add("--sampler", choices=("renoise", "euler"), help="default: renoise, for a teacher euler")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, help="of the noise (default: 0; --evaluate: the run's own)")
     add("--size", metavar="HxW", help="another size than the model was trained at")
     add("--out", default="samples.png", help="a grid as .png, or a folder for one PNG per image")
     add("--trajectory", metavar="FILE.gif", help="x̂_0 along the steps, as an animation")
@@ -690,7 +716,8 @@ def draw(args, error):
         encoders.learn([*prompts, ""])  # all at once: every encoder moves to the device one time
     elif (channels := generator.model.config["channels"]) != 3:
         error(f"{args.run} makes latents of {channels} channels: add --decode SD3_DIR")
-    options = dict(seed=args.seed, steps=args.steps, cfg=args.cfg, sampler=args.sampler)
+    seed = args.seed or 0
+    options = dict(seed=seed, steps=args.steps, cfg=args.cfg, sampler=args.sampler)
     options["size"] = size = parse_size(args.size, generator, error, unit)
     steps, cfg = generator.steps_or_default(args.steps, args.cfg, args.sampler)
     few = "renoise" if generator.kind == "student" else "euler"
@@ -708,7 +735,7 @@ def draw(args, error):
         x0 = encoders.latents(pixels) if args.decode else data.to_float(pixels)
         options["start"] = (x0, args.strength)
 
-    notes = dict(seed=args.seed, steps=steps, cfg=cfg, model=f"{generator.kind} of {args.run}")
+    notes = dict(seed=seed, steps=steps, cfg=cfg, model=f"{generator.kind} of {args.run}")
     with tqdm(total=len(prompts), desc="sampling", disable=not sys.stderr.isatty()) as bar:
         images = generator.sample(prompts, batch=args.batch, progress=bar, **options)
     images, out = to_images(images), Path(args.out)
@@ -730,13 +757,37 @@ def draw(args, error):
         print(f"{len(pictures)} frames: {args.trajectory}")
 
 
+def fingerprints(folder):
+    """The SHA-256 of a run's checkpoints, which say what a metrics.json was made from."""
+    return {kind: data.sha256(Path(folder) / f"{kind}.pt") for kind in ("teacher", "student")}
+
+
+def read_metrics(folder):
+    """A run's metrics.json, {} if there is none. CheckpointError: not of its checkpoints."""
+    path = Path(folder) / "metrics.json"
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        made_from = metrics.get("checkpoints")
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError):
+        raise CheckpointError(f"{path}: damaged; delete it to have it made again.") from None
+    if made_from != fingerprints(folder):
+        raise CheckpointError(
+            f"{path}: not made from the teacher.pt and student.pt beside it (or by an older "
+            "version). Delete it and report.md to have both made again."
+        )
+    return metrics
+
+
 def score_run(args, error):
-    """Prints the table of a run and writes it to metrics.json in its folder."""
+    """Prints the table of a run; what is scored as in its report goes to its metrics.json."""
     folder = Path(args.run)
     if not folder.is_dir():
         error(f"--evaluate needs a run folder, and {args.run} is none")
     teacher = load_generator(folder, True, args.device, args.precision)
     student = load_generator(folder, False, args.device, args.precision)
+    metrics = read_metrics(folder)
     s = student.settings
     dataset = dataset_of(args, student)
     judge = get_judge(
@@ -744,13 +795,18 @@ def score_run(args, error):
         steps=s["judge_steps"], width=s["judge_width"], precision=args.precision,
     )  # fmt: skip
     accuracy = judge_accuracy(dataset, judge)
-    rows = evaluate(dataset, judge, teacher, student, args.num or s["evaluation"], args.seed)
+    count, seed = args.num or s["evaluation"], s["seed"] if args.seed is None else args.seed
+    rows = evaluate(dataset, judge, teacher, student, count, seed)
     print(markdown_table(rows))
     print("\nThe judge reads held-out images right: " + accuracy_line(accuracy))
-    path = folder / "metrics.json"
-    metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    metrics |= dict(rows=rows, judge_accuracy=accuracy)
-    with data.replacing(path) as file:
+    own = dict(count=s["evaluation"], seed=s["seed"], data=s["data"])
+    if own != dict(count=count, seed=seed, data=args.data or s["data"]):
+        print(f"Not kept: the run's own metrics.json has {own['count']} samples a row, seed "
+              f"{own['seed']}, of {own['data']}.")  # fmt: skip
+        return
+    metrics |= dict(rows=rows, judge_accuracy=accuracy, samples=count)
+    metrics["checkpoints"] = fingerprints(folder)
+    with data.replacing(folder / "metrics.json") as file:
         file.write((json.dumps(metrics, indent=1) + "\n").encode())
 
 

@@ -660,6 +660,7 @@ def run(tmp_path_factory):
         checkpoint = torch.load(folder / f"{kind}.pt", weights_only=True)
         checkpoint["weights"] = randomise(MMDiT(**checkpoint["model"]), seed).state_dict()
         torch.save(checkpoint, folder / f"{kind}.pt")
+    (folder / "metrics.json").unlink()  # those of the weights before
     return folder
 
 
@@ -817,9 +818,9 @@ def test_little_strength_stays_near_the_image(run, tmp_path):
 def test_evaluate_prints_the_table_and_keeps_it(run, tmp_path, capsys):
     """One row per way of sampling, in metrics.json beside what is there; the real images first."""
     path = run / "metrics.json"
-    path.write_text(json.dumps(dict(rows=[], seed=17)))
-    words = ["--evaluate", "--num", 16, "--data-dir", run.parent / "data"]
-    assert cpu(run, *words) == 0
+    made_from = sample.fingerprints(run)
+    path.write_text(json.dumps(dict(rows=[], preset="x", checkpoints=made_from)))
+    assert cpu(run, "--evaluate", "--data-dir", run.parent / "data") == 0
     metrics, printed = json.loads(path.read_text()), capsys.readouterr().out
     names = [row["name"] for row in metrics["rows"]]
     assert names == [
@@ -831,7 +832,32 @@ def test_evaluate_prints_the_table_and_keeps_it(run, tmp_path, capsys):
     assert [row.get("evaluations") for row in metrics["rows"]] == [None, 8, 4, 2, 1, 4, 2, 1]
     for row in metrics["rows"]:
         assert 0 <= row["alignment"] <= 1 and 0 <= row["precision"] <= 1 and row["frechet"] > 0
-    assert metrics["seed"] == 17  # the report's other facts stay
+    assert metrics["preset"] == "x"  # the report's other facts stay
+    assert metrics["samples"] == 32 and metrics["checkpoints"] == made_from
+
+
+@pytest.mark.parametrize("flags", [["--num", 16], ["--seed", 5]])
+def test_a_table_of_other_samples_than_the_runs_own_is_printed_and_not_kept(
+    run, tmp_path, capsys, flags
+):
+    folder = shutil.copytree(run, tmp_path / "run")
+    before = snapshot(folder)
+    assert cpu(folder, "--evaluate", *flags, "--data-dir", run.parent / "data") == 0
+    assert "| student, 1 step |" in (printed := capsys.readouterr().out)
+    assert "Not kept" in printed and snapshot(folder) == before
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_metrics_of_another_checkpoint_are_refused_and_kept(run, tmp_path, capsys, kind):
+    """Their table, command and commit tell nothing of the weights that lie beside them."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    made_from = sample.fingerprints(folder) | {kind: "0" * 64}
+    (folder / "metrics.json").write_text(json.dumps(dict(rows=[], checkpoints=made_from)))
+    before = snapshot(folder)
+    assert cpu(folder, "--evaluate", "--data-dir", run.parent / "data") == 2
+    message = capsys.readouterr().err
+    assert "metrics.json: not made from" in message and message.count("\n") == 1
+    assert snapshot(folder) == before
 
 
 def test_the_untrained_rows_are_the_student_before_distillation(run, tmp_path):
@@ -839,7 +865,8 @@ def test_the_untrained_rows_are_the_student_before_distillation(run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     checkpoint = torch.load(folder / "teacher.pt", weights_only=True)
     torch.save(checkpoint | dict(kind="student"), folder / "student.pt")
-    assert cpu(folder, "--evaluate", "--num", 16, "--data-dir", run.parent / "data") == 0
+    (folder / "metrics.json").unlink(missing_ok=True)
+    assert cpu(folder, "--evaluate", "--data-dir", run.parent / "data") == 0
     rows = json.loads((folder / "metrics.json").read_text())["rows"]
     for row in rows:
         row.pop("seconds", None)
