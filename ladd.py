@@ -563,10 +563,6 @@ def storages(tensors):
     return {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
 
 
-def size_of(tensors):
-    return bytes_of(storages(tensors))
-
-
 def bytes_of(pieces):
     return sum(storage.nbytes() for storage in pieces.values())
 
@@ -592,10 +588,10 @@ def meta_state(s):
     weights = [p for network in networks for p in network.parameters()]
     moments = [v for o in optimizers for state in o.state.values() for v in state.values()]
     return dict(
-        weights=size_of(weights),
-        gradients=size_of(p.grad for p in weights if p.grad is not None),
-        optimiser=size_of(moments),
-        tables=size_of(table for network in networks for table in network.buffers()),
+        weights=bytes_of(storages(weights)),
+        gradients=bytes_of(storages(p.grad for p in weights if p.grad is not None)),
+        optimiser=bytes_of(storages(moments)),
+        tables=bytes_of(storages(b for network in networks for b in network.buffers())),
     )
 
 
@@ -666,10 +662,9 @@ def plan(s):
         seconds = max(flops / (s.tflops * 1e12 * s.utilisation), traffic / NETWORK)
         total = sum(share.values()) + kept
         ways[again] = dict(activations=kept, total=total, flops=flops * s.gpus, seconds=seconds)
-    smallest, one_image = {}, tables + gathered + ways[True]["activations"] / images
-    for gigabytes in (80, 141):  # a tenth is left for what is not counted
-        room = 0.9e9 * gigabytes - one_image
-        smallest[gigabytes] = math.ceil(sum(state.values()) / room) if room > 0 else None
+    one_image = tables + gathered + ways[True]["activations"] / images
+    room = {gb: 0.9e9 * gb - one_image for gb in (80, 141)}  # a tenth for what is not counted
+    smallest = {gb: math.ceil(sum(state.values()) / r) for gb, r in room.items() if r > 0}
     text = s.text_length * s.text_dim + student.config["pooled_dim"] if s.downscale > 1 else 0
     disk = s.synthetic * 2 * (s.channels * s.side**2 + text)
     result = dict(parameters=sizes, images=images, share=share, ways=ways, smallest=smallest)
@@ -680,7 +675,7 @@ def plan_table(s):
     p, (height, width) = plan(s), s.sizes[0]
     both = lambda key, form: " | ".join(form(way[key]) for way in p["ways"].values())  # noqa: E731
     forwards = lambda flops: f"{flops:.3e} ({flops / p['forward']:.2f} forwards)"  # noqa: E731
-    fits = (f"{n or 'any number is too few'} of {gb} GB" for gb, n in p["smallest"].items())
+    fits = (f"{n} of {gb} GB" for gb, n in p["smallest"].items())
     rows = {f"{s.preset}, {s.gpus} GPUs": f"{p['images']} × {s.channels}×{height}×{width} each"}
     rows |= {f"parameters, {name}": f"{n:,}" for name, n in p["parameters"].items()}
     rows |= {f"a GPU's {name}": in_bytes(n) for name, n in p["share"].items()}
@@ -691,7 +686,7 @@ def plan_table(s):
     rows |= {f"seconds, {s.tflops:g} TFLOP/s × {s.utilisation:g}": both("seconds", "{:.3g}".format)}
     hours = lambda seconds: f"{seconds * s.iterations / 3600:.3g}"  # noqa: E731
     rows |= {f"hours, {s.iterations:,} updates": both("seconds", hours)}
-    rows |= {"fewest GPUs, with --checkpointing": ", ".join(fits)}
+    rows |= {"fewest GPUs, with --checkpointing": ", ".join(fits) or "none of 80 or 141 GB"}
     rows |= {f"{s.synthetic:,} samples on disk": in_bytes(p["disk"])}
     return "\n".join(f"{name:36}{value}".rstrip() for name, value in rows.items())
 
