@@ -1223,6 +1223,8 @@ def judge_stages(s, log, table):
             verdicts[stage] = f"{worst}: " + "; ".join(f"{w} ({f})" for _, w, f in found)
         elif stage == "teacher" and s.teacher:
             verdicts[stage] = "not trained here but given"
+        elif stage == "synthesis" and s.targets == "real":
+            verdicts[stage] = "not needed"
         elif stage in SIGNS and len(rows) < 10:
             verdicts[stage] = f"not judged: {len(rows)} rows of log.jsonl are too few"
         else:
