@@ -22,6 +22,7 @@ optimiser or EMA: those are ours, chosen by the experiments in docs/log.md.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
@@ -319,6 +320,20 @@ def synthesise(run):
             bar.update(len(index))
 
 
+def read_shard(path, s):
+    """A file of samples: x0 (n, C, H, W) float16, n captions."""
+    try:
+        shard = sample.read(path)
+        x0, captions = shard["x0"].contiguous(), [c + "" for c in shard["captions"]]
+        if x0.shape != (len(captions), s.channels, s.size, s.size):
+            raise ValueError("samples and captions don't match")
+    except (sample.CheckpointError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(
+            f"{path} is damaged ({error}). Delete it and give the command again."
+        ) from None
+    return dict(x0=x0, captions=captions)
+
+
 def distillation_batches(run):
     """A function (step, generator) -> x0, text, noise: what the student learns from.
 
@@ -327,7 +342,7 @@ def distillation_batches(run):
     if s.targets == "real":
         words, dataset = run.text.ids(run.dataset.captions), run.dataset
     else:
-        shards = [torch.load(p, weights_only=True) for p in run.shards()]
+        shards = [read_shard(p, s) for p in run.shards()]
         x0_all = torch.cat([shard["x0"].float() for shard in shards])
         words = run.text.ids([caption for shard in shards for caption in shard["captions"]])
         shape = x0_all.shape[1:]
@@ -590,19 +605,19 @@ class Run:
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
+    def rows(self):
+        """The rows of log.jsonl; what a cut or damage left of others is passed over."""
+        path = self.out / "log.jsonl"
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step", 0), int):
+                    yield row
+
     def forget_log(self, stage, step):
         """Drops the log's lines after a saved state: the updates they tell of are done again."""
-        path = self.out / "log.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = []
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:  # cut in the middle
-                continue
-            if row.get("stage") != stage or row.get("step", 0) <= step:
-                kept.append(line + "\n")
-        write("".join(kept), path)
+        kept = [r for r in self.rows() if r.get("stage") != stage or r.get("step", 0) <= step]
+        write("".join(json.dumps(row) + "\n" for row in kept), self.out / "log.jsonl")
 
     def write_board(self, stage, step, values):
         """tensorboard, if asked for."""
@@ -635,9 +650,8 @@ class Run:
         """metrics.json and report.md."""
         s, where = self.settings, machine()
         seconds = {}
-        for line in (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if row.get("finished"):
+        for row in self.rows():
+            if row.get("stage") in STAGES and isinstance(row.get("seconds"), float):
                 seconds[row["stage"]] = row["seconds"]
         seconds["report"] = report_seconds
         metrics = dict(
@@ -874,10 +888,7 @@ def open_folder(settings):
     mine = json.loads(json.dumps({k: v for k, v in mine.items() if k not in FREE}))
     path = out / "config.json"
     if path.exists():
-        try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UsageError(f"{path} is damaged: choose another folder with --out.") from None
+        theirs = data.read_object(path)
         names = [k for k in {**theirs, **mine} if theirs.get(k) != mine.get(k)]
         if names:
             different = ", ".join(f"{k} {theirs.get(k)} → {mine.get(k)}" for k in names)
@@ -968,10 +979,10 @@ def main(argv=None):
         if note:
             print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
     except (UsageError, data.DataError, sample.CheckpointError) as error:
-        print(f"ladd.py: {error}", file=sys.stderr)
+        print(f"ladd.py: {data.clean(error, 1000)}", file=sys.stderr)
         return 2
     except (RunError, OSError) as error:
-        print(f"ladd.py: {error}", file=sys.stderr)
+        print(f"ladd.py: {data.clean(error, 1000)}", file=sys.stderr)
         return 1
     return 0
 

@@ -19,10 +19,14 @@ Rectified flow and its schedules: arXiv 2403.03206 (SD3). Few-step sampling: LAD
 import argparse
 import copy
 import hashlib
+import io
 import json
 import math
+import os
+import pickle
 import sys
 import time
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -133,18 +137,60 @@ class CheckpointError(Exception):
     """A file is not a checkpoint of this project; the message names it."""
 
 
-def read_checkpoint(path):
-    """A checkpoint's dict: kind, model (arguments), weights, settings, step. Runs no code."""
+def read(path, device="cpu"):
+    """What torch.save wrote. Runs no code; CheckpointError names a file that is damaged."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        content = io.BytesIO(Path(path).read_bytes())
+        with zipfile.ZipFile(content) as parts:
+            if any(part.compress_type for part in parts.infolist()):  # torch.save packs nothing
+                raise ValueError("it is compressed")
+        content.seek(0)
+        return torch.load(content, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file. Has the run got that far?") from None
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path}: can't be read: damaged, or with code in it, which is never run."
+        ) from None
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:100]
         raise CheckpointError(f"{path}: can't be read as a checkpoint ({reason}).") from None
+
+
+def read_checkpoint(path):
+    """A checkpoint's dict: kind, model (arguments), weights, settings, step. Runs no code."""
+    checkpoint = read(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "ladd-1":
         raise CheckpointError(f"{path}: not a checkpoint of this program.")
+    try:
+        check_parts(checkpoint, os.path.getsize(path))
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
+        raise CheckpointError(f"{path}: its parts don't fit together ({reason}).") from None
     return checkpoint
+
+
+def check_parts(checkpoint, size):
+    """Raises where a checkpoint's parts can't be used, or claim more than its `size` in bytes."""
+    weights, settings = checkpoint["weights"], checkpoint["settings"]
+    if any(type(w) is not torch.Tensor or w.is_meta or w.is_sparse for w in weights.values()):
+        raise ValueError("weights that are no plain tensors")
+    if sum(w.numel() * w.element_size() for w in weights.values()) > size:
+        raise ValueError("it claims more weights than it holds")
+    if checkpoint["model"]["depth"] > len(weights):
+        raise ValueError("fewer weights than blocks")
+    with torch.device("meta"):  # no memory for what the arguments claim
+        model = MMDiT(**checkpoint["model"])
+    model.load_state_dict(weights, assign=True)
+    side = model.config["patch"] * model.config["pos_size"]
+    for name, most in dict(size=side, text_length=4096, teacher_steps=10_000).items():
+        if not 1 <= settings[name] <= most or type(settings[name]) is not int:
+            raise ValueError(f"{name} {settings[name]}")
+    if not settings["text_dim"] == model.config["context_dim"] == model.config["pooled_dim"]:
+        raise ValueError(f"text_dim {settings['text_dim']}")
+    numbers = torch.tensor([settings["cfg"], settings["shift"], *settings["levels"]])
+    if not numbers.isfinite().all() or numbers[1] <= 0 or not all(settings["levels"]):
+        raise ValueError("cfg, shift or levels")
 
 
 def build(checkpoint, device="cpu"):
@@ -291,11 +337,11 @@ def panels(titled, columns):
 def refuse_strangers(path):
     """Raises FileExistsError where a file is that this program did not make."""
     try:
-        with Image.open(path) as old:
-            ours = "LADD" in (old.info.get("Software"), old.info.get("comment", b"").decode())
+        with Image.open(path, formats=("PNG", "GIF")) as old:
+            ours = old.info.get("Software") == "LADD" or old.info.get("comment") == b"LADD"
     except FileNotFoundError:
         return
-    except (OSError, ValueError):
+    except Exception:  # Pillow raises nearly anything on damaged files
         ours = False
     if not ours:
         raise FileExistsError(f"{path} exists and was not made by this program; choose another")
@@ -307,7 +353,7 @@ def save_png(picture, path, **notes):
     refuse_strangers(path)
     info = PngImagePlugin.PngInfo()
     for key, value in {"Software": "LADD", **notes}.items():
-        info.add_itxt(key, str(value))
+        info.add_itxt(key, data.clean(value))
     with data.replacing(path) as file:
         picture.save(file, "PNG", pnginfo=info)
 
@@ -390,10 +436,14 @@ def get_judge(dataset, size, device, *, data_dir="data", steps=1000, width=32, p
     key.update(images.numpy().tobytes())
     path = Path(data_dir) / f"judge-{key.hexdigest()[:16]}.pt"
     if path.exists():
-        saved = torch.load(path, map_location=device, weights_only=True)
-        judge = Judge(**saved["config"]).to(device).eval()
-        judge.load_state_dict(saved["weights"])
-        return judge
+        judge = Judge([len(v) for v in dataset.attributes.values()], width, size).to(device)
+        try:
+            judge.load_state_dict(read(path, device)["weights"])
+        except (CheckpointError, KeyError, TypeError, RuntimeError):
+            raise CheckpointError(
+                f"{path}: damaged. Delete it and give the command again: it is made anew."
+            ) from None
+        return judge.eval()
     judge = train_judge(dataset, size, device, steps=steps, width=width, precision=precision)
     with data.replacing(path) as file:
         torch.save({"config": judge.config, "weights": judge.state_dict()}, file)
@@ -566,16 +616,19 @@ def read_prompts(args, generator, error):
         prompts += [dataset.captions[i] for i in caption]
     elif args.prompts:
         try:
-            lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as reason:
+            with open(args.prompts, "rb") as file:
+                text = file.read(1 << 24).decode("utf-8-sig")
+            if len(text) == 1 << 24:
+                raise ValueError("more than 16 MB")
+        except (OSError, ValueError) as reason:
             error(f"--prompts {args.prompts}: can't be read ({reason})")
-        prompts += [line.strip() for line in lines if line.strip()]
+        prompts += filter(None, map(data.clean, text.split("\n")))
     if not prompts:
         error("no prompt: give --prompt TEXT, --prompts FILE, or --prompts @captions")
     length = generator.settings["text_length"]
     for prompt in dict.fromkeys(prompts):
         if len(data.split_words(prompt)) > length:
-            print(f"only the first {length} words are read of: {prompt}", file=sys.stderr)
+            print(f"only the first {length} words are read of: {prompt[:200]}", file=sys.stderr)
     return [prompts[i % len(prompts)] for i in range(args.num or len(prompts))]
 
 
@@ -618,8 +671,8 @@ def draw(args, error):
         height, width = size or (generator.settings["size"],) * 2
         try:
             pixels = data.decode(Path(args.init_image).read_bytes(), height, width)
-        except OSError as reason:
-            error(f"--init-image {args.init_image}: can't be read ({reason})")
+        except Exception as reason:  # Pillow raises nearly anything on damaged files
+            error(f"--init-image {args.init_image}: can't be read ({data.clean(reason, 200)})")
         options["start"] = (data.to_float(torch.from_numpy(pixels.copy()))[None], args.strength)
 
     notes = dict(seed=args.seed, steps=steps, cfg=cfg, model=f"{generator.kind} of {args.run}")
@@ -640,7 +693,8 @@ def draw(args, error):
         pictures = [grid(data.to_uint8(x), math.ceil(len(x) ** 0.5)) for x in frames]
         pause = [150] * (len(pictures) - 1) + [1500]
         moving = dict(save_all=True, append_images=pictures[1:], duration=pause, loop=0)
-        pictures[0].save(args.trajectory, "GIF", comment=b"LADD", **moving)
+        with data.replacing(args.trajectory) as file:
+            pictures[0].save(file, "GIF", comment=b"LADD", **moving)
         print(f"{len(pictures)} frames: {args.trajectory}")
 
 
@@ -651,7 +705,8 @@ def score_run(args, error):
         error(f"--evaluate needs a run folder, and {args.run} is none")
     teacher = load_generator(folder, True, args.device, args.precision)
     student = load_generator(folder, False, args.device, args.precision)
-    s = student.settings
+    s, path = student.settings, folder / "metrics.json"
+    metrics = data.read_object(path) if path.exists() else {}
     dataset = dataset_of(args, student)
     judge = get_judge(
         dataset, (s["size"], s["size"]), teacher.device, data_dir=args.data_dir,
@@ -661,8 +716,6 @@ def score_run(args, error):
     rows = evaluate(dataset, judge, teacher, student, args.num or s["evaluation"], args.seed)
     print(markdown_table(rows))
     print("\nThe judge reads held-out images right: " + accuracy_line(accuracy))
-    path = folder / "metrics.json"
-    metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     metrics |= dict(rows=rows, judge_accuracy=accuracy)
     with data.replacing(path) as file:
         file.write((json.dumps(metrics, indent=1) + "\n").encode())
@@ -673,10 +726,10 @@ def main(argv=None):
     try:
         score_run(args, error) if args.evaluate else draw(args, error)
     except (CheckpointError, data.DataError, FileExistsError, ValueError) as reason:
-        print(f"sample.py: {reason}", file=sys.stderr)
+        print(f"sample.py: {data.clean(reason, 1000)}", file=sys.stderr)
         return 2
     except OSError as reason:
-        print(f"sample.py: {reason}", file=sys.stderr)
+        print(f"sample.py: {data.clean(reason, 1000)}", file=sys.stderr)
         return 1
     return 0
 
