@@ -513,7 +513,7 @@ def save(value, path):
 
 def write(text, path):
     with data.replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode("utf-8", "replace"))  # a path need not be text
 
 
 def progress(name, total, initial=0):
