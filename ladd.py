@@ -979,10 +979,10 @@ def main(argv=None):
         if note:
             print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
     except (UsageError, data.DataError, sample.CheckpointError) as error:
-        print(f"ladd.py: {data.clean(error, 1000)}", file=sys.stderr)
+        print(f"ladd.py: {data.clean(error, 4000)}", file=sys.stderr)
         return 2
     except (RunError, OSError) as error:
-        print(f"ladd.py: {data.clean(error, 1000)}", file=sys.stderr)
+        print(f"ladd.py: {data.clean(error, 4000)}", file=sys.stderr)
         return 1
     return 0
 

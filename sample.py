@@ -635,6 +635,10 @@ def read_prompts(args, generator, error):
 def dataset_of(args, generator):
     """The data set that a model was trained on, or the one that was asked for."""
     s = generator.settings
+    most = dict(evaluation=10**6, judge_steps=10**6, judge_width=1024, seed=1 << 64)
+    wrong = [k for k, n in most.items() if type(s.get(k)) is not int or abs(s[k]) > n]
+    if wrong or not isinstance(s.get("data"), str):
+        raise CheckpointError(f"{args.run}: its settings can't be used: {wrong or 'data'}.")
     return data.load(
         args.data or s["data"], s["size"], s["size"], data_dir=args.data_dir, seed=s["seed"]
     )
@@ -670,7 +674,8 @@ def draw(args, error):
     if args.init_image:
         height, width = size or (generator.settings["size"],) * 2
         try:
-            pixels = data.decode(Path(args.init_image).read_bytes(), height, width)
+            with open(args.init_image, "rb") as file:
+                pixels = data.decode(file.read(data.MOST_BYTES), height, width)
         except Exception as reason:  # Pillow raises nearly anything on damaged files
             error(f"--init-image {args.init_image}: can't be read ({data.clean(reason, 200)})")
         options["start"] = (data.to_float(torch.from_numpy(pixels.copy()))[None], args.strength)
@@ -726,10 +731,10 @@ def main(argv=None):
     try:
         score_run(args, error) if args.evaluate else draw(args, error)
     except (CheckpointError, data.DataError, FileExistsError, ValueError) as reason:
-        print(f"sample.py: {data.clean(reason, 1000)}", file=sys.stderr)
+        print(f"sample.py: {data.clean(reason, 4000)}", file=sys.stderr)
         return 2
     except OSError as reason:
-        print(f"sample.py: {data.clean(reason, 1000)}", file=sys.stderr)
+        print(f"sample.py: {data.clean(reason, 4000)}", file=sys.stderr)
         return 1
     return 0
 

@@ -563,6 +563,15 @@ def test_a_harmed_checkpoint_is_refused_by_name(tmp_path, refused, case):
     refused(ladd, train("shapes", "--teacher", made / "student.pt"), 2, made / "student.pt")
 
 
+@pytest.mark.parametrize(
+    "settings", [dict(data=3), dict(evaluation=10**15), dict(judge_steps="x"), dict(seed=None)]
+)
+def test_settings_that_cannot_be_scored_by_are_refused(tmp_path, refused, settings):
+    made = run_folder(tmp_path / "made")
+    (made / "student.pt").write_bytes(saved(checkpoint(settings=SETTINGS | settings)))
+    refused(sample, [made, "--evaluate", *CPU], 2, made, *settings)
+
+
 def test_the_checkpoint_that_these_are_made_from_is_sound(tmp_path):
     made = run_folder(tmp_path / "made")
     assert sample.main([f"{made}", "--prompt", "x", "--out", f"{tmp_path}/a.png", *CPU]) == 0
@@ -923,7 +932,7 @@ def storm(path, seed):
     kinds = readers(path)
     for name, content, read in kinds.values():
         folder(path, {name: content})
-        read()  # before harm each can be read
+        assert read() != 2  # before harm each can be read
     meant = (data.DataError, ladd.RunError, ladd.UsageError, sample.CheckpointError)
 
     def hang(*_):
