@@ -482,7 +482,9 @@ def caption_file(files, name):
         captions[file] = caption
     missing = sorted(set(captions) - set(files.names))
     if missing:
-        raise DataError(f"{files.path}: {name} names {len(missing)} missing files: {missing[0]} …")
+        raise DataError(
+            f"{files.path}: {name} names {len(missing)} missing files: {missing[0][:200]} …"
+        )
     return captions
 
 

@@ -502,13 +502,6 @@ def test_odd_prompts_are_drawn_as_clean_lines(tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------
 
 
-def packed(content, method=zipfile.ZIP_DEFLATED):
-    """What torch.save wrote, its parts compressed: 10 MB may hold 10 GB."""
-    with zipfile.ZipFile(io.BytesIO(content)) as old:
-        files = {name: old.read(name) for name in old.namelist()}
-    return zipped(io.BytesIO(), files, method).getvalue()
-
-
 def saved(value, **options):
     out = io.BytesIO()
     torch.save(value, out, **options)
@@ -549,7 +542,6 @@ HARMED = {
     "endless sampling": saved(checkpoint(settings=SETTINGS | dict(teacher_steps=10**15))),
     "no levels": saved(checkpoint(settings=SETTINGS | dict(levels="high"))),
     "guidance that is no number": saved(checkpoint(settings=SETTINGS | dict(cfg=float("nan")))),
-    "compressed": packed(saved(checkpoint())),
     "in the old format": saved(checkpoint(), _use_new_zipfile_serialization=False),
     "text": b"hello",
 }
@@ -561,6 +553,19 @@ def test_a_harmed_checkpoint_is_refused_by_name(tmp_path, refused, case):
     (made / "student.pt").write_bytes(HARMED[case])
     refused(sample, [made, "--prompt", "x", "--out", "a.png", *CPU], 2, made / "student.pt")
     refused(ladd, train("shapes", "--teacher", made / "student.pt"), 2, made / "student.pt")
+
+
+def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path, refused):
+    """torch.load would make 20 MB of 20 kB, and 10 GB of 10 MB."""
+    made = run_folder(tmp_path / "made")
+    with zipfile.ZipFile(io.BytesIO(saved(checkpoint(more=torch.zeros(5_000_000))))) as old:
+        files = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(made / "student.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for name, content in files.items():
+            new.writestr(name, content)
+    assert torch.load(made / "student.pt", weights_only=True)["more"].shape == (5_000_000,)
+    words = [made, "--prompt", "x", "--out", "a.png", *CPU]
+    refused(sample, words, 2, made / "student.pt", "it is compressed")
 
 
 @pytest.mark.parametrize(
