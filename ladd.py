@@ -422,6 +422,20 @@ def synthesise(run):
             run.watch.check()
 
 
+def read_shard(path, s):
+    """A file of samples: x0 (n, C, H, W) float16, n captions."""
+    try:
+        shard = sample.read(path)
+        x0, captions = shard["x0"].contiguous(), [c + "" for c in shard["captions"]]
+        if x0.shape[:2] != (len(captions), s.channels) or tuple(x0.shape[2:]) not in s.sizes:
+            raise ValueError("samples and captions don't match")
+    except (sample.CheckpointError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(
+            f"{path} is damaged ({error}). Delete it and give the command again."
+        ) from None
+    return dict(x0=x0, captions=captions)
+
+
 def distillation_batches(run):
     """A function (step, generator) -> x0, text, noise: what the student learns from.
 
@@ -430,7 +444,7 @@ def distillation_batches(run):
     if s.targets == "real":
         words, dataset = run.text.ids(run.dataset.captions), run.dataset
     else:
-        shards = [read(p) for p in run.shards()]
+        shards = [read_shard(p, s) for p in run.shards()]
         words = run.text.ids([caption for shard in shards for caption in shard["captions"]])
         rows = torch.arange(len(words)).split([len(shard["x0"]) for shard in shards])
         parts = {}  # shape -> its samples and their rows in `words`, shard by shard
@@ -759,7 +773,7 @@ def update_ema(ema, model, decay, step):
 
 def write(text, path):
     with data.replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode("utf-8", "replace"))  # a path need not be text
 
 
 def progress(name, total, initial=0):
@@ -891,11 +905,13 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def rows(self):
-        """The rows of log.jsonl; one that a cut left unfinished is passed over."""
+        """The rows of log.jsonl; what a cut or damage left of others is passed over."""
         path = self.out / "log.jsonl"
         for line in path.read_bytes().splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step", 0), int):
+                    yield row
 
     def forget_log(self, stage=None, step=0):
         """Drops what a cut left of a row, and a stage's rows after its saved state: the updates
@@ -933,7 +949,8 @@ class Run:
     def write_report(self, rows, accuracy, report_seconds):
         """metrics.json and report.md."""
         s, where, log = self.settings, machine(), list(self.rows())
-        seconds = {row["stage"]: row["seconds"] for row in log if row.get("finished")}
+        timed = [r for r in log if r.get("stage") in STAGES and isinstance(r.get("seconds"), float)]
+        seconds = {row["stage"]: row["seconds"] for row in timed}
         seconds["report"] = report_seconds
         verdicts = judge_stages(s, log, rows)
         metrics = dict(
@@ -1385,10 +1402,10 @@ def open_folder(settings):
     mine = json.loads(json.dumps({k: v for k, v in mine.items() if k not in FREE}))
     path = out / "config.json"
     if path.exists():
-        try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UsageError(f"{path} is damaged: choose another folder with --out.") from None
+        theirs = data.read_object(path)
+        known = dataclasses.asdict(Settings()) | PRESETS.get(str(theirs.get("preset")), {})
+        known = {k: v for k, v in known.items() if k not in FREE}
+        theirs = json.loads(json.dumps(known)) | theirs  # made before a setting was: its default
         names = [k for k in {**theirs, **mine} if theirs.get(k) != mine.get(k)]
         if names:
             different = ", ".join(f"{k} {theirs.get(k)} → {mine.get(k)}" for k in names)
@@ -1504,10 +1521,10 @@ def main(argv=None):
         print(f"ladd.py: stopped, and saved what is done. To go on:\n    {again}", file=sys.stderr)
         return stop.args[0]
     except (UsageError, data.DataError, sample.CheckpointError) as error:
-        print(f"ladd.py: {error}", file=sys.stderr)
+        print(f"ladd.py: {data.clean(error, 4000)}", file=sys.stderr)
         return 2
     except (RunError, OSError) as error:
-        print(f"ladd.py: {error}", file=sys.stderr)
+        print(f"ladd.py: {data.clean(error, 4000)}", file=sys.stderr)
         return 1
     return 0
 
