@@ -427,7 +427,8 @@ def read_shard(path, s):
     try:
         shard = sample.read(path)
         x0, captions = shard["x0"].contiguous(), [c + "" for c in shard["captions"]]
-        if x0.shape[:2] != (len(captions), s.channels) or tuple(x0.shape[2:]) not in s.sizes:
+        n, channels, *size = x0.shape
+        if (n, channels) != (len(captions), s.channels) or [v % s.patch for v in size] != [0, 0]:
             raise ValueError("samples and captions don't match")
     except (sample.CheckpointError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(
@@ -721,9 +722,9 @@ def make_optimizers(model, lr, muon_lr, beta1, eps=1e-8):
     for name, parameter in model.named_parameters():
         inner = muon_lr and parameter.ndim == 2 and name.startswith("joint_blocks")
         (matrices if inner else rest).append(parameter)
-    optimizers = [
-        torch.optim.AdamW(rest, lr, betas=(beta1, 0.99), eps=eps, weight_decay=0.0, fused=True)
-    ]
+    fused = rest[0].device.type in ("cpu", "cuda")  # and not on the meta device of the plan
+    adamw = dict(betas=(beta1, 0.99), eps=eps, weight_decay=0.0, fused=fused)
+    optimizers = [torch.optim.AdamW(rest, lr, **adamw)]
     if matrices:
         optimizers.append(
             torch.optim.Muon(
@@ -1498,7 +1499,8 @@ def main(argv=None):
     try:
         with Watch(settings.stop_after) as watch:
             if settings.teacher and (others := given_teacher(settings).get("ignored")):
-                print(f"--teacher {settings.teacher}: {others} tensors of other networks ignored")
+                which = f"{others} tensors of other networks are ignored"
+                print(f"--teacher {settings.teacher}: {which}")
             if settings.discriminator:
                 given_heads(settings)
             settings, note, run = load_data(settings, given)

@@ -906,6 +906,7 @@ def readers(path):
     shard = dict(x0=torch.zeros(2, 3, 8, 8).half(), captions=["a", "b"], index=[0, 1])
     own = [f"{made}", "--out", f"{path}/a.png", *CPU]
     draw = lambda *words: lambda: sample.main([*own, *words])  # noqa: E731
+    (path / "run").mkdir()
     ladd.open_folder(settings)
     config = (path / "run/config.json").read_bytes()
     log = lines(dict(stage="teacher", step=1, loss=0.5), dict(stage="teacher", seconds=1.0))
