@@ -52,7 +52,7 @@ import data
 import sample
 from discriminator import Discriminator, hinge_d, hinge_g, r1
 from mmdit import MMDiT, open_sd3
-from sample import add_noise, logit_normal, predict_x0, read, save
+from sample import add_noise, logit_normal, per_sample, predict_x0, read, save
 
 # ---------------------------------------------------------------------------------------------
 # Settings and presets
@@ -86,36 +86,36 @@ class Settings:
     pooled_dim: int = setting(0, "width of the pooled ones; 0: the same")
     text_length: int = setting(8, "words of a caption that are read")
     # teacher (rectified flow, arXiv 2403.03206)
-    teacher_iterations: int = setting(2400, "updates of the teacher")
+    teacher_iterations: int = setting(1800, "updates of the teacher")
     teacher_batch: int = setting(64, "images per update")
     teacher_lr: float = setting(2e-3, "AdamW, for what Muon does not train")
     muon_lr: float = setting(0.02, "Muon, for the blocks' matrices; 0: AdamW for all")
-    t_mean: float = setting(0.0, "logit-normal mean of t in training (paper: 0)")
-    t_std: float = setting(1.0, "its standard deviation (paper: 1)")
+    t_mean: float = setting(-0.5, "logit-normal mean of t in training (SD3: 0)")
+    t_std: float = setting(1.0, "its standard deviation (SD3: 1)")
     drop: float = setting(0.1, "share of captions dropped, for guidance")
     teacher_ema: float = setting(0.995, "decay per update of the teacher's average")
     teacher_steps: int = setting(32, "Euler steps of the teacher's samples")
     cfg: float = setting(4.0, "guidance scale w of the teacher's samples")
     shift: float = setting(1.0, "timestep shift α of Euler sampling")
     # synthesis
-    synthetic: int = setting(2048, "samples the teacher makes for the student to learn from")
+    synthetic: int = setting(4096, "samples the teacher makes for the student to learn from")
     synthetic_cfg: float = setting(4.0, "their constant guidance scale")
-    synthetic_steps: int = setting(16, "their Euler steps")
+    synthetic_steps: int = setting(8, "their Euler steps")
     # distillation (LADD)
-    iterations: int = setting(1700, "updates of the student and the heads")
+    iterations: int = setting(2200, "updates of the student and the heads")
     batch: int = setting(32, "images per update")
-    levels: tuple = setting((1.0, 0.75, 0.5, 0.25), "noise levels t of the student")
+    levels: tuple = setting((), "noise levels t of the student (default: by size, see alpha)")
     level_p: tuple = setting((0.4, 0.2, 0.2, 0.2), "their probabilities (reported: .7, .1, .1, .1)")
     warmup_iterations: int = setting(0, "first updates, with other probabilities")
     warmup_p: tuple = setting((0.0, 0.0, 0.5, 0.5), "probabilities during those")
     t_hat_mean: float | None = setting(
-        None, "m of t̂ ~ logit-normal(m, s) (default: by size, see m)"
+        None, "m of t̂ ~ logit-normal(m, s) (default: by size, see alpha)"
     )
     t_hat_std: float = setting(1.0, "s of t̂")
     targets: str = setting("synthetic", "what is real to the heads: synthetic or real")
-    distill_weight: float = setting(0.0, "weight of a distillation loss beside the adversarial one")
+    distill_weight: float = setting(150.0, "weight of a distillation loss beside L_G; 0: pure LADD")
     heads_warmup: int = setting(
-        150, "first updates, of the heads alone: their gradient is noise then"
+        100, "first updates, of the heads alone: their gradient is noise then"
     )
     taps: tuple = setting((1, 2), "blocks whose tokens the heads see; empty: all")
     head_width: int = setting(64, "channels of a head")
@@ -175,16 +175,21 @@ class Settings:
         return 0.5 * math.log(size[0] * size[1] / self.side**2)
 
     @property
-    def m(self):
-        """Mean of t̂'s logit: the paper's 1 at 1024², moved by SD3's rule for other resolutions.
+    def alpha(self):
+        """SD3's shift α = √(n / n') from the n' = 128² positions of a 1024² image's latent to n.
 
-        The same t destroys more of a small image than of a large one. SD3 makes up for it with a
-        shift of t by α = √(n / n'), which moves a logit by ln α. LADD's m = 1 belongs to 1024²
-        images, latents of 16·128·128 values; counting values instead of positions (ours) makes
-        latents and pixels comparable: m = 1 + ½·ln(C·H·W / 262,144)."""
-        if self.t_hat_mean is not None:
-            return self.t_hat_mean
-        return 1 + 0.5 * math.log(self.channels * self.side**2 / (16 * 128**2))
+        The same t destroys more of a small image than of a large one. The paper's levels and m
+        belong to 1024²; at other sizes (ours) the odds of a level, t / (1 - t), are multiplied
+        by α, and m, the mean of a logit, moves by ln α: {1, .27, .11, .04} and -1.08 at 16×16."""
+        return self.side / 128
+
+    @property
+    def m(self):
+        """Mean of t̂'s logit."""
+        return 1 + math.log(self.alpha) if self.t_hat_mean is None else self.t_hat_mean
+
+    def default_levels(self):
+        return tuple(round(sample.shift_t(t, self.alpha), 4) for t in (1.0, 0.75, 0.5, 0.25))
 
     def model(self):
         """MMDiT's arguments."""
@@ -207,14 +212,14 @@ class Settings:
         return dict(width=width, taps=self.tapped, pooled_dim=pooled, hidden=self.head_width)
 
     def scaled(self):
-        """The settings with --smoke and --steps-scale worked in."""
-        changes = {}
+        """The settings with the size's levels, --smoke and --steps-scale worked in."""
+        changes = dict(levels=self.levels or self.default_levels())
         if self.steps_scale != 1:
             for name in SCALED:
                 value = getattr(self, name)
                 changes[name] = min(value, 1) and max(1, round(value * self.steps_scale))
         if self.smoke:
-            changes = dict(teacher_iterations=2, iterations=2, synthetic=32, evaluation=32)
+            changes |= dict(teacher_iterations=2, iterations=2, synthetic=32, evaluation=32)
             changes |= dict(heads_warmup=0)
             changes |= dict(judge_steps=20, teacher_batch=16, batch=16, log_every=1, sample_every=2)
             changes |= dict(teacher_steps=4, synthetic_steps=4)
@@ -231,7 +236,8 @@ SD3 = dict(
     shift=3.0, adam_eps=1e-15,  # [P]
     levels=(1.0, 0.75, 0.5, 0.25), level_p=(0.7, 0.1, 0.1, 0.1),  # [L]
     warmup_iterations=500, warmup_p=(0.0, 0.0, 0.5, 0.5),  # [L] above 512²
-    t_hat_mean=1.0, t_hat_std=1.0, taps=(),  # [L] chosen of m = -1, 0, 1, 2; every block
+    t_mean=0.0,  # [P]
+    t_hat_mean=1.0, t_hat_std=1.0, taps=(), distill_weight=0.0,  # [L] m of -1, 0, 1, 2; all blocks
     iterations=10_000,  # [L] of its ablations
     aspects=("1:1", "5:4", "4:5", "3:2", "2:3", "16:9", "9:16"), batch=128, synthetic=500_000,
     student_lr=1e-5, heads_lr=1e-4, student_ema=0.999, head_width=128, save_every=500,
@@ -240,15 +246,15 @@ SD3 = dict(
 PRESETS = {
     "nano": dict(),
     "tiny": dict(
-        data="cifar10", size=32, width=384, depth=8, heads=6, text_length=16,
+        data="cifar10", size=32, width=384, depth=8, heads=6, text_length=16, t_mean=0.0,
         teacher_iterations=20_000, teacher_batch=256, teacher_lr=1e-3, teacher_ema=0.999, cfg=2.0,
-        synthetic=50_000, synthetic_cfg=2.0, iterations=8_000, batch=256, taps=(),
-        student_ema=0.999, evaluation=10_000, judge_steps=8_000, judge_width=64, log_every=50,
-        save_every=2_000, sample_every=2_000,
+        synthetic=50_000, synthetic_cfg=2.0, synthetic_steps=16, iterations=8_000, batch=256,
+        taps=(), student_ema=0.999, evaluation=10_000, judge_steps=8_000, judge_width=64,
+        log_every=50, save_every=2_000, sample_every=2_000,
     ),
     "small": dict(  # ours, not run yet; folders of photographs take --data PATH
         size=64, aspects=("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16"), patch=4, width=512,
-        depth=12, heads=8, text_length=16, teacher_iterations=40_000, teacher_batch=256,
+        depth=12, heads=8, text_length=16, teacher_iterations=40_000, teacher_batch=256, t_mean=0.0,
         teacher_lr=1e-3, teacher_ema=0.999, synthetic=50_000, iterations=10_000, batch=256,
         taps=(), student_ema=0.999, evaluation=10_000, judge_steps=8_000, judge_width=64,
         log_every=50, save_every=2_000, sample_every=2_000,
@@ -324,9 +330,10 @@ def generator_loss(heads, fake, t_hat, pooled, grid):
     return hinge_g(logits)
 
 
-def distillation_loss(x0_hat, x0):
-    """Optional, ours: smooth L1 between x̂_0 and the teacher's sample from the same noise."""
-    return F.smooth_l1_loss(x0_hat, x0)
+def distillation_loss(x0_hat, x0, known):
+    """Beside L_G, ours: smooth L1 between x̂_0 and x_0 where x_0 can be `known` (B,) from x_t."""
+    loss = F.smooth_l1_loss(x0_hat, x0, reduction="none").mean(dim=(1, 2, 3))
+    return (loss * known).mean()
 
 
 @torch.no_grad()
@@ -438,9 +445,9 @@ def read_shard(path, s):
 
 
 def distillation_batches(run):
-    """A function (step, generator) -> x0, text, noise: what the student learns from.
+    """A function step -> x0, text, source: what the student learns from.
 
-    With a distillation loss a sample comes with the noise that the teacher made it from."""
+    source is the noise that the teacher made x0 from; None for real targets, or if not needed."""
     s, device = run.settings, run.device
     if s.targets == "real":
         words, dataset = run.text.ids(run.dataset.captions), run.dataset
@@ -456,15 +463,14 @@ def distillation_batches(run):
             [data.ImageSet("synthetic", own, seed=s.seed, flip=False) for own in columns]
         )
 
-    def draw(step, generator):
+    def draw(step):
         bucket = run.bucket("distillation", step, dataset)
         images, caption = bucket.batch(np.arange(step * s.batch, (step + 1) * s.batch))
         x0 = data.to_float(images) if s.targets == "real" else images
-        noise = torch.randn(x0.shape, generator=generator)
+        source = None
         if s.targets == "synthetic" and s.distill_weight:
-            noise = sample.noise_of(s.seed + 2, caption.tolist(), x0.shape[1:])
-        text = run.text.features(words[caption].to(device))
-        return x0.to(device), text, noise.to(device)
+            source = sample.noise_of(s.seed + 2, caption.tolist(), x0.shape[1:]).to(device)
+        return x0.to(device), run.text.features(words[caption].to(device)), source
 
     return draw
 
@@ -493,11 +499,15 @@ def distil(run):
     loop.resume(dict(student=student, ema=ema, heads=heads), student_optimizer + heads_optimizer)
     for step in loop:
         random = run.random("distillation", step)
-        x0, text, noise = batch(step, random)
+        x0, text, source = batch(step)
         t = draw_levels(s, s.batch, step - s.heads_warmup, random).to(device)
         m = s.m + s.logit_shift(x0.shape[2:])
         t_hat = logit_normal(s.batch, m, s.t_hat_std, random).to(device)
-        noise_fake, noise_real = (torch.randn(x0.shape, generator=random).to(device) for _ in "12")
+        noise, noise_fake, noise_real = torch.randn(3, *x0.shape, generator=random).to(device)
+        known = t < s.levels[0]
+        if source is not None:  # from pure noise only the teacher's own noise tells its sample
+            noise = torch.where(per_sample(known, x0), noise, source)
+            known = torch.ones_like(known)
         pooled, grid = text[1], (x0.shape[2] // s.patch, x0.shape[3] // s.patch)
 
         learning = step >= s.heads_warmup
@@ -513,13 +523,15 @@ def distil(run):
         norm_d = update(heads_optimizer, loss_d, heads, math.inf, min(1.0, (step + 1) / 40))
         ranked = (real_logits.mean((1, 2, 3)) > fake_logits.mean((1, 2, 3))).float().mean()
         values = dict(loss_d=loss_d, d_real=real_logits.mean(), d_fake=fake_logits.mean())
-        values |= dict(ranked=ranked, grad_norm_heads=norm_d, diversity=diversity(fake, real))
+        values |= dict(ranked=ranked, grad_norm_heads=norm_d)
+        if loop.due(s.log_every):
+            values["diversity"] = diversity(fake, real)
 
         if learning and norm_d is not None:
             with run.autocast():
                 loss_g = generator_loss(heads, fake, t_hat, pooled, grid)
                 if s.distill_weight:
-                    loss_g = loss_g + s.distill_weight * distillation_loss(x0_hat, x0)
+                    loss_g = loss_g + s.distill_weight * distillation_loss(x0_hat, x0, known)
             rate = learning_rate(step - s.heads_warmup, loop.total - s.heads_warmup, 0.3)
             norm_g = update(student_optimizer, loss_g, student, s.clip, rate)
             update_ema(ema, student, s.student_ema, step - s.heads_warmup)
@@ -935,7 +947,8 @@ class Run:
 
     def command(self):
         """The command line that gives these settings."""
-        row = dataclasses.asdict(Settings()) | PRESETS[self.settings.preset]
+        row = dataclasses.asdict(Settings(**PRESETS[self.settings.preset]))
+        row["levels"] = row["levels"] or self.settings.default_levels()
         words = [f"python ladd.py --preset {self.settings.preset}"]
         for name, value in dataclasses.asdict(self.settings).items():
             if value != row[name] and name not in FREE | {"preset", "seed", "steps_scale"}:
@@ -1338,12 +1351,11 @@ def check(s, error):
     demand(s.text_dim >= 2 and s.text_dim % 2 == 0, "text_dim", "must be even")
     groups = max(1, s.head_width // 16)
     demand(s.head_width % groups == 0, "head_width", "must be a multiple of 16, or less than 32")
-    same = len(s.levels) == len(s.level_p) == len(s.warmup_p)
+    levels = s.levels or s.default_levels()
+    same = len(levels) == len(s.level_p) == len(s.warmup_p)
     demand(same, "level_p", "--levels, --level-p and --warmup-p need the same number of values")
-    falling = all(a > b for a, b in pairwise((*s.levels, 0)))
-    demand(
-        s.levels and s.levels[0] <= 1 and falling, "levels", "must fall, from at most 1 to above 0"
-    )
+    falling = all(a > b for a, b in pairwise((*levels, 0)))
+    demand(levels[0] <= 1 and falling, "levels", "must fall, from at most 1 to above 0")
     demand(min(s.level_p) >= 0 and sum(s.level_p) > 0, "level_p", "must be probabilities")
     warm = min(s.warmup_p) >= 0 and sum(s.warmup_p) > 0
     demand(warm or not s.warmup_iterations, "warmup_p", "must be probabilities")
