@@ -152,6 +152,8 @@ def read(path, device="cpu"):
     """What `save` wrote. Runs no code. CheckpointError where it is missing or damaged.
 
     A file without a checksum (torch.save's own) is taken as it is, if torch.load can read it."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise CheckpointError(f"{path}: not a file.")  # a pipe or a device might never end
     try:
         content = Path(path).read_bytes()
         length = len(content) - len(MARK) - 64

@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import types
 import zipfile
 import zlib
@@ -32,6 +33,8 @@ import data
 import ladd
 import sample
 from mmdit import MMDiT
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # ---------------------------------------------------------------------------------------------
 # Making files
@@ -471,6 +474,42 @@ PROMPTS = {
     "a device": ("/dev/zero", "can't be read"),
     "17 MB": (b"x" * (17 << 20), "can't be read"),
 }
+
+
+def test_a_pipe_or_a_device_is_no_checkpoint(tmp_path, capsys):
+    """Reading them might never end."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        assert sample.main([str(path), "--prompt", "x", "--out", str(tmp_path / "a.png")]) == 2
+        assert str(path) in capsys.readouterr().err
+
+
+READ_ONLY = """
+import os, sys
+sys.path.insert(0, {root!r})
+import ladd, sample
+{first}  # imports all that there is to import
+if os.getuid() == 0:  # who may write anywhere
+    os.setuid(65534)
+sys.exit({program}.main({words!r}))
+"""
+
+
+@pytest.mark.parametrize("program", ["ladd", "sample"])
+def test_a_folder_that_may_only_be_read_is_named_and_stays_as_it_is(program):
+    with tempfile.TemporaryDirectory() as base:  # pytest's own folders are closed to others
+        os.chmod(base, 0o755)
+        closed = Path(base) / "closed"
+        closed.mkdir(mode=0o555)
+        words = ["--smoke", "--out", f"{closed}/run", "--data-dir", f"{closed}/data"]
+        first = ""
+        if program == "sample":
+            own = [f"{run_folder(Path(base) / 'run')}", "--prompt", "x", *CPU, "--out"]
+            first, words = f"sample.main({[*own, base + '/a.png']})", [*own, f"{closed}/a.png"]
+        code = READ_ONLY.format(root=str(ROOT), program=program, words=words, first=first)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+        assert done.returncode == 1 and str(closed) in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and not list(closed.iterdir())
 
 
 @pytest.mark.parametrize("case", PROMPTS)
