@@ -176,12 +176,14 @@ class Settings:
 
     @property
     def alpha(self):
-        """SD3's shift α = √(n / n') from the n' = 128² positions of a 1024² image's latent to n.
+        """SD3's shift α = √(n / n') from a 1024² image's latent to this x_0, n counted in values.
 
-        The same t destroys more of a small image than of a large one. The paper's levels and m
-        belong to 1024²; at other sizes (ours) the odds of a level, t / (1 - t), are multiplied
-        by α, and m, the mean of a logit, moves by ln α: {1, .27, .11, .04} and -1.08 at 16×16."""
-        return self.side / 128
+        The same t destroys more of a small image than of a large one, so the paper's levels and m
+        belong to its latents of 16·128·128 values. Elsewhere (ours, by the experiments in
+        docs/log.md) m, the mean of a logit, moves by ln α, as SD3 moves t, and the levels' logits
+        by a third of it: -1.92 and {1, .53, .27, .11} for 16×16 pixels. Counting values instead of
+        positions makes latents and pixels comparable."""
+        return math.sqrt(self.channels * self.side**2 / (16 * 128**2))
 
     @property
     def m(self):
@@ -189,7 +191,8 @@ class Settings:
         return 1 + math.log(self.alpha) if self.t_hat_mean is None else self.t_hat_mean
 
     def default_levels(self):
-        return tuple(round(sample.shift_t(t, self.alpha), 4) for t in (1.0, 0.75, 0.5, 0.25))
+        paper, alpha = (1.0, 0.75, 0.5, 0.25), self.alpha ** (1 / 3)
+        return tuple(round(sample.shift_t(t, alpha), 4) for t in paper)
 
     def model(self):
         """MMDiT's arguments."""

@@ -379,13 +379,17 @@ def test_the_run_folder_is_named_after_preset_and_data():
 
 
 def test_levels_and_renoising_follow_the_resolution():
-    """The paper's at the 128² positions of a 1024² image; SD3's shift √(n / n') elsewhere."""
-    assert ladd.Settings(size=1024, downscale=8).m == 1
-    assert ladd.Settings(size=1024, downscale=8).scaled().levels == (1.0, 0.75, 0.5, 0.25)
-    assert ladd.Settings(size=64).m == pytest.approx(1 - math.log(2))  # half the side
-    assert ladd.Settings(size=64).scaled().levels == (1.0, 0.6, 0.3333, 0.1429)  # odds halved
-    assert ladd.Settings(size=64, t_hat_mean=0.0).m == 0
-    assert ladd.Settings(size=64, levels=(1.0, 0.9)).scaled().levels == (1.0, 0.9)
+    """The paper's for the 16·128·128 values of a 1024² latent. At an eighth of the side SD3's
+    √(n / n') is 1/8: it moves m by ln 1/8, and a third of that halves the odds of the levels."""
+    paper = ladd.Settings(size=1024, downscale=8, channels=16)
+    assert paper.m == 1 and paper.scaled().levels == (1.0, 0.75, 0.5, 0.25)
+    small = ladd.Settings(size=128, downscale=8, channels=16)
+    assert small.m == pytest.approx(1 - math.log(8))
+    assert small.scaled().levels == (1.0, 0.6, 0.3333, 0.1429)
+    assert ladd.Settings(size=16).m == pytest.approx(-1.916, abs=1e-3)
+    assert ladd.Settings(size=16).scaled().levels == (1.0, 0.5314, 0.2743, 0.1119)
+    assert ladd.Settings(t_hat_mean=0.0).m == 0
+    assert ladd.Settings(levels=(1.0, 0.9)).scaled().levels == (1.0, 0.9)
 
 
 COMMANDS = ["", "--smoke", "--steps-scale 0.5", "--preset tiny --no-qk-norm --data shapes"]
