@@ -387,7 +387,7 @@ def test_levels_and_renoising_follow_the_resolution():
     assert small.m == pytest.approx(1 - math.log(8))
     assert small.scaled().levels == (1.0, 0.6, 0.3333, 0.1429)
     assert ladd.Settings(size=16).m == pytest.approx(-1.916, abs=1e-3)
-    assert ladd.Settings(size=16).scaled().levels == (1.0, 0.5314, 0.2743, 0.1119)
+    assert ladd.Settings(size=16).scaled().levels == (1.0, 0.5316, 0.2745, 0.112)
     assert ladd.Settings(t_hat_mean=0.0).m == 0
     assert ladd.Settings(levels=(1.0, 0.9)).scaled().levels == (1.0, 0.9)
 
