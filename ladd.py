@@ -40,6 +40,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -776,14 +777,13 @@ def together(s):
         part()
         raise
     except Exception as error:
-        first = False
-        with contextlib.suppress(RuntimeError):  # the process with the store is gone
-            first = store.add("failed", 1) == 1
-        if not first:
-            os._exit(1)
-        if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
-            raise RunError(f"process {rank()} of {world()} has lost another: {error}") from None
-        raise
+        sys.stdout, sys.stderr = out, err
+        status = 1
+        with contextlib.suppress(RuntimeError):  # the process that keeps the store is gone
+            if store.add("failed", 1) == 1:
+                status = told(error)
+        sys.stderr.flush()
+        os._exit(status)  # without waiting for the others
     finally:
         sys.stdout, sys.stderr = out, err
 
@@ -985,7 +985,8 @@ class Run:
     def divide(self, network):
         """FSDP, with --shard: a process holds a part of every tensor, and gathers block by block.
         In bf16 it gathers bf16 and adds gradients up in float32; what it holds is float32."""
-        if self.divided:
+        twice = self.settings.r1 and isinstance(network, Discriminator)
+        if self.divided and not twice:  # R1's gradient of a gradient is not for FSDP
             with self.autocast():
                 bf16 = torch.is_autocast_enabled(self.device.type)
             types = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
@@ -1781,13 +1782,26 @@ def main(argv=None):
         again = shlex.join(["python", "ladd.py", *(sys.argv[1:] if argv is None else argv)])
         print(f"ladd.py: stopped, and saved what is done. To go on:\n    {again}", file=sys.stderr)
         return stop.args[0]
-    except (UsageError, data.DataError, sample.CheckpointError) as error:
-        print(f"ladd.py: {error}", file=sys.stderr)
-        return 2
-    except (RunError, OSError) as error:
-        print(f"ladd.py: {error}", file=sys.stderr)
-        return 1
+    except (UsageError, data.DataError, sample.CheckpointError, RunError, OSError) as error:
+        return told(error)
     return 0
+
+
+def told(error):
+    """Says why a run has ended, in one line if that was foreseen. -> exit status"""
+    lost = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    if lost or isinstance(error, dist.DistError):
+        reason = str(error).splitlines()[0]
+        error = RunError(f"process {rank()} of {world()} has lost another ({reason}).")
+    if isinstance(error, (UsageError, data.DataError, sample.CheckpointError)):
+        status = 2
+    else:
+        status = 1
+    if status == 2 or isinstance(error, (RunError, OSError)):
+        print(f"ladd.py: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    return status
 
 
 def given_teacher(s):

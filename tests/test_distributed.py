@@ -7,11 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
 import ladd
-import sample
 
 NET = "--size 8 --width 16 --depth 2 --heads 2 --text-dim 8 --text-length 4 --pos-size 6 --taps 0,1"
 RUN = f"{NET} --head-width 8 --teacher-batch 8 --batch 8 --teacher-iterations 20 --iterations 20"
