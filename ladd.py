@@ -1516,6 +1516,8 @@ def parse(argv):
         else:
             kind = float if field.default is None else type(field.default)
             parser.add_argument(flag, **options, type=kind, metavar="X")
+    if rank() > 0:  # the first process says it
+        parser.error = lambda _: sys.exit(2)
     given = vars(parser.parse_args(argv))
     settings = Settings(**{**PRESETS[given.get("preset", "nano")], **given})
     if not settings.out:
@@ -1774,13 +1776,17 @@ def main(argv=None):
                 if note:
                     run.notes.append(note)
                     print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
-                run.log(settings=dataclasses.asdict(settings), note=note, **machine())
+                where = machine() if rank() == 0 else {}
+                run.log(settings=dataclasses.asdict(settings), note=note, **where)
                 execute(run)
                 if note:
                     print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
     except Stop as stop:
         again = shlex.join(["python", "ladd.py", *(sys.argv[1:] if argv is None else argv)])
-        print(f"ladd.py: stopped, and saved what is done. To go on:\n    {again}", file=sys.stderr)
+        if rank() == 0:
+            print(
+                f"ladd.py: stopped, and saved what is done. To go on:\n    {again}", file=sys.stderr
+            )
         return stop.args[0]
     except (UsageError, data.DataError, sample.CheckpointError, RunError, OSError) as error:
         return told(error)

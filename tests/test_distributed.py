@@ -1,36 +1,151 @@
-"""Many processes: whatever runs on one runs on N, divided or not, with the same results."""
+"""Many processes: what runs on one runs on N, whole or divided, with the same results."""
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 import ladd
 
-NET = "--size 8 --width 16 --depth 2 --heads 2 --text-dim 8 --text-length 4 --pos-size 6 --taps 0,1"
-RUN = f"{NET} --head-width 8 --teacher-batch 8 --batch 8 --teacher-iterations 20 --iterations 20"
+RUN = "--size 8 --width 16 --depth 2 --heads 2 --text-dim 8 --text-length 4 --pos-size 6 --taps 0,1"
+RUN += " --head-width 8 --teacher-batch 8 --batch 8 --teacher-iterations 20 --iterations 20"
 RUN += " --heads-warmup 3 --synthetic 22 --synthetic-steps 2 --teacher-steps 2 --save-every 8"
-RUN += " --precision fp32 --device cpu --log-every 1 --r1 0.1 --aspects 1:1,2:1 --muon-lr 0"
+RUN += " --precision fp32 --device cpu --log-every 1 --aspects 1:1,2:1 --muon-lr 0"
+DIVIDED, HYBRID = "--shard --checkpointing", "--shard --replicas 2"
+
+# Runs command lines; what stands before a `|` happens in the last process, at an update.
+WORKER = """
+import json, os, sys, ladd
+
+ladd.report = lambda run: None
+last, checkpoint = ladd.rank() == ladd.world() - 1, ladd.Loop.checkpoint
+for i, words in enumerate(json.loads(sys.argv[1])):
+    event, _, words = words.rpartition("|")
+
+    def after_update(loop):
+        what, step = event.split() if event else ("", "0")
+        if last and loop.step + 1 == int(step):
+            if what == "stop":
+                loop.run.watch.status = 75
+            if what == "fail":
+                raise OSError("no such luck")
+            if what == "die" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                os.kill(os.getpid(), 9)
+        checkpoint(loop)
+
+    ladd.Loop.checkpoint = after_update
+    if len(sys.argv) > 2:
+        os.environ["MASTER_PORT"] = sys.argv[2 + i]
+    status = ladd.main(words.split())
+    if status not in (0, 75):
+        sys.exit(status)
+"""
 
 
-def launch(n, *commands, limit=120):
-    """Runs ladd.py's main with each of the commands in n processes. -> [(status, errors), …]"""
-    script = "import json, sys, ladd\nstatus = 0\n"
-    script += "for words in json.loads(sys.argv[1]): status = status or ladd.main(words.split())\n"
-    script += "sys.exit(status)"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | dict(WORLD_SIZE=f"{n}", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
-    env |= dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(ladd.__file__).parent))
-    words = [sys.executable, "-c", script, json.dumps(commands)]
+def free_ports(n):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
+    ports = [f"{s.getsockname()[1]}" for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def launch(n, commands, limit=100):
+    """ladd.py with each of the command lines, by n processes. -> [exit status], [standard error]"""
+    words = [sys.executable, "-c", WORKER, json.dumps(commands), *free_ports(len(commands))]
+    env = os.environ | dict(WORLD_SIZE=f"{n}", MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
+    env |= dict(PYTHONPATH=str(Path(ladd.__file__).parent))
+    pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     workers = [
-        subprocess.Popen(
-            words, env=env | dict(RANK=f"{rank}"), stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(n)
-    ]  # fmt: skip
-    return [(w.communicate(timeout=limit), w.returncode) for w in workers]
+        subprocess.Popen(words, env=env | dict(RANK=f"{rank}"), **pipes) for rank in range(n)
+    ]
+    try:
+        errors = [worker.communicate(timeout=limit)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    return [worker.returncode for worker in workers], errors
+
+
+def taught(source, out):
+    """A run folder that has all but the distillation of another."""
+    shutil.copytree(source, out)
+    for name in ("student.pt", "heads.pt"):
+        (out / name).unlink()
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders: "one" by one process, others by more; "4-2-1", "1-4-2": cut and gone on with."""
+    root = tmp_path_factory.mktemp("runs")
+    command = lambda out, more="": f"{RUN} --out {root / out} {more}"  # noqa: E731
+    cut = lambda step, out, more="": f"stop {step}|{command(out, more)}"  # noqa: E731
+
+    def by(n, *commands):
+        status, errors = launch(n, commands)
+        assert status == [0] * n, errors
+        assert not any(errors[1:]), errors
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ladd, "report", lambda run: None)
+        assert ladd.main(command("one").split()) == 0
+        for name in ("4-2-1", "1-4-2", "dead"):
+            taught(root / "one", root / name)
+        due = lambda self: 75 * bool(self.patient)  # noqa: E731
+        with patch.context() as cutting:
+            cutting.setattr(ladd.Watch, "due", due)
+            cutting.setattr(ladd.Watch, "check", lambda self: None)
+            assert ladd.main(command("1-4-2").split()) == 75
+        resumed = [cut(6, "4-2-1", HYBRID), cut(11, "1-4-2", "--shard")]
+        by(4, command("four"), command("four-hybrid", HYBRID), *resumed)
+        resumed = [cut(13, "4-2-1", "--shard"), command("1-4-2")]
+        by(2, command("two"), command("two-divided", DIVIDED), *resumed)
+        assert ladd.main(command("4-2-1").split()) == 0
+    return root
+
+
+MANY = ("two", "two-divided", "four", "four-hybrid", "4-2-1", "1-4-2")
+
+
+def worst(a, b, name, key):
+    a, b = (torch.load(run / name)[key] for run in (a, b))
+    pairs = [(a[k], b[k]) for k in a] if key == "weights" else [(a, b)]
+    return max((x.float() - y.float()).abs().max().item() for x, y in pairs)
+
+
+def rows(run):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [row for row in lines if "step" in row]
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_weights_are_those_of_one_process(runs, name):
+    """After 20 updates of each stage, also where it was cut and went on with other processes."""
+    for file in ("teacher.pt", "heads.pt", "student.pt"):
+        assert worst(runs / "one", runs / name, file, "weights") < 1e-5
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_losses_are_those_of_one_process(runs, name):
+    one, many = rows(runs / "one"), rows(runs / name)
+    assert [(r["stage"], r["step"]) for r in many] == [(r["stage"], r["step"]) for r in one]
+    for a, b in zip(one, many, strict=True):
+        for key in {"loss", "loss_d", "loss_g", "grad_norm", "ranked", "d_real"} & a.keys():
+            assert abs(a[key] - b[key]) < 1e-5
+
+
+@pytest.mark.parametrize("name", MANY[:4])
+def test_synthesis_leaves_no_gaps_and_makes_nothing_twice(runs, name):
+    files = [sorted((runs / run / "synthetic").iterdir()) for run in ("one", name)]
+    assert [p.name for p in files[0]] == [p.name for p in files[1]]
+    index = [i for path in files[1] for i in torch.load(path)["index"]]
+    assert index == list(range(22))
+    for path in files[0]:
+        assert worst(runs / "one", runs / name, f"synthetic/{path.name}", "x0") < 1e-3  # float16
