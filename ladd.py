@@ -47,12 +47,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -730,7 +726,8 @@ def in_bytes(n):
 
 # Every process draws a batch's randomness as one process would and takes its part of it, so the
 # results do not depend on their number. Small networks are copied to all, and their gradients
-# averaged; --shard divides them by FSDP. The first process alone writes and speaks.
+# averaged; --shard divides them by FSDP. The first process alone writes and speaks. What it takes
+# of PyTorch is imported where it is used: importing it takes longer than all the rest.
 
 
 def rank():
@@ -813,7 +810,7 @@ def highest(value):
 
 def average(tensors):
     """Makes every tensor its mean over the processes. FSDP has done it for those it divides."""
-    tensors = [t for t in tensors if not isinstance(t, DTensor)]
+    tensors = [t for t in tensors if not is_divided(t)]
     if dist.is_initialized() and tensors:
         flat = torch.cat([t.flatten() for t in tensors])
         dist.all_reduce(flat)
@@ -822,9 +819,13 @@ def average(tensors):
             tensor.copy_(mean.view_as(tensor))
 
 
+def is_divided(tensor):
+    return hasattr(tensor, "full_tensor")
+
+
 def whole(tensor):
     """A divided tensor put together, in all processes."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_divided(tensor) else tensor
 
 
 def on_first(value):
@@ -837,8 +838,10 @@ def on_first(value):
 
 def divided_as(tensor, other):
     """This process's part of a whole tensor that stands for `other`, which is divided."""
-    if not isinstance(other, DTensor) or isinstance(tensor, DTensor) or tensor.ndim == 0:
+    if not is_divided(other) or is_divided(tensor) or tensor.ndim == 0:
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     tensor = tensor.to(other.device)
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
@@ -977,6 +980,8 @@ class Run:
     @functools.cached_property
     def mesh(self):
         """The processes, in rows that hold all of a network each."""
+        from torch.distributed.device_mesh import init_device_mesh
+
         rows = self.settings.replicas
         shape = (rows, world() // rows) if rows > 1 else (world(),)
         names = ("replicate", "shard")[-len(shape) :]
@@ -987,6 +992,8 @@ class Run:
         In bf16 it gathers bf16 and adds gradients up in float32; what it holds is float32."""
         twice = self.settings.r1 and isinstance(network, Discriminator)
         if self.divided and not twice:  # R1's gradient of a gradient is not for FSDP
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
             with self.autocast():
                 bf16 = torch.is_autocast_enabled(self.device.type)
             types = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
@@ -1382,7 +1389,9 @@ class Loop:
     def write_parts(self, state, folder):
         """Every process writes what it holds of a state's divided tensors into `folder`; None
         takes their place in the state, which knows the files by their sizes."""
-        divided = {k: v for k, v in named_parts(state).items() if isinstance(v, DTensor)}
+        from torch.distributed import checkpoint as dcp
+
+        divided = {k: v for k, v in named_parts(state).items() if is_divided(v)}
         try:
             dcp.save(divided, checkpoint_id=folder)
         except dcp.api.CheckpointException as error:
@@ -1390,11 +1399,13 @@ class Loop:
             raise RunError(f"{folder}: the state can't be written ({reason}).") from None
         state["parts"] = {p.name: p.stat().st_size for p in folder.iterdir()}
         for key in ("networks", "optimizers"):
-            hide = lambda x: None if isinstance(x, DTensor) else x  # noqa: E731
+            hide = lambda x: None if is_divided(x) else x  # noqa: E731
             state[key] = tree_map(hide, state[key])
 
     def read_parts(self, state):
         """The way back, for any number of processes, divided or not."""
+        from torch.distributed import checkpoint as dcp
+
         names = [name for name, v in named_parts(state).items() if v is None]
         for name, network in self.networks.items():
             own, saved = network.state_dict(), state["networks"][name]
@@ -1404,9 +1415,9 @@ class Loop:
             for i, own in saved["state"].items():
                 empty = {k: torch.zeros_like(parameters[i]) for k, v in own.items() if v is None}
                 own.update(empty)
-        named = named_parts(state)
-        folder = self.path(state["step"]).with_suffix("")
-        dcp.load({name: named[name] for name in names}, checkpoint_id=folder)
+        wanted, folder = named_parts(state), self.path(state["step"]).with_suffix("")
+        wanted = {name: wanted[name] for name in names}
+        dcp.load(wanted, checkpoint_id=folder, no_dist=not dist.is_initialized())
 
 
 def named_parts(state):

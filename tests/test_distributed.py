@@ -149,3 +149,52 @@ def test_synthesis_leaves_no_gaps_and_makes_nothing_twice(runs, name):
     assert index == list(range(22))
     for path in files[0]:
         assert worst(runs / "one", runs / name, f"synthetic/{path.name}", "x0") < 1e-3  # float16
+
+
+def test_a_cut_of_divided_networks_leaves_nothing_behind(runs):
+    for name in MANY[-2:]:
+        assert not list((runs / name).glob("*state*"))
+
+
+def test_the_process_that_fails_tells_why_once_and_all_end(runs, tmp_path):
+    """One line by the process that it happened to; every status but 0."""
+    command = f"fail 3|{RUN} --out {taught(runs / 'one', tmp_path / 'run')}"
+    status, errors = launch(2, [command])
+    assert status == [1, 1] and errors == ["", "ladd.py: no such luck\n"]
+
+
+def test_a_killed_process_ends_the_run_and_torchrun_goes_on_from_the_last_state(runs):
+    """Killed after update 12 of 20, states every 8: the result is that of one process."""
+    run, words = runs / "dead", [sys.executable, "-m", "torch.distributed.run"]
+    worker = run.parent / "worker.py"
+    worker.write_text(WORKER)
+    words += ["--nproc-per-node", "2", "--max-restarts", "1", "--master-port", *free_ports(1)]
+    words += [str(worker), json.dumps([f"die 12|{RUN} --shard --out {run}"])]
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(ladd.__file__).parent))
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "distillation: going on from update 8 of 20" in done.stdout
+    assert worst(runs / "one", run, "student.pt", "weights") < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--batch 8", "ladd.py: --batch 8: its images can't be divided equally among 3 processes"),
+        ("--batch 9 --teacher-batch 8", "ladd.py: --teacher-batch 8: its images can't be"),
+        ("--batch 9 --teacher-batch 9 --synthetic 2", "--synthetic 2: fewer than the 3 processes"),
+        ("--batch 9 --teacher-batch 9 --replicas 2", "--replicas 2: must divide the 3 processes"),
+        ("--batch 9 --teacher-batch 9 --shard", "--muon-lr 0.02: Muon needs whole matrices"),
+    ],
+)
+def test_what_can_not_be_divided_is_refused_by_all_and_told_by_one(
+    words, line, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in range(3):
+        monkeypatch.setenv("RANK", f"{rank}")
+        with pytest.raises(SystemExit) as end:
+            ladd.main([*words.split(), "--out", str(tmp_path / "run")])
+        told = capsys.readouterr().err
+        assert end.value.code == 2 and (line in told and told.count("\n") == 1) == (rank == 0)
+    assert not (tmp_path / "run").exists()
