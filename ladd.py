@@ -41,6 +41,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -762,7 +763,8 @@ def together(s):
     cuda = device_of(s).type == "cuda"
     if cuda:
         torch.cuda.set_device(device_of(s))
-    store, *_ = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # without it, old addresses
+    store = dist.PrefixStore(f"attempt {attempt}", next(dist.rendezvous("env://"))[0])
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank(), world_size=world(),
         timeout=datetime.timedelta(minutes=10),
@@ -1417,7 +1419,9 @@ class Loop:
                 own.update(empty)
         wanted, folder = named_parts(state), self.path(state["step"]).with_suffix("")
         wanted = {name: wanted[name] for name in names}
-        dcp.load(wanted, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it tells that one process is one
+            dcp.load(wanted, checkpoint_id=folder, no_dist=not dist.is_initialized())
 
 
 def named_parts(state):

@@ -19,32 +19,62 @@ RUN += " --heads-warmup 3 --synthetic 22 --synthetic-steps 2 --teacher-steps 2 -
 RUN += " --precision fp32 --device cpu --log-every 1 --aspects 1:1,2:1 --muon-lr 0"
 DIVIDED, HYBRID = "--shard --checkpointing", "--shard --replicas 2"
 
-# Runs command lines; what stands before a `|` happens in the last process, at an update.
-WORKER = """
-import json, os, sys, ladd
+# Command lines by one process of many; what stands before a `|` happens in the last, at an update.
+WORK = """
+import json, os, sys
+import ladd
 
 ladd.report = lambda run: None
-last, checkpoint = ladd.rank() == ladd.world() - 1, ladd.Loop.checkpoint
-for i, words in enumerate(json.loads(sys.argv[1])):
-    event, _, words = words.rpartition("|")
+checkpoint = ladd.Loop.checkpoint
 
-    def after_update(loop):
-        what, step = event.split() if event else ("", "0")
-        if last and loop.step + 1 == int(step):
-            if what == "stop":
-                loop.run.watch.status = 75
-            if what == "fail":
-                raise OSError("no such luck")
-            if what == "die" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-                os.kill(os.getpid(), 9)
-        checkpoint(loop)
+def work(commands, ports):
+    for i, words in enumerate(commands):
+        event, _, words = words.rpartition("|")
 
-    ladd.Loop.checkpoint = after_update
-    if len(sys.argv) > 2:
-        os.environ["MASTER_PORT"] = sys.argv[2 + i]
-    status = ladd.main(words.split())
-    if status not in (0, 75):
-        sys.exit(status)
+        def after_update(loop):
+            what, step = event.split() if event else ("", "0")
+            if ladd.rank() == ladd.world() - 1 and loop.step + 1 == int(step):
+                if what == "stop":
+                    loop.run.watch.status = 75
+                if what == "fail":
+                    raise OSError("no such luck")
+                if what == "die" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                    os.kill(os.getpid(), 9)
+            checkpoint(loop)
+
+        ladd.Loop.checkpoint = after_update
+        if ports:
+            os.environ["MASTER_PORT"] = ports[i]
+        status = ladd.main(words.split())
+        if status not in (0, 75):
+            sys.exit(status)
+
+commands, *ports = json.loads(sys.argv[1])
+"""
+
+# Processes begin as forks of one that has imported what takes long.
+FORK = """
+import traceback
+if "--shard" in sys.argv[1]:
+    import torch.distributed.checkpoint, torch.distributed.fsdp
+
+children, n = [], int(os.environ["WORLD_SIZE"])
+for rank in range(n):
+    if child := os.fork():
+        children.append(child)
+        continue
+    os.environ["RANK"], status = str(rank), 0
+    os.dup2(os.open(f"{sys.argv[2]}/{rank}", os.O_CREAT | os.O_WRONLY), 2)
+    try:
+        work(commands, ports)
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stderr.flush()
+    os._exit(status)
+print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))
 """
 
 
@@ -56,21 +86,17 @@ def free_ports(n):
     return ports
 
 
-def launch(n, commands, limit=100):
+def launch(n, commands, folder):
     """ladd.py with each of the command lines, by n processes. -> [exit status], [standard error]"""
-    words = [sys.executable, "-c", WORKER, json.dumps(commands), *free_ports(len(commands))]
+    folder.mkdir()
+    task = json.dumps([commands, *free_ports(len(commands))])
     env = os.environ | dict(WORLD_SIZE=f"{n}", MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
     env |= dict(PYTHONPATH=str(Path(ladd.__file__).parent))
-    pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    workers = [
-        subprocess.Popen(words, env=env | dict(RANK=f"{rank}"), **pipes) for rank in range(n)
-    ]
-    try:
-        errors = [worker.communicate(timeout=limit)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    return [worker.returncode for worker in workers], errors
+    words = [sys.executable, "-c", WORK + FORK, task, str(folder)]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    errors = [(folder / f"{rank}").read_text() for rank in range(n)]
+    return json.loads(done.stdout.splitlines()[-1]), errors
 
 
 def taught(source, out):
@@ -89,7 +115,7 @@ def runs(tmp_path_factory):
     cut = lambda step, out, more="": f"stop {step}|{command(out, more)}"  # noqa: E731
 
     def by(n, *commands):
-        status, errors = launch(n, commands)
+        status, errors = launch(n, commands, root / f"errors-{n}")
         assert status == [0] * n, errors
         assert not any(errors[1:]), errors
 
@@ -159,7 +185,7 @@ def test_a_cut_of_divided_networks_leaves_nothing_behind(runs):
 def test_the_process_that_fails_tells_why_once_and_all_end(runs, tmp_path):
     """One line by the process that it happened to; every status but 0."""
     command = f"fail 3|{RUN} --out {taught(runs / 'one', tmp_path / 'run')}"
-    status, errors = launch(2, [command])
+    status, errors = launch(2, [command], tmp_path / "errors")
     assert status == [1, 1] and errors == ["", "ladd.py: no such luck\n"]
 
 
@@ -167,9 +193,9 @@ def test_a_killed_process_ends_the_run_and_torchrun_goes_on_from_the_last_state(
     """Killed after update 12 of 20, states every 8: the result is that of one process."""
     run, words = runs / "dead", [sys.executable, "-m", "torch.distributed.run"]
     worker = run.parent / "worker.py"
-    worker.write_text(WORKER)
+    worker.write_text(WORK + "work(commands, ports)")
     words += ["--nproc-per-node", "2", "--max-restarts", "1", "--master-port", *free_ports(1)]
-    words += [str(worker), json.dumps([f"die 12|{RUN} --shard --out {run}"])]
+    words += [str(worker), json.dumps([[f"die 12|{RUN} --out {run}"]])]
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(ladd.__file__).parent))
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
