@@ -26,25 +26,31 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import datetime
+import functools
 import json
 import math
 import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
+import warnings
 from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -137,6 +143,8 @@ class Settings:
     precision: str = setting("auto", "bf16, fp32, or auto: bf16 where the hardware has it")
     compile: bool = setting(False, "torch.compile the networks")
     checkpointing: bool = setting(False, "less memory: a backward computes the blocks again")
+    shard: bool = setting(False, "of many processes each holds a part of the networks (FSDP)")
+    replicas: int = setting(1, "--shard: parts are held so many times (hybrid: once per node)")
     dry_run: bool = setting(False, "print what the run needs, and stop: no data, GPU or weights")
     gpus: int = setting(1, "--dry-run: number of GPUs")
     tflops: float = setting(989.0, "--dry-run: TFLOP/s of one GPU (H100 and H200: 989, dense bf16)")
@@ -244,6 +252,7 @@ SD3 = dict(
     iterations=10_000,  # [L] of its ablations
     aspects=("1:1", "5:4", "4:5", "3:2", "2:3", "16:9", "9:16"), batch=128, synthetic=500_000,
     student_lr=1e-5, heads_lr=1e-4, student_ema=0.999, head_width=128, save_every=500,
+    muon_lr=0.0, shard=True,
 )  # fmt: skip
 
 PRESETS = {
@@ -276,7 +285,7 @@ PRESETS = {
 # Settings that may differ between two commands of the same run.
 FREE = {"out", "data_dir", "device", "stage", "save_every", "sample_every", "log_every"}
 FREE |= {"tensorboard", "compile", "checkpointing", "dry_run", "gpus", "tflops", "utilisation"}
-FREE |= {"save_minutes", "stop_after"}
+FREE |= {"save_minutes", "stop_after", "shard", "replicas"}
 
 
 class RunError(Exception):
@@ -356,6 +365,11 @@ def draw_levels(settings, n, step, generator):
     return torch.tensor(settings.levels)[index]
 
 
+def draw_noise(n, x0, generator):
+    """ε for a batch of n samples, of which x0 is this process's part. -> x0's shape"""
+    return mine(torch.randn(n, *x0.shape[1:], generator=generator))
+
+
 # ---------------------------------------------------------------------------------------------
 # Stage 1: the teacher
 # ---------------------------------------------------------------------------------------------
@@ -365,21 +379,21 @@ def train_teacher(run):
     s, device = run.settings, run.device
     model = run.seeded(MMDiT, **s.model())
     optimizers = make_optimizers(model, s.teacher_lr, s.muon_lr, 0.9, s.adam_eps)
-    ema = copy.deepcopy(model).requires_grad_(False)
+    ema = run.seeded(MMDiT, **s.model()).requires_grad_(False)
     model.checkpointing = s.checkpointing
     words = run.text.ids(run.dataset.captions)
     loop = Loop(run, "teacher", s.teacher_iterations, s.teacher_batch)
     loop.resume(dict(model=model, ema=ema), optimizers)
     for step in loop:
         random = run.random("teacher", step)
-        index = np.arange(step * s.teacher_batch, (step + 1) * s.teacher_batch)
+        index = mine(np.arange(step * s.teacher_batch, (step + 1) * s.teacher_batch))
         images, caption = run.bucket("teacher", step).batch(index)
-        kept = torch.rand(len(caption), generator=random) >= s.drop
+        kept = mine(torch.rand(s.teacher_batch, generator=random)) >= s.drop
         text = run.text.features((words[caption] * kept[:, None]).to(device))
         x0 = data.to_float(images.to(device))
         mean = s.t_mean + s.logit_shift(x0.shape[2:])
-        t = logit_normal(len(x0), mean, s.t_std, random).to(device)
-        noise = torch.randn(x0.shape, generator=random).to(device)
+        t = mine(logit_normal(s.teacher_batch, mean, s.t_std, random)).to(device)
+        noise = draw_noise(s.teacher_batch, x0, random).to(device)
         with run.autocast():
             loss = teacher_loss(model, x0, text, t, noise)
         norm = update(optimizers, loss, model, s.clip, learning_rate(step, loop.total, 0.6))
@@ -413,22 +427,28 @@ def synthesise(run):
     teacher = run.generator("teacher")
     options = dict(seed=s.seed + 2, steps=s.synthetic_steps, cfg=s.synthetic_cfg)
     buckets, size = shard_buckets(run)
-    with progress("synthesis", s.synthetic) as bar:
-        for shard, bucket in enumerate(buckets):
-            index = np.arange(shard * size, min((shard + 1) * size, s.synthetic))
-            path = folder / f"{shard:05d}.pt"
-            if not path.exists():
-                first = buckets.index(bucket) * size  # a bucket's own captions from the first on
-                _, caption = bucket.batch(index - first + data.SYNTHETIC_INDEX)
-                captions = [run.dataset.captions[i] for i in caption]
-                x0 = teacher.sample(captions, index, size=bucket.size, **options)
-                if not x0.isfinite().all():
-                    raise RunError(
-                        f"the teacher's samples {index[0]} to {index[-1]} are not finite. Train it "
-                        "in another folder (--out) with a lower --teacher-lr or --precision fp32."
-                    )
-                save(dict(x0=x0.half(), captions=captions, index=index.tolist()), path)
-            bar.update(len(index))
+    path = lambda shard: folder / f"{shard:05d}.pt"  # noqa: E731
+    todo = shared([shard for shard in range(len(buckets)) if not path(shard).exists()])
+    with progress("synthesis", len(buckets), len(buckets) - len(todo)) as bar:
+        for turn in range(0, len(todo), world()):
+            # Divided networks need all processes: those without a shard of their own join in.
+            shard = todo[min(turn + rank(), len(todo) - 1)]
+            bucket, end = buckets[shard], s.synthetic + size * run.divided
+            index = np.arange(shard * size, min((shard + 1) * size, end))
+            first = buckets.index(bucket) * size  # a bucket's own captions from the first on
+            _, caption = bucket.batch(index - first + data.SYNTHETIC_INDEX)
+            captions = [run.dataset.captions[i] for i in caption]
+            x0 = teacher.sample(captions, index, size=bucket.size, **options)
+            index = index[index < s.synthetic]
+            x0, captions = x0[: len(index)], captions[: len(index)]
+            if not x0.isfinite().all():
+                raise RunError(
+                    f"the teacher's samples {index[0]} to {index[-1]} are not finite. Train it "
+                    "in another folder (--out) with a lower --teacher-lr or --precision fp32."
+                )
+            if turn + rank() < len(todo):
+                save(dict(x0=x0.half(), captions=captions, index=index.tolist()), path(shard))
+            bar.update(min(world(), len(todo) - turn))
             run.watch.check()
 
 
@@ -468,7 +488,7 @@ def distillation_batches(run):
 
     def draw(step):
         bucket = run.bucket("distillation", step, dataset)
-        images, caption = bucket.batch(np.arange(step * s.batch, (step + 1) * s.batch))
+        images, caption = bucket.batch(mine(np.arange(step * s.batch, (step + 1) * s.batch)))
         x0 = data.to_float(images) if s.targets == "real" else images
         source = None
         if s.targets == "synthetic" and s.distill_weight:
@@ -485,28 +505,29 @@ def distillation_batches(run):
 
 def distil(run):
     s, device = run.settings, run.device
-    teacher = run.load("teacher")  # frozen
-    student = copy.deepcopy(teacher).requires_grad_(True)
-    ema = copy.deepcopy(teacher)
+    teacher, ema = run.load("teacher"), run.load("teacher")  # frozen
+    student = run.load("teacher").requires_grad_(True)
     teacher.checkpointing = student.checkpointing = s.checkpointing
     heads = run.seeded(Discriminator, **s.head_sizes())
     student_optimizer = make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
     heads_optimizer = make_optimizers(heads, s.heads_lr, 0.0, s.beta1, s.adam_eps)
     if s.discriminator:
         start = given_heads(s)
-        heads.load_state_dict(start["weights"])
+        fill(heads, start["weights"])
         moments = dict(state=start["optimizer"]["state"])  # the learning rate is the settings'
-        heads_optimizer[0].load_state_dict(heads_optimizer[0].state_dict() | moments)
+        fill_optimizer(heads_optimizer[0], heads_optimizer[0].state_dict() | moments)
     batch = distillation_batches(run)
     loop = Loop(run, "distillation", s.iterations, s.batch)
     loop.resume(dict(student=student, ema=ema, heads=heads), student_optimizer + heads_optimizer)
     for step in loop:
         random = run.random("distillation", step)
         x0, text, source = batch(step)
-        t = draw_levels(s, s.batch, step - s.heads_warmup, random).to(device)
+        t = mine(draw_levels(s, s.batch, step - s.heads_warmup, random)).to(device)
         m = s.m + s.logit_shift(x0.shape[2:])
-        t_hat = logit_normal(s.batch, m, s.t_hat_std, random).to(device)
-        noise, noise_fake, noise_real = torch.randn(3, *x0.shape, generator=random).to(device)
+        t_hat = mine(logit_normal(s.batch, m, s.t_hat_std, random)).to(device)
+        noise, noise_fake, noise_real = (
+            draw_noise(s.batch, x0, random).to(device) for _ in range(3)
+        )
         known = t < s.levels[0]
         if source is not None:  # from pure noise only the teacher's own noise tells its sample
             noise = torch.where(per_sample(known, x0), noise, source)
@@ -556,6 +577,7 @@ def distil(run):
 def report(run):
     """Scores everything; writes samples.png (same noise for all), metrics.json and report.md."""
     s, start = run.settings, time.perf_counter()
+    run.divided = False  # this is the first process's alone
     if s.channels != 3:
         command = f"`python sample.py {run.out} --decode SD3_DIR --prompt TEXT`"
         return write(f"Latents are not scored. {command} makes pictures.\n", run.out / "report.md")
@@ -727,6 +749,149 @@ def in_bytes(n):
 
 
 # ---------------------------------------------------------------------------------------------
+# Plumbing: many processes, as torchrun starts them; on one all of this disappears
+# ---------------------------------------------------------------------------------------------
+
+# Every process draws a batch's randomness as one process would and takes its part of it, so the
+# results do not depend on their number. Small networks are copied to all, and their gradients
+# averaged; --shard divides them by FSDP. The first process alone writes and speaks. What it takes
+# of PyTorch is imported where it is used: importing it takes longer than all the rest.
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def mine(batch):
+    """This process's part of a batch that all have drawn alike."""
+    return batch[rank() :: world()]
+
+
+def device_of(s):
+    device = torch.device(sample.best_device() if s.device == "auto" else s.device)
+    if device.type == "cuda" and world() > 1:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
+
+
+@contextlib.contextmanager
+def together(s):
+    """Joins the processes, and has all but the first be quiet. The first to fail tells why."""
+    if world() == 1:
+        yield
+        return
+    out, err = sys.stdout, sys.stderr
+    if rank() > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    cuda = device_of(s).type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device_of(s))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # without it, old addresses
+    store = dist.PrefixStore(f"attempt {attempt}", next(dist.rendezvous("env://"))[0])
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank(), world_size=world(),
+        timeout=datetime.timedelta(minutes=10),
+    )  # fmt: skip
+    try:
+        yield
+        part()
+    except Stop:
+        part()
+        raise
+    except Exception as error:
+        sys.stdout, sys.stderr = out, err
+        status = 1
+        with contextlib.suppress(RuntimeError):  # the process that keeps the store is gone
+            if store.add("failed", 1) == 1:
+                status = told(error)
+        sys.stderr.flush()
+        os._exit(status)  # without waiting for the others
+    finally:
+        sys.stdout, sys.stderr = out, err
+
+
+def part():
+    """The processes end their work together; after this each is alone."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def shared(value):
+    """The first process's value, in all of them. (With None: they wait for each other.)"""
+    if dist.is_initialized():
+        dist.broadcast_object_list(box := [value])
+        dist.barrier()
+        return box[0]
+    return value
+
+
+def highest(value):
+    """The highest of all processes' numbers."""
+    if dist.is_initialized():
+        dist.all_reduce(value := torch.tensor(float(value)), dist.ReduceOp.MAX)
+    return int(value)
+
+
+def average(tensors):
+    """Makes every tensor its mean over the processes. FSDP has done it for those it divides."""
+    tensors = [t for t in tensors if not is_divided(t)]
+    if dist.is_initialized() and tensors:
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        flat /= world()
+        for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def is_divided(tensor):
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor):
+    """A divided tensor put together, in all processes."""
+    return tensor.full_tensor() if is_divided(tensor) else tensor
+
+
+def on_first(value):
+    """A whole tensor in the first process's CPU memory; in the others, which help, nothing."""
+    if not torch.is_tensor(value):
+        return value
+    value = whole(value.detach())
+    return value.cpu() if rank() == 0 else None
+
+
+def divided_as(tensor, other):
+    """This process's part of a whole tensor that stands for `other`, which is divided."""
+    if not is_divided(other) or is_divided(tensor) or tensor.ndim == 0:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    tensor = tensor.to(other.device)
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def fill(network, weights):
+    """Loads a state dict of whole tensors, or of divided ones, into a network."""
+    own = network.state_dict()
+    network.load_state_dict({k: divided_as(v, own.get(k)) for k, v in weights.items()})
+
+
+def fill_optimizer(optimizer, saved):
+    """The same for an optimiser."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        i: {k: divided_as(v, parameters[i]) for k, v in moments.items()}
+        for i, moments in saved["state"].items()
+    }
+    optimizer.load_state_dict(saved | dict(state=state))
+
+
+# ---------------------------------------------------------------------------------------------
 # Plumbing: optimisers, averages
 # ---------------------------------------------------------------------------------------------
 
@@ -767,8 +932,10 @@ def update(optimizers, loss, model, clip, rate):
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    if not (norm + loss.detach()).isfinite():
+    mean = loss.detach().clone()
+    average([mean, *(p.grad for p in model.parameters() if p.grad is not None)])
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
+    if not (norm + mean).isfinite():
         return None
     for optimizer in optimizers:
         optimizer.step()
@@ -788,6 +955,8 @@ def update_ema(ema, model, decay, step):
 
 
 def write(text, path):
+    if rank() > 0:
+        return
     with data.replacing(path) as file:
         file.write(text.encode("utf-8", "replace"))  # a path need not be text
 
@@ -804,9 +973,8 @@ class Run:
     def __init__(self, settings):
         self.settings = settings
         self.out = Path(settings.out)
-        self.device = torch.device(
-            sample.best_device() if settings.device == "auto" else settings.device
-        )
+        self.device = device_of(settings)
+        self.divided = settings.shard and world() > 1
         self.dataset = data.load(
             settings.data,
             settings.size,
@@ -836,20 +1004,54 @@ class Run:
         """A fresh network, its weights drawn from the seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
-            return module(**arguments).to(self.device)
+            return self.divide(module(**arguments)).to(self.device)
+
+    @functools.cached_property
+    def mesh(self):
+        """The processes, in rows that hold all of a network each."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        rows = self.settings.replicas
+        shape = (rows, world() // rows) if rows > 1 else (world(),)
+        names = ("replicate", "shard")[-len(shape) :]
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+
+    def divide(self, network):
+        """FSDP, with --shard: a process holds a part of every tensor, and gathers block by block.
+        In bf16 it gathers bf16 and adds gradients up in float32; what it holds is float32."""
+        twice = self.settings.r1 and isinstance(network, Discriminator)
+        if self.divided and not twice:  # R1's gradient of a gradient is not for FSDP
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+            with self.autocast():
+                bf16 = torch.is_autocast_enabled(self.device.type)
+            types = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
+            policy = MixedPrecisionPolicy(**types, cast_forward_inputs=False)
+            for module in (*getattr(network, "joint_blocks", ()), network):
+                fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
+        return network
 
     def path(self, kind):
         return self.out / f"{kind}.pt"
 
     def save(self, kind, model, step, **more):
-        weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+        weights = {k: on_first(v) for k, v in model.state_dict().items()}
+        more = tree_map(on_first, more)
         checkpoint = dict(format="ladd-1", kind=kind, model=model.config, weights=weights)
         settings = dataclasses.asdict(self.settings)
-        save(checkpoint | dict(settings=settings, step=step, **more), self.path(kind))
+        if rank() == 0:
+            save(checkpoint | dict(settings=settings, step=step, **more), self.path(kind))
 
     def load(self, kind):
         """The finished teacher or student, frozen."""
-        return sample.build(sample.read_checkpoint(self.path(kind)), self.device)
+        if not self.divided:
+            return sample.build(sample.read_checkpoint(self.path(kind)), self.device)
+        checkpoint = torch.load(self.path(kind), "cpu", weights_only=True, mmap=True)
+        with torch.device("meta"):
+            network = MMDiT(**checkpoint["model"])
+        network = self.divide(network).to_empty(device=self.device)
+        fill(network, checkpoint["weights"])  # tensor by tensor from the mapped file
+        return network.eval().requires_grad_(False)
 
     def generator(self, kind, model=None):
         """What samples from the finished teacher or student, or from a network in training."""
@@ -895,11 +1097,17 @@ class Run:
         made = sample.sample_buckets(self.generator(kind, model), parts, seed=self.settings.seed)
         images = [image for part in made for image in data.to_uint8(part)]
         path = self.out / "samples" / f"{kind}-{step:06d}.png"
-        sample.save_png(sample.grid(images, 8), path, step=step, captions="; ".join(captions))
+        if rank() == 0:
+            sample.save_png(sample.grid(images, 8), path, step=step, captions="; ".join(captions))
 
     def states(self, stage):
         """The files of a stage's states, the newest last."""
         return sorted(self.out.glob(f"{stage}-state-*.pt"))
+
+    def forget_state(self, path):
+        if rank() == 0:
+            path.unlink()
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
 
     def newest_state(self):
         """The state that a cut run goes on from, None if there is none; writes nothing."""
@@ -907,7 +1115,12 @@ class Run:
             paths = [] if self.path(kind).exists() else self.states(stage)
             for path in reversed(paths):
                 try:
-                    return read(path, self.device)
+                    state = read(path, self.device)
+                    for name, size in state.get("parts", {}).items():
+                        part = path.with_suffix("") / name
+                        if not part.exists() or part.stat().st_size != size:
+                            raise sample.CheckpointError(f"{part}: missing, or cut short.")
+                    return state
                 except sample.CheckpointError as error:
                     print(f"ladd.py: {error} Trying the state before it.", file=sys.stderr)
             if paths:
@@ -917,6 +1130,8 @@ class Run:
                 )
 
     def log(self, **row):
+        if rank() > 0:
+            return
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -937,7 +1152,7 @@ class Run:
 
     def write_board(self, stage, step, values):
         """tensorboard, if asked for."""
-        if not self.settings.tensorboard:
+        if not self.settings.tensorboard or rank() > 0:
             return
         if self.board is None:
             try:
@@ -1034,8 +1249,8 @@ class Watch:
         return self.status or (75 if time.perf_counter() > self.end else 0)
 
     def check(self):
-        if self.due():
-            raise Stop(self.due())
+        if end := highest(self.due()):
+            raise Stop(end)
 
 
 class Loop:
@@ -1051,10 +1266,12 @@ class Loop:
         self.networks, self.optimizers = networks, optimizers
         state, self.run.state = self.run.state, None
         if state is not None and state["stage"] == self.stage:
+            if "parts" in state:
+                self.read_parts(state)
             for name, network in networks.items():
-                network.load_state_dict(state["networks"][name])
+                fill(network, state["networks"][name])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
+                fill_optimizer(optimizer, saved)
             self.step, self.sums, self.run.earlier = state["step"], state["sums"], state["seconds"]
             self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
             self.kept = [self.path(self.step)]
@@ -1078,7 +1295,7 @@ class Loop:
     def forget(self):
         """The stage's result is safe: its states are not needed any more."""
         for path in self.run.states(self.stage):
-            path.unlink()
+            self.run.forget_state(path)
 
     def due(self, every):
         """Whether something done every so many updates, and at the end, is due after this one."""
@@ -1100,9 +1317,14 @@ class Loop:
         if self.step - self.first == 14:
             self.warn_if_hours()
         if self.due(self.run.settings.log_every) and self.sums:
+            self.average()
             means = {name: (total / n).item() for name, (total, n) in self.sums.items()}
             self.sums = {}
             self.tell(means)
+
+    def average(self):
+        """The sums become the processes' mean ones. (`diversity` is among a process's own.)"""
+        average([total for total, _ in self.sums.values()])
 
     def skip(self, values):
         """Tells of an update that was not applied; five in a row end the run."""
@@ -1167,9 +1389,9 @@ class Loop:
         """Saves a state every so many updates or minutes, and when the run is asked to end."""
         if self.step + 1 == self.total:  # the result itself is saved next
             return
-        s, end = self.run.settings, self.run.watch.due()
+        s, end = self.run.settings, highest(self.run.watch.due())
         late = s.save_minutes and time.perf_counter() - self.saved > 60 * s.save_minutes
-        if (self.step + 1) % s.save_every == 0 or late or end:
+        if (self.step + 1) % s.save_every == 0 or highest(late) or end:
             self.save()
         if end:
             raise Stop(end)
@@ -1180,17 +1402,64 @@ class Loop:
     def save(self):
         """A state: all that the rest of the stage depends on. The last two are kept."""
         self.saved = time.perf_counter()
+        self.average()
         state = dict(stage=self.stage, step=self.step + 1, sums=self.sums, skipped=self.skipped)
         state |= dict(in_a_row=self.in_a_row, seconds=self.run.earlier + self.saved - self.start)
         state["networks"] = {name: network.state_dict() for name, network in self.networks.items()}
         state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        path = self.path(self.step + 1)
+        if self.run.divided:
+            self.write_parts(state, path.with_suffix(""))
+        self.kept = [*(p for p in self.kept if p != path), path][-2:]
+        if rank() > 0:
+            return
         with open(self.run.out / "log.jsonl", "ab") as file:
             os.fsync(file.fileno())  # a state's rows must not be lost where the state is not
-        path = self.path(self.step + 1)
         save(state, path)
-        self.kept = [*(p for p in self.kept if p != path), path][-2:]
         for old in set(self.run.states(self.stage)) - set(self.kept):
-            old.unlink()
+            self.run.forget_state(old)
+
+    def write_parts(self, state, folder):
+        """Every process writes what it holds of a state's divided tensors into `folder`; None
+        takes their place in the state, which knows the files by their sizes."""
+        from torch.distributed import checkpoint as dcp
+
+        divided = {k: v for k, v in named_parts(state).items() if is_divided(v)}
+        try:
+            dcp.save(divided, checkpoint_id=folder)
+        except dcp.api.CheckpointException as error:
+            reason = next(iter(error.failures.values()))[0]
+            raise RunError(f"{folder}: the state can't be written ({reason}).") from None
+        state["parts"] = {p.name: p.stat().st_size for p in folder.iterdir()}
+        for key in ("networks", "optimizers"):
+            hide = lambda x: None if is_divided(x) else x  # noqa: E731
+            state[key] = tree_map(hide, state[key])
+
+    def read_parts(self, state):
+        """The way back, for any number of processes, divided or not."""
+        from torch.distributed import checkpoint as dcp
+
+        names = [name for name, v in named_parts(state).items() if v is None]
+        for name, network in self.networks.items():
+            own, saved = network.state_dict(), state["networks"][name]
+            saved.update({k: own[k] for k, v in saved.items() if v is None})
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            parameters = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+            for i, own in saved["state"].items():
+                empty = {k: torch.zeros_like(parameters[i]) for k, v in own.items() if v is None}
+                own.update(empty)
+        wanted, folder = named_parts(state), self.path(state["step"]).with_suffix("")
+        wanted = {name: wanted[name] for name in names}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it tells that one process is one
+            dcp.load(wanted, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+
+def named_parts(state):
+    """Everything in a state's networks and optimisers by its name."""
+    moments = [optimizer["state"] for optimizer in state["optimizers"]]
+    leaves, _ = tree_flatten_with_path([state["networks"], moments])
+    return {keystr(path): leaf for path, leaf in leaves}
 
 
 SHOWN = ("loss", "loss_d", "loss_g", "d_real", "d_fake")
@@ -1295,6 +1564,8 @@ def parse(argv):
         else:
             kind = float if field.default is None else type(field.default)
             parser.add_argument(flag, **options, type=kind, metavar="X")
+    if rank() > 0:  # the first process says it
+        parser.error = lambda _: sys.exit(2)
     given = vars(parser.parse_args(argv))
     settings = Settings(**{**PRESETS[given.get("preset", "nano")], **given})
     if not settings.out:
@@ -1314,7 +1585,7 @@ def numbers(text, kind):
 AT_LEAST_ONE = "size patch width depth heads text_length teacher_iterations teacher_batch"
 AT_LEAST_ONE += " teacher_steps synthetic synthetic_steps iterations batch head_width"
 AT_LEAST_ONE += " judge_steps judge_width save_every sample_every log_every pos_size"
-AT_LEAST_ONE += " downscale gpus"
+AT_LEAST_ONE += " downscale gpus replicas"
 ABOVE_ZERO = "steps_scale teacher_lr student_lr heads_lr clip t_std t_hat_std shift adam_eps"
 ABOVE_ZERO += " tflops utilisation"
 SHARES = "drop teacher_ema student_ema beta1"
@@ -1367,6 +1638,14 @@ def check(s, error):
     demand(s.targets in ("synthetic", "real"), "targets", "must be synthetic or real")
     demand(s.stage in ("all", *STAGES), "stage", f"must be all, {', '.join(STAGES)}")
     demand(s.precision in ("auto", "bf16", "fp32"), "precision", "must be auto, bf16 or fp32")
+    n = world()
+    share = f"its images can't be divided equally among {n} processes"
+    demand(s.batch % n == 0, "batch", share)
+    demand(s.teacher or s.teacher_batch % n == 0, "teacher_batch", share)
+    demand(s.synthetic >= n, "synthetic", f"fewer than the {n} processes")
+    demand(n % s.replicas == 0, "replicas", f"must divide the {n} processes")
+    muon = s.shard and n > 1 and s.muon_lr and not s.teacher
+    demand(not muon, "muon_lr", "Muon needs whole matrices: --shard takes --muon-lr 0")
     ascending = list(s.taps) == sorted(set(s.taps)) and all(0 <= i < s.depth for i in s.taps)
     demand(ascending, "taps", f"must be ascending block numbers from 0 to {s.depth - 1}")
     try:
@@ -1378,6 +1657,9 @@ def check(s, error):
 @contextlib.contextmanager
 def locked(out):
     """Makes the run folder and holds it for this process alone, until it ends, however it ends."""
+    if rank() > 0:  # the first process does it for all
+        yield
+        return
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file: choose another folder with --out.")
     out.mkdir(parents=True, exist_ok=True)
@@ -1414,6 +1696,8 @@ def deterministic(wanted):
 
 def open_folder(settings):
     """Finds the run folder made with the same settings, or empty, and writes them into it."""
+    if rank() > 0:
+        return
     out, mine = Path(settings.out), dataclasses.asdict(settings)
     mine = json.loads(json.dumps({k: v for k, v in mine.items() if k not in FREE}))
     path = out / "config.json"
@@ -1482,6 +1766,12 @@ def load_data(settings, given):
     try:
         run = Run(settings)
         if isinstance(run.dataset, data.Shards):
+            prompts = sum(bucket.train_size for bucket in run.dataset.sets)
+            if prompts < world():
+                raise data.DataError(
+                    f"--data {settings.data}: {prompts} prompts are fewer than the {world()} "
+                    "processes."
+                )
             taught = settings.teacher or run.path("teacher").exists()
             if not run.dataset.channels and (settings.targets == "real" or not taught):
                 raise data.DataError(
@@ -1512,38 +1802,60 @@ def main(argv=None):
         print(plan_table(settings))
         return 0
     try:
-        with Watch(settings.stop_after) as watch:
+        with Watch(settings.stop_after) as watch, together(settings):
             if settings.teacher and (others := given_teacher(settings).get("ignored")):
                 which = f"{others} tensors of other networks are ignored"
                 print(f"--teacher {settings.teacher}: {which}")
             if settings.discriminator:
                 given_heads(settings)
+            if rank() > 0:  # the first process downloads
+                shared(None)
             settings, note, run = load_data(settings, given)
+            if rank() == 0:
+                shared(None)
             run.watch = watch
             with locked(run.out), deterministic(settings.deterministic):
                 open_folder(settings)
+                shared(None)
                 run.state = run.newest_state()
-                for unfinished in run.out.rglob(".*.tmp"):
+                for unfinished in run.out.rglob(".*.tmp") if rank() == 0 else ():
                     unfinished.unlink()
                 run.forget_log()
                 if note:
                     run.notes.append(note)
                     print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
-                run.log(settings=dataclasses.asdict(settings), note=note, **machine())
+                where = machine() if rank() == 0 else {}
+                run.log(settings=dataclasses.asdict(settings), note=note, **where)
                 execute(run)
                 if note:
                     print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
     except Stop as stop:
         again = shlex.join(["python", "ladd.py", *(sys.argv[1:] if argv is None else argv)])
-        print(f"ladd.py: stopped, and saved what is done. To go on:\n    {again}", file=sys.stderr)
+        if rank() == 0:
+            print(
+                f"ladd.py: stopped, and saved what is done. To go on:\n    {again}", file=sys.stderr
+            )
         return stop.args[0]
-    except (UsageError, data.DataError, sample.CheckpointError) as error:
-        print(f"ladd.py: {data.clean(error, 4000)}", file=sys.stderr)
-        return 2
-    except (RunError, OSError) as error:
-        print(f"ladd.py: {data.clean(error, 4000)}", file=sys.stderr)
-        return 1
+    except (UsageError, data.DataError, sample.CheckpointError, RunError, OSError) as error:
+        return told(error)
     return 0
+
+
+def told(error):
+    """Says why a run has ended, in one line if that was foreseen. -> exit status"""
+    lost = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    if lost or isinstance(error, dist.DistError):
+        reason = str(error).splitlines()[0]
+        error = RunError(f"process {rank()} of {world()} has lost another ({reason}).")
+    if isinstance(error, (UsageError, data.DataError, sample.CheckpointError)):
+        status = 2
+    else:
+        status = 1
+    if status == 2 or isinstance(error, (RunError, OSError)):
+        print(f"ladd.py: {data.clean(error, 4000)}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    return status
 
 
 def given_teacher(s):
@@ -1577,7 +1889,7 @@ def same_network(flag, file, given, wanted):
 def execute(run):
     """The stages in order; one that is finished is skipped."""
     s, wanted = run.settings, STAGES if run.settings.stage == "all" else (run.settings.stage,)
-    if s.teacher and not run.path("teacher").exists():
+    if s.teacher and not run.path("teacher").exists() and rank() == 0:
         save(given_teacher(s) | dict(kind="teacher"), run.path("teacher"))
     done = dict(
         teacher=run.path("teacher").exists(),
@@ -1585,6 +1897,7 @@ def execute(run):
         distillation=run.path("student").exists(),
         report=(run.out / "report.md").exists(),
     )
+    done = shared(done)
     work = dict(teacher=train_teacher, synthesis=synthesise, distillation=distil, report=report)
     for i, stage in enumerate(STAGES):
         if stage not in wanted:
@@ -1594,15 +1907,20 @@ def execute(run):
             raise UsageError(f"--stage {stage} needs the stage {missing[0]} first.")
         if done[stage]:
             for path in run.states(stage):  # the process ended between the result and this
-                path.unlink()
+                run.forget_state(path)
             if stage == "report":
                 sample.read_metrics(run.out)
             print(f"{stage}: done before", flush=True)
             continue
         run.watch.patient = stage != "report"  # which saves nothing on its way
         run.watch.check()
+        if stage == "report":
+            part()
+            if rank() > 0:
+                return
         start, run.earlier = time.perf_counter(), 0.0
         work[stage](run)
+        shared(None)
         seconds = run.earlier + time.perf_counter() - start
         run.log(stage=stage, finished=True, seconds=seconds)
         print(f"{stage}: {seconds:.0f} s", flush=True)

@@ -1,0 +1,226 @@
+"""Many processes: what runs on one runs on N, whole or divided, with the same results."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ladd
+
+RUN = "--size 8 --width 16 --depth 2 --heads 2 --text-dim 8 --text-length 4 --pos-size 6 --taps 0,1"
+RUN += " --head-width 8 --teacher-batch 8 --batch 8 --teacher-iterations 20 --iterations 20"
+RUN += " --heads-warmup 3 --synthetic 22 --synthetic-steps 2 --teacher-steps 2 --save-every 8"
+RUN += " --precision fp32 --device cpu --log-every 1 --aspects 1:1,2:1 --muon-lr 0"
+DIVIDED, HYBRID = "--shard --checkpointing", "--shard --replicas 2"
+
+# Command lines by one process of many; what stands before a `|` happens in the last, at an update.
+WORK = """
+import json, os, sys
+import ladd
+
+ladd.report = lambda run: None
+checkpoint = ladd.Loop.checkpoint
+
+def work(commands, ports):
+    for i, words in enumerate(commands):
+        event, _, words = words.rpartition("|")
+
+        def after_update(loop):
+            what, step = event.split() if event else ("", "0")
+            if ladd.rank() == ladd.world() - 1 and loop.step + 1 == int(step):
+                if what == "stop":
+                    loop.run.watch.status = 75
+                if what == "fail":
+                    raise OSError("no such luck")
+                if what == "die" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                    os.kill(os.getpid(), 9)
+            checkpoint(loop)
+
+        ladd.Loop.checkpoint = after_update
+        if ports:
+            os.environ["MASTER_PORT"] = ports[i]
+        status = ladd.main(words.split())
+        if status not in (0, 75):
+            sys.exit(status)
+
+commands, *ports = json.loads(sys.argv[1])
+"""
+
+# Processes begin as forks of one that has imported what takes long.
+FORK = """
+import traceback
+if "--shard" in sys.argv[1]:
+    import torch.distributed.checkpoint, torch.distributed.fsdp
+
+children, n = [], int(os.environ["WORLD_SIZE"])
+for rank in range(n):
+    if child := os.fork():
+        children.append(child)
+        continue
+    os.environ["RANK"], status = str(rank), 0
+    os.dup2(os.open(f"{sys.argv[2]}/{rank}", os.O_CREAT | os.O_WRONLY), 2)
+    try:
+        work(commands, ports)
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stderr.flush()
+    os._exit(status)
+print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))
+"""
+
+
+def free_ports(n):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
+    ports = [f"{s.getsockname()[1]}" for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def launch(n, commands, folder):
+    """ladd.py with each of the command lines, by n processes. -> [exit status], [standard error]"""
+    folder.mkdir()
+    task = json.dumps([commands, *free_ports(len(commands))])
+    env = os.environ | dict(WORLD_SIZE=f"{n}", MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
+    env |= dict(PYTHONPATH=str(Path(ladd.__file__).parent))
+    words = [sys.executable, "-c", WORK + FORK, task, str(folder)]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    errors = [(folder / f"{rank}").read_text() for rank in range(n)]
+    return json.loads(done.stdout.splitlines()[-1]), errors
+
+
+def taught(source, out):
+    """A run folder that has all but the distillation of another."""
+    shutil.copytree(source, out)
+    for name in ("student.pt", "heads.pt"):
+        (out / name).unlink()
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders: "one" by one process, others by more; "4-2-1", "1-4-2": cut and gone on with."""
+    root = tmp_path_factory.mktemp("runs")
+    command = lambda out, more="": f"{RUN} --out {root / out} {more}"  # noqa: E731
+    cut = lambda step, out, more="": f"stop {step}|{command(out, more)}"  # noqa: E731
+
+    def by(n, *commands):
+        status, errors = launch(n, commands, root / f"errors-{n}")
+        assert status == [0] * n, errors
+        assert not any(errors[1:]), errors
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ladd, "report", lambda run: None)
+        assert ladd.main(command("one").split()) == 0
+        for name in ("4-2-1", "1-4-2", "dead"):
+            taught(root / "one", root / name)
+        due = lambda self: 75 * bool(self.patient)  # noqa: E731
+        with patch.context() as cutting:
+            cutting.setattr(ladd.Watch, "due", due)
+            cutting.setattr(ladd.Watch, "check", lambda self: None)
+            assert ladd.main(command("1-4-2").split()) == 75
+        resumed = [cut(6, "4-2-1", HYBRID), cut(11, "1-4-2", "--shard")]
+        by(4, command("four"), command("four-hybrid", HYBRID), *resumed)
+        resumed = [cut(13, "4-2-1", "--shard"), command("1-4-2")]
+        by(2, command("two"), command("two-divided", DIVIDED), *resumed)
+        assert ladd.main(command("4-2-1").split()) == 0
+    return root
+
+
+MANY = ("two", "two-divided", "four", "four-hybrid", "4-2-1", "1-4-2")
+
+
+def worst(a, b, name, key):
+    a, b = (torch.load(run / name)[key] for run in (a, b))
+    pairs = [(a[k], b[k]) for k in a] if key == "weights" else [(a, b)]
+    return max((x.float() - y.float()).abs().max().item() for x, y in pairs)
+
+
+def rows(run):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [row for row in lines if "step" in row]
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_weights_are_those_of_one_process(runs, name):
+    """After 20 updates of each stage, also where it was cut and went on with other processes."""
+    for file in ("teacher.pt", "heads.pt", "student.pt"):
+        assert worst(runs / "one", runs / name, file, "weights") < 1e-5
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_losses_are_those_of_one_process(runs, name):
+    one, many = rows(runs / "one"), rows(runs / name)
+    assert [(r["stage"], r["step"]) for r in many] == [(r["stage"], r["step"]) for r in one]
+    for a, b in zip(one, many, strict=True):
+        for key in {"loss", "loss_d", "loss_g", "grad_norm", "ranked", "d_real"} & a.keys():
+            assert abs(a[key] - b[key]) < 1e-5
+
+
+@pytest.mark.parametrize("name", MANY[:4])
+def test_synthesis_leaves_no_gaps_and_makes_nothing_twice(runs, name):
+    files = [sorted((runs / run / "synthetic").iterdir()) for run in ("one", name)]
+    assert [p.name for p in files[0]] == [p.name for p in files[1]]
+    index = [i for path in files[1] for i in torch.load(path)["index"]]
+    assert index == list(range(22))
+    for path in files[0]:
+        assert worst(runs / "one", runs / name, f"synthetic/{path.name}", "x0") < 1e-3  # float16
+
+
+def test_a_cut_of_divided_networks_leaves_nothing_behind(runs):
+    for name in MANY[-2:]:
+        assert not list((runs / name).glob("*state*"))
+
+
+def test_the_process_that_fails_tells_why_once_and_all_end(runs, tmp_path):
+    """One line by the process that it happened to; every status but 0."""
+    command = f"fail 3|{RUN} --out {taught(runs / 'one', tmp_path / 'run')}"
+    status, errors = launch(2, [command], tmp_path / "errors")
+    assert status == [1, 1] and errors == ["", "ladd.py: no such luck\n"]
+
+
+def test_a_killed_process_ends_the_run_and_torchrun_goes_on_from_the_last_state(runs):
+    """Killed after update 12 of 20, states every 8: the result is that of one process."""
+    run, words = runs / "dead", [sys.executable, "-m", "torch.distributed.run"]
+    worker = run.parent / "worker.py"
+    worker.write_text(WORK + "work(commands, ports)")
+    words += ["--nproc-per-node", "2", "--max-restarts", "1", "--master-port", *free_ports(1)]
+    words += [str(worker), json.dumps([[f"die 12|{RUN} --out {run}"]])]
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(ladd.__file__).parent))
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "distillation: going on from update 8 of 20" in done.stdout
+    assert worst(runs / "one", run, "student.pt", "weights") < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--batch 8", "ladd.py: --batch 8: its images can't be divided equally among 3 processes"),
+        ("--batch 9 --teacher-batch 8", "ladd.py: --teacher-batch 8: its images can't be"),
+        ("--batch 9 --teacher-batch 9 --synthetic 2", "--synthetic 2: fewer than the 3 processes"),
+        ("--batch 9 --teacher-batch 9 --replicas 2", "--replicas 2: must divide the 3 processes"),
+        ("--batch 9 --teacher-batch 9 --shard", "--muon-lr 0.02: Muon needs whole matrices"),
+    ],
+)
+def test_what_can_not_be_divided_is_refused_by_all_and_told_by_one(
+    words, line, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in range(3):
+        monkeypatch.setenv("RANK", f"{rank}")
+        with pytest.raises(SystemExit) as end:
+            ladd.main([*words.split(), "--out", str(tmp_path / "run")])
+        told = capsys.readouterr().err
+        assert end.value.code == 2 and (line in told and told.count("\n") == 1) == (rank == 0)
+    assert not (tmp_path / "run").exists()
