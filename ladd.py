@@ -1643,7 +1643,7 @@ def check(s, error):
     demand(s.batch % n == 0, "batch", share)
     demand(s.teacher or s.teacher_batch % n == 0, "teacher_batch", share)
     demand(s.synthetic >= n, "synthetic", f"fewer than the {n} processes")
-    demand(n % s.replicas == 0, "replicas", f"must divide the {n} processes")
+    demand(n == 1 or n % s.replicas == 0, "replicas", f"must divide the {n} processes")
     muon = s.shard and n > 1 and s.muon_lr and not s.teacher
     demand(not muon, "muon_lr", "Muon needs whole matrices: --shard takes --muon-lr 0")
     ascending = list(s.taps) == sorted(set(s.taps)) and all(0 <= i < s.depth for i in s.taps)
