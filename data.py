@@ -26,7 +26,6 @@ the empty caption is the unconditional one. Real encoders' features are computed
 import argparse
 import contextlib
 import hashlib
-import http.client
 import importlib
 import io
 import json
@@ -35,9 +34,12 @@ import os
 import pickle
 import posixpath
 import re
+import stat
 import sys
 import tarfile
+import threading
 import urllib.request
+import warnings
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +51,13 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what a picture may be, whatever its name says
+
+# What a file from a stranger may cost.
+MOST_BYTES = 1 << 26  # of one file, unpacked, or of a zip's list of names: half a million
+MOST_PIXELS = 1 << 26  # of one picture: 8192 × 8192
+MOST_CAPTION = 1 << 17  # characters
+warnings.filterwarnings("ignore", module="PIL")  # odd metadata; what can't be read raises
 
 
 class DataError(Exception):
@@ -58,6 +67,23 @@ class DataError(Exception):
 # Training reads images from index 0 on; what must not meet the same images has its own stretch.
 SYNTHETIC_INDEX = 1 << 35  # captions of the synthetic set
 JUDGE_INDEX = 1 << 36  # images that the judge learns from
+
+
+def clean(text, most=MOST_CAPTION):
+    """A stranger's text, fit for files and terminals: one line, no control characters, cut."""
+    text = str(text)[:most].encode("utf-8", "replace").decode()  # "?" for halves of characters
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text).strip()
+
+
+def read_object(path):
+    """The JSON object of a file of a run folder, as a dict; DataError names a damaged one."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise DataError(f"{path} is damaged: restore it, or choose another folder.")
+    return value
 
 
 @contextlib.contextmanager
@@ -426,6 +452,9 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+one_large = threading.Lock()  # pictures above 4 million pixels are decoded one after another
+
+
 def decode(data, height, width):
     """The bytes of an image file -> (3, H, W) uint8, cropped at the centre and resized."""
     return decode_nearest(data, [(height, width)])
@@ -433,11 +462,40 @@ def decode(data, height, width):
 
 def decode_nearest(data, sizes):
     """The same to that (H, W) of `sizes` whose aspect ratio is nearest to the image's."""
-    with Image.open(io.BytesIO(data)) as image:
-        image = to_rgb(image)
-        height, width = nearest(sizes, image.height, image.width)
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        pixels = image.width * image.height
+        if pixels > MOST_PIXELS:
+            raise ValueError(f"{image.width} × {image.height} pixels, more than {MOST_PIXELS:,}")
+        with one_large if pixels > 1 << 22 else contextlib.nullcontext():
+            image = to_rgb(image)
+            height, width = nearest(sizes, image.height, image.width)
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     return np.asarray(image).transpose(2, 0, 1)
+
+
+class ZipBytes(io.FileIO):
+    """A zip on disk, whose list of names is not read where it is too long to be honest."""
+
+    def read(self, size=-1):
+        if size > MOST_BYTES + 1:
+            raise zipfile.BadZipFile("too many files; unpack it into a folder")
+        return super().read(size)
+
+
+def check_members(path, members):
+    """Refuses a zip that would not unpack to what it shows, though nothing of it is unpacked."""
+    seen = {}
+    for member in members:
+        name, kind = member.filename.replace("\\", "/"), stat.S_IFMT(member.external_attr >> 16)
+        other, wrong = seen.setdefault(name.casefold(), member), None
+        if re.match("/|[A-Za-z]:", name) or ".." in name.split("/"):
+            wrong = "leads out of its folder"
+        elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            wrong = "is a link or a device"
+        elif other is not member:
+            wrong = "is there twice, perhaps in other case"
+        if wrong:
+            raise DataError(f"{path}: {member.filename} {wrong}. Make the zip anew without it.")
 
 
 class Files:
@@ -448,23 +506,40 @@ class Files:
         if self.path.is_dir():
             found = (p for p in self.path.rglob("*") if p.is_file())
             self.names = sorted(p.relative_to(self.path).as_posix() for p in found)
+        elif not self.path.is_file():
+            raise DataError(f"{path}: neither a folder nor a file.")
         else:
             try:
-                self.zip = zipfile.ZipFile(self.path)
-            except (zipfile.BadZipFile, OSError) as error:
+                self.zip = zipfile.ZipFile(ZipBytes(self.path))
+            except Exception as error:  # zipfile raises nearly anything on damaged files
                 raise DataError(
                     f"{path}: not a readable zip ({error}). If it was cut short, copy it again."
                 ) from None
+            check_members(path, self.zip.infolist())
             self.names = sorted(i.filename for i in self.zip.infolist() if not i.is_dir())
         hidden = lambda n: any(s.startswith((".", "__MACOSX")) for s in n.split("/"))  # noqa: E731
         self.names = [n for n in self.names if not hidden(n)]
 
     def read(self, name):
-        return (self.path / name).read_bytes() if self.zip is None else self.zip.read(name)
+        """The bytes of a file, unpacked no further than a picture or captions can need."""
+        most = MOST_BYTES
+        if self.zip is None:
+            file = (self.path / name).open("rb")
+        else:
+            member = self.zip.getinfo(name)
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError("packed by another method than deflate")
+            most = min(most, (1 << 20) + 100 * member.compress_size)
+            file = self.zip.open(member)
+        with file:
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise ValueError(f"more than {most:,} bytes unpacked")
+        return content
 
     def text(self, name):
         try:
-            return self.read(name).decode("utf-8-sig", "replace")
+            return self.read(name).decode("utf-8-sig")
         except Exception as error:  # a damaged or encrypted member of a zip raises nearly anything
             raise DataError(f"{self.path}: {name} can't be read ({error}).") from None
 
@@ -472,20 +547,25 @@ class Files:
 def caption_file(files, name):
     """The captions of a captions.jsonl: {image name: caption}."""
     captions = {}
-    for number, line in enumerate(files.text(name).split("\n"), 1):
+    for number, line in enumerate(io.StringIO(files.text(name)), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             file = posixpath.join(posixpath.dirname(name), row["file"])
-            captions[posixpath.normpath(file)] = row["caption"].strip()
-        except (ValueError, KeyError, TypeError, AttributeError):
+            file, caption = posixpath.normpath(file), clean(row["caption"] + "")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise DataError(
                 f'{files.path}: {name} line {number} is not {{"file": "…", "caption": "…"}}.'
             ) from None
+        if file in captions:
+            raise DataError(f"{files.path}: {name} line {number} names {file} a second time.")
+        captions[file] = caption
     missing = sorted(set(captions) - set(files.names))
     if missing:
-        raise DataError(f"{files.path}: {name} names {len(missing)} missing files: {missing[0]} …")
+        raise DataError(
+            f"{files.path}: {name} names {len(missing)} missing files: {missing[0][:200]} …"
+        )
     return captions
 
 
@@ -501,11 +581,14 @@ def find_captions(files):
     beside = {n: posixpath.splitext(n)[0] + ".txt" for n in images}
     if lists:
         for name in lists:
-            captions |= caption_file(files, name)
+            more = caption_file(files, name)
+            if twice := sorted(captions.keys() & more):
+                raise DataError(f"{files.path}: {name} names {twice[0]}, as another list does.")
+            captions |= more
     elif names.intersection(beside.values()):
-        captions = {n: files.text(t).strip() for n, t in beside.items() if t in names}
+        captions = {n: clean(files.text(t)) for n, t in beside.items() if t in names}
     elif all("/" in n for n in images):
-        return {n: n.split("/")[-2].replace("_", " ") for n in images}, True
+        return {n: clean(n.split("/")[-2].replace("_", " ")) for n in images}, True
     else:
         raise DataError(
             f"{files.path}: images without captions. Put them into one folder per class, or add a "
@@ -565,15 +648,15 @@ def decode_all(files, names, sizes):
         try:
             return decode_nearest(files.read(name), sizes)
         except Exception as error:  # Pillow and zipfile raise nearly anything on damaged files
-            return error
+            return clean(error) or type(error).__name__  # the error itself would keep the bytes
 
     quiet = len(names) < 2000 or None  # None: quiet where stderr is not a terminal
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         read = pool.map(one, names)
         done = list(tqdm(read, "reading images", len(names), disable=quiet, leave=False))
-    bad = [(n, e) for n, e in zip(names, done, strict=True) if isinstance(e, Exception)]
+    bad = [(n, e) for n, e in zip(names, done, strict=True) if isinstance(e, str)]
     for name, error in bad[:10]:
-        print(f"skipped {files.path}: {name}: {error or type(error).__name__}", file=sys.stderr)
+        print(clean(f"skipped {files.path}: {name}: {error}", 1000), file=sys.stderr)
     if bad:
         print(f"skipped {len(bad)} of {len(names)} images that can't be read", file=sys.stderr)
     if len(bad) > 0.01 * len(names):
@@ -581,7 +664,7 @@ def decode_all(files, names, sizes):
             f"{files.path}: {len(bad)} of {len(names)} images can't be read, more than 1 %. "
             f"First: {bad[0][0]}."
         )
-    good = [(n, d) for n, d in zip(names, done, strict=True) if not isinstance(d, Exception)]
+    good = [(n, d) for n, d in zip(names, done, strict=True) if not isinstance(d, str)]
     return [d for _, d in good], [n for n, _ in good]
 
 
@@ -597,8 +680,10 @@ CIFAR_CLASSES = [
 ]  # fmt: skip
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads pickles of plain containers and NumPy arrays, and nothing else."""
+class ArrayUnpickler(pickle._Unpickler):
+    """Reads pickles of plain containers and NumPy arrays, and nothing else.
+
+    Made from pickle's reader in Python: the one in C reserves what a damaged file asks for."""
 
     ALLOWED = frozenset({("multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")})
 
@@ -624,7 +709,7 @@ def download(url, path, size):
             have = 0
         bar = tqdm(None, path.name, size, initial=have, unit="B", unit_scale=True, disable=None)
         with bar, open(part, "ab" if have else "wb") as out:
-            while chunk := answer.read(1 << 16):
+            while out.tell() <= size and (chunk := answer.read(1 << 16)):
                 out.write(chunk)
                 bar.update(len(chunk))
     if (have := part.stat().st_size) != size:
@@ -656,8 +741,14 @@ def cifar_batches(data_dir):
             f"{CIFAR_SHA256[:16]}…). {'It was deleted: try' if fetch else 'Delete it to fetch it'} "
             "again."
         )
+    batches = {}
     with tarfile.open(archive) as tar:
-        return {n: tar.extractfile(f"cifar-10-batches-py/{n}").read() for n in names}
+        for name in names:
+            member = tar.getmember(f"cifar-10-batches-py/{name}")
+            if not member.isreg() or member.size > MOST_BYTES:
+                raise DataError(f"{archive}: {name} is a link, a device, or too large.")
+            batches[name] = tar.extractfile(member).read()
+    return batches
 
 
 def load_cifar10(data_dir, height, width, seed=0):
@@ -665,7 +756,9 @@ def load_cifar10(data_dir, height, width, seed=0):
     data_dir = Path(data_dir)
     try:
         batches = cifar_batches(data_dir)
-    except (OSError, http.client.HTTPException, KeyError, tarfile.TarError, EOFError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # a broken connection, a full disk, a damaged archive
         raise DataError(
             f"CIFAR-10 can't be had ({error}). Ways out: place cifar-10-python.tar.gz from "
             f"{CIFAR_URL} in {data_dir}/, point --data-dir at a folder that has it, use a folder "
@@ -675,8 +768,11 @@ def load_cifar10(data_dir, height, width, seed=0):
     for name, data in batches.items():
         try:
             batch = ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
-            pixels = torch.from_numpy(np.array(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32))
-            parts[name] = (pixels, torch.tensor(batch[b"labels"], dtype=torch.int64))
+            pixels = batch[b"data"].astype(np.uint8, casting="no").reshape(-1, 3, 32, 32)
+            labels = np.fromiter(batch[b"labels"], np.int64)
+            if len(labels) != len(pixels) or not set(labels) <= set(range(10)):
+                raise ValueError("labels and images don't match")
+            parts[name] = (torch.from_numpy(pixels), torch.from_numpy(labels))
         except Exception as error:
             raise DataError(f"{data_dir}: {name} is not a batch of CIFAR-10 ({error}).") from None
     test = parts.pop("test_batch")

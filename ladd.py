@@ -58,7 +58,7 @@ import data
 import sample
 from discriminator import Discriminator, hinge_d, hinge_g, r1
 from mmdit import MMDiT, open_sd3
-from sample import add_noise, logit_normal, predict_x0, read, save
+from sample import add_noise, logit_normal, per_sample, predict_x0, read, save
 
 # ---------------------------------------------------------------------------------------------
 # Settings and presets
@@ -92,36 +92,36 @@ class Settings:
     pooled_dim: int = setting(0, "width of the pooled ones; 0: the same")
     text_length: int = setting(8, "words of a caption that are read")
     # teacher (rectified flow, arXiv 2403.03206)
-    teacher_iterations: int = setting(2400, "updates of the teacher")
+    teacher_iterations: int = setting(1800, "updates of the teacher")
     teacher_batch: int = setting(64, "images per update")
     teacher_lr: float = setting(2e-3, "AdamW, for what Muon does not train")
     muon_lr: float = setting(0.02, "Muon, for the blocks' matrices; 0: AdamW for all")
-    t_mean: float = setting(0.0, "logit-normal mean of t in training (paper: 0)")
-    t_std: float = setting(1.0, "its standard deviation (paper: 1)")
+    t_mean: float = setting(-0.5, "logit-normal mean of t in training (SD3: 0)")
+    t_std: float = setting(1.0, "its standard deviation (SD3: 1)")
     drop: float = setting(0.1, "share of captions dropped, for guidance")
     teacher_ema: float = setting(0.995, "decay per update of the teacher's average")
     teacher_steps: int = setting(32, "Euler steps of the teacher's samples")
     cfg: float = setting(4.0, "guidance scale w of the teacher's samples")
     shift: float = setting(1.0, "timestep shift α of Euler sampling")
     # synthesis
-    synthetic: int = setting(2048, "samples the teacher makes for the student to learn from")
+    synthetic: int = setting(4096, "samples the teacher makes for the student to learn from")
     synthetic_cfg: float = setting(4.0, "their constant guidance scale")
-    synthetic_steps: int = setting(16, "their Euler steps")
+    synthetic_steps: int = setting(8, "their Euler steps")
     # distillation (LADD)
-    iterations: int = setting(1700, "updates of the student and the heads")
+    iterations: int = setting(2200, "updates of the student and the heads")
     batch: int = setting(32, "images per update")
-    levels: tuple = setting((1.0, 0.75, 0.5, 0.25), "noise levels t of the student")
+    levels: tuple = setting((), "noise levels t of the student (default: by size, see alpha)")
     level_p: tuple = setting((0.4, 0.2, 0.2, 0.2), "their probabilities (reported: .7, .1, .1, .1)")
     warmup_iterations: int = setting(0, "first updates, with other probabilities")
     warmup_p: tuple = setting((0.0, 0.0, 0.5, 0.5), "probabilities during those")
     t_hat_mean: float | None = setting(
-        None, "m of t̂ ~ logit-normal(m, s) (default: by size, see m)"
+        None, "m of t̂ ~ logit-normal(m, s) (default: by size, see alpha)"
     )
     t_hat_std: float = setting(1.0, "s of t̂")
     targets: str = setting("synthetic", "what is real to the heads: synthetic or real")
-    distill_weight: float = setting(0.0, "weight of a distillation loss beside the adversarial one")
+    distill_weight: float = setting(150.0, "weight of a distillation loss beside L_G; 0: pure LADD")
     heads_warmup: int = setting(
-        150, "first updates, of the heads alone: their gradient is noise then"
+        100, "first updates, of the heads alone: their gradient is noise then"
     )
     taps: tuple = setting((1, 2), "blocks whose tokens the heads see; empty: all")
     head_width: int = setting(64, "channels of a head")
@@ -183,16 +183,24 @@ class Settings:
         return 0.5 * math.log(size[0] * size[1] / self.side**2)
 
     @property
-    def m(self):
-        """Mean of t̂'s logit: the paper's 1 at 1024², moved by SD3's rule for other resolutions.
+    def alpha(self):
+        """SD3's shift α = √(n / n') from a 1024² image's latent to this x_0, n counted in values.
 
-        The same t destroys more of a small image than of a large one. SD3 makes up for it with a
-        shift of t by α = √(n / n'), which moves a logit by ln α. LADD's m = 1 belongs to 1024²
-        images, latents of 16·128·128 values; counting values instead of positions (ours) makes
-        latents and pixels comparable: m = 1 + ½·ln(C·H·W / 262,144)."""
-        if self.t_hat_mean is not None:
-            return self.t_hat_mean
-        return 1 + 0.5 * math.log(self.channels * self.side**2 / (16 * 128**2))
+        The same t destroys more of a small image than of a large one, so the paper's levels and m
+        belong to its latents of 16·128·128 values. Elsewhere (ours, by the experiments in
+        docs/log.md) m, the mean of a logit, moves by ln α, as SD3 moves t, and the levels' logits
+        by a third of it: -1.92 and {1, .53, .27, .11} for 16×16 pixels. Counting values instead of
+        positions makes latents and pixels comparable."""
+        return math.sqrt(self.channels * self.side**2 / (16 * 128**2))
+
+    @property
+    def m(self):
+        """Mean of t̂'s logit."""
+        return 1 + math.log(self.alpha) if self.t_hat_mean is None else self.t_hat_mean
+
+    def default_levels(self):
+        paper, alpha = (1.0, 0.75, 0.5, 0.25), self.alpha ** (1 / 3)
+        return tuple(round(sample.shift_t(t, alpha), 4) for t in paper)
 
     def model(self):
         """MMDiT's arguments."""
@@ -215,14 +223,14 @@ class Settings:
         return dict(width=width, taps=self.tapped, pooled_dim=pooled, hidden=self.head_width)
 
     def scaled(self):
-        """The settings with --smoke and --steps-scale worked in."""
-        changes = {}
+        """The settings with the size's levels, --smoke and --steps-scale worked in."""
+        changes = dict(levels=self.levels or self.default_levels())
         if self.steps_scale != 1:
             for name in SCALED:
                 value = getattr(self, name)
                 changes[name] = min(value, 1) and max(1, round(value * self.steps_scale))
         if self.smoke:
-            changes = dict(teacher_iterations=2, iterations=2, synthetic=32, evaluation=32)
+            changes |= dict(teacher_iterations=2, iterations=2, synthetic=32, evaluation=32)
             changes |= dict(heads_warmup=0)
             changes |= dict(judge_steps=20, teacher_batch=16, batch=16, log_every=1, sample_every=2)
             changes |= dict(teacher_steps=4, synthetic_steps=4)
@@ -239,7 +247,8 @@ SD3 = dict(
     shift=3.0, adam_eps=1e-15,  # [P]
     levels=(1.0, 0.75, 0.5, 0.25), level_p=(0.7, 0.1, 0.1, 0.1),  # [L]
     warmup_iterations=500, warmup_p=(0.0, 0.0, 0.5, 0.5),  # [L] above 512²
-    t_hat_mean=1.0, t_hat_std=1.0, taps=(),  # [L] chosen of m = -1, 0, 1, 2; every block
+    t_mean=0.0,  # [P]
+    t_hat_mean=1.0, t_hat_std=1.0, taps=(), distill_weight=0.0,  # [L] m of -1, 0, 1, 2; all blocks
     iterations=10_000,  # [L] of its ablations
     aspects=("1:1", "5:4", "4:5", "3:2", "2:3", "16:9", "9:16"), batch=128, synthetic=500_000,
     student_lr=1e-5, heads_lr=1e-4, student_ema=0.999, head_width=128, save_every=500,
@@ -249,15 +258,15 @@ SD3 = dict(
 PRESETS = {
     "nano": dict(),
     "tiny": dict(
-        data="cifar10", size=32, width=384, depth=8, heads=6, text_length=16,
+        data="cifar10", size=32, width=384, depth=8, heads=6, text_length=16, t_mean=0.0,
         teacher_iterations=20_000, teacher_batch=256, teacher_lr=1e-3, teacher_ema=0.999, cfg=2.0,
-        synthetic=50_000, synthetic_cfg=2.0, iterations=8_000, batch=256, taps=(),
-        student_ema=0.999, evaluation=10_000, judge_steps=8_000, judge_width=64, log_every=50,
-        save_every=2_000, sample_every=2_000,
+        synthetic=50_000, synthetic_cfg=2.0, synthetic_steps=16, iterations=8_000, batch=256,
+        taps=(), student_ema=0.999, evaluation=10_000, judge_steps=8_000, judge_width=64,
+        log_every=50, save_every=2_000, sample_every=2_000,
     ),
     "small": dict(  # ours, not run yet; folders of photographs take --data PATH
         size=64, aspects=("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16"), patch=4, width=512,
-        depth=12, heads=8, text_length=16, teacher_iterations=40_000, teacher_batch=256,
+        depth=12, heads=8, text_length=16, teacher_iterations=40_000, teacher_batch=256, t_mean=0.0,
         teacher_lr=1e-3, teacher_ema=0.999, synthetic=50_000, iterations=10_000, batch=256,
         taps=(), student_ema=0.999, evaluation=10_000, judge_steps=8_000, judge_width=64,
         log_every=50, save_every=2_000, sample_every=2_000,
@@ -333,9 +342,10 @@ def generator_loss(heads, fake, t_hat, pooled, grid):
     return hinge_g(logits)
 
 
-def distillation_loss(x0_hat, x0):
-    """Optional, ours: smooth L1 between x̂_0 and the teacher's sample from the same noise."""
-    return F.smooth_l1_loss(x0_hat, x0)
+def distillation_loss(x0_hat, x0, known):
+    """Beside L_G, ours: smooth L1 between x̂_0 and x_0 where x_0 can be `known` (B,) from x_t."""
+    loss = F.smooth_l1_loss(x0_hat, x0, reduction="none").mean(dim=(1, 2, 3))
+    return (loss * known).mean()
 
 
 @torch.no_grad()
@@ -353,11 +363,6 @@ def draw_levels(settings, n, step, generator):
     p = torch.tensor(settings.warmup_p if warm else settings.level_p)
     index = torch.multinomial(p, n, replacement=True, generator=generator)
     return torch.tensor(settings.levels)[index]
-
-
-def draw_noise(n, x0, generator):
-    """ε for a batch of n samples, of which x0 is this process's part. -> x0's shape"""
-    return mine(torch.randn(n, *x0.shape[1:], generator=generator))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -383,7 +388,7 @@ def train_teacher(run):
         x0 = data.to_float(images.to(device))
         mean = s.t_mean + s.logit_shift(x0.shape[2:])
         t = mine(logit_normal(s.teacher_batch, mean, s.t_std, random)).to(device)
-        noise = draw_noise(s.teacher_batch, x0, random).to(device)
+        noise = mine(torch.randn(s.teacher_batch, *x0.shape[1:], generator=random)).to(device)
         with run.autocast():
             loss = teacher_loss(model, x0, text, t, noise)
         norm = update(optimizers, loss, model, s.clip, learning_rate(step, loop.total, 0.6))
@@ -442,15 +447,30 @@ def synthesise(run):
             run.watch.check()
 
 
-def distillation_batches(run):
-    """A function (step, generator) -> x0, text, noise: what the student learns from.
+def read_shard(path, s):
+    """A file of samples: x0 (n, C, H, W) float16, n captions."""
+    try:
+        shard = sample.read(path)
+        x0, captions = shard["x0"].contiguous(), [c + "" for c in shard["captions"]]
+        n, channels, *size = x0.shape
+        if (n, channels) != (len(captions), s.channels) or [v % s.patch for v in size] != [0, 0]:
+            raise ValueError("samples and captions don't match")
+    except (sample.CheckpointError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(
+            f"{path} is damaged ({error}). Delete it and give the command again."
+        ) from None
+    return dict(x0=x0, captions=captions)
 
-    With a distillation loss a sample comes with the noise that the teacher made it from."""
+
+def distillation_batches(run):
+    """A function step -> x0, text, source: what the student learns from.
+
+    source is the noise that the teacher made x0 from; None for real targets, or if not needed."""
     s, device = run.settings, run.device
     if s.targets == "real":
         words, dataset = run.text.ids(run.dataset.captions), run.dataset
     else:
-        shards = [read(p) for p in run.shards()]
+        shards = [read_shard(p, s) for p in run.shards()]
         words = run.text.ids([caption for shard in shards for caption in shard["captions"]])
         rows = torch.arange(len(words)).split([len(shard["x0"]) for shard in shards])
         parts = {}  # shape -> its samples and their rows in `words`, shard by shard
@@ -461,15 +481,14 @@ def distillation_batches(run):
             [data.ImageSet("synthetic", own, seed=s.seed, flip=False) for own in columns]
         )
 
-    def draw(step, generator):
+    def draw(step):
         bucket = run.bucket("distillation", step, dataset)
         images, caption = bucket.batch(mine(np.arange(step * s.batch, (step + 1) * s.batch)))
         x0 = data.to_float(images) if s.targets == "real" else images
-        noise = draw_noise(s.batch, x0, generator)
+        source = None
         if s.targets == "synthetic" and s.distill_weight:
-            noise = sample.noise_of(s.seed + 2, caption.tolist(), x0.shape[1:])
-        text = run.text.features(words[caption].to(device))
-        return x0.to(device), text, noise.to(device)
+            source = sample.noise_of(s.seed + 2, caption.tolist(), x0.shape[1:]).to(device)
+        return x0.to(device), run.text.features(words[caption].to(device)), source
 
     return draw
 
@@ -497,11 +516,16 @@ def distil(run):
     loop.resume(dict(student=student, ema=ema, heads=heads), student_optimizer + heads_optimizer)
     for step in loop:
         random = run.random("distillation", step)
-        x0, text, noise = batch(step, random)
+        x0, text, source = batch(step)
         t = mine(draw_levels(s, s.batch, step - s.heads_warmup, random)).to(device)
         m = s.m + s.logit_shift(x0.shape[2:])
         t_hat = mine(logit_normal(s.batch, m, s.t_hat_std, random)).to(device)
-        noise_fake, noise_real = (draw_noise(s.batch, x0, random).to(device) for _ in "12")
+        noises = torch.randn(3, s.batch, *x0.shape[1:], generator=random)
+        noise, noise_fake, noise_real = (mine(noise).to(device) for noise in noises)
+        known = t < s.levels[0]
+        if source is not None:  # from pure noise only the teacher's own noise tells its sample
+            noise = torch.where(per_sample(known, x0), noise, source)
+            known = torch.ones_like(known)
         pooled, grid = text[1], (x0.shape[2] // s.patch, x0.shape[3] // s.patch)
 
         learning = step >= s.heads_warmup
@@ -517,13 +541,15 @@ def distil(run):
         norm_d = update(heads_optimizer, loss_d, heads, math.inf, min(1.0, (step + 1) / 40))
         ranked = (real_logits.mean((1, 2, 3)) > fake_logits.mean((1, 2, 3))).float().mean()
         values = dict(loss_d=loss_d, d_real=real_logits.mean(), d_fake=fake_logits.mean())
-        values |= dict(ranked=ranked, grad_norm_heads=norm_d, diversity=diversity(fake, real))
+        values |= dict(ranked=ranked, grad_norm_heads=norm_d)
+        if loop.due(s.log_every):
+            values["diversity"] = diversity(fake, real)
 
         if learning and norm_d is not None:
             with run.autocast():
                 loss_g = generator_loss(heads, fake, t_hat, pooled, grid)
                 if s.distill_weight:
-                    loss_g = loss_g + s.distill_weight * distillation_loss(x0_hat, x0)
+                    loss_g = loss_g + s.distill_weight * distillation_loss(x0_hat, x0, known)
             rate = learning_rate(step - s.heads_warmup, loop.total - s.heads_warmup, 0.3)
             norm_g = update(student_optimizer, loss_g, student, s.clip, rate)
             update_ema(ema, student, s.student_ema, step - s.heads_warmup)
@@ -583,10 +609,6 @@ def storages(tensors):
     return {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
 
 
-def size_of(tensors):
-    return bytes_of(storages(tensors))
-
-
 def bytes_of(pieces):
     return sum(storage.nbytes() for storage in pieces.values())
 
@@ -612,10 +634,10 @@ def meta_state(s):
     weights = [p for network in networks for p in network.parameters()]
     moments = [v for o in optimizers for state in o.state.values() for v in state.values()]
     return dict(
-        weights=size_of(weights),
-        gradients=size_of(p.grad for p in weights if p.grad is not None),
-        optimiser=size_of(moments),
-        tables=size_of(table for network in networks for table in network.buffers()),
+        weights=bytes_of(storages(weights)),
+        gradients=bytes_of(storages(p.grad for p in weights if p.grad is not None)),
+        optimiser=bytes_of(storages(moments)),
+        tables=bytes_of(storages(b for network in networks for b in network.buffers())),
     )
 
 
@@ -686,10 +708,9 @@ def plan(s):
         seconds = max(flops / (s.tflops * 1e12 * s.utilisation), traffic / NETWORK)
         total = sum(share.values()) + kept
         ways[again] = dict(activations=kept, total=total, flops=flops * s.gpus, seconds=seconds)
-    smallest, one_image = {}, tables + gathered + ways[True]["activations"] / images
-    for gigabytes in (80, 141):  # a tenth is left for what is not counted
-        room = 0.9e9 * gigabytes - one_image
-        smallest[gigabytes] = math.ceil(sum(state.values()) / room) if room > 0 else None
+    one_image = tables + gathered + ways[True]["activations"] / images
+    room = {gb: 0.9e9 * gb - one_image for gb in (80, 141)}  # a tenth for what is not counted
+    smallest = {gb: math.ceil(sum(state.values()) / r) for gb, r in room.items() if r > 0}
     text = s.text_length * s.text_dim + student.config["pooled_dim"] if s.downscale > 1 else 0
     disk = s.synthetic * 2 * (s.channels * s.side**2 + text)
     result = dict(parameters=sizes, images=images, share=share, ways=ways, smallest=smallest)
@@ -700,7 +721,7 @@ def plan_table(s):
     p, (height, width) = plan(s), s.sizes[0]
     both = lambda key, form: " | ".join(form(way[key]) for way in p["ways"].values())  # noqa: E731
     forwards = lambda flops: f"{flops:.3e} ({flops / p['forward']:.2f} forwards)"  # noqa: E731
-    fits = (f"{n or 'any number is too few'} of {gb} GB" for gb, n in p["smallest"].items())
+    fits = (f"{n} of {gb} GB" for gb, n in p["smallest"].items())
     rows = {f"{s.preset}, {s.gpus} GPUs": f"{p['images']} × {s.channels}×{height}×{width} each"}
     rows |= {f"parameters, {name}": f"{n:,}" for name, n in p["parameters"].items()}
     rows |= {f"a GPU's {name}": in_bytes(n) for name, n in p["share"].items()}
@@ -711,7 +732,7 @@ def plan_table(s):
     rows |= {f"seconds, {s.tflops:g} TFLOP/s × {s.utilisation:g}": both("seconds", "{:.3g}".format)}
     hours = lambda seconds: f"{seconds * s.iterations / 3600:.3g}"  # noqa: E731
     rows |= {f"hours, {s.iterations:,} updates": both("seconds", hours)}
-    rows |= {"fewest GPUs, with --checkpointing": ", ".join(fits)}
+    rows |= {"fewest GPUs, with --checkpointing": ", ".join(fits) or "none of 80 or 141 GB"}
     rows |= {f"{s.synthetic:,} samples on disk": in_bytes(p["disk"])}
     return "\n".join(f"{name:36}{value}".rstrip() for name, value in rows.items())
 
@@ -875,9 +896,9 @@ def make_optimizers(model, lr, muon_lr, beta1, eps=1e-8):
     for name, parameter in model.named_parameters():
         inner = muon_lr and parameter.ndim == 2 and name.startswith("joint_blocks")
         (matrices if inner else rest).append(parameter)
-    optimizers = [
-        torch.optim.AdamW(rest, lr, betas=(beta1, 0.99), eps=eps, weight_decay=0.0, fused=True)
-    ]
+    fused = rest[0].device.type in ("cpu", "cuda")  # and not on the meta device of the plan
+    adamw = dict(betas=(beta1, 0.99), eps=eps, weight_decay=0.0, fused=fused)
+    optimizers = [torch.optim.AdamW(rest, lr, **adamw)]
     if matrices:
         optimizers.append(
             torch.optim.Muon(
@@ -931,7 +952,7 @@ def write(text, path):
     if rank() > 0:
         return
     with data.replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode("utf-8", "replace"))  # a path need not be text
 
 
 def progress(name, total, initial=0):
@@ -1109,11 +1130,13 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def rows(self):
-        """The rows of log.jsonl; one that a cut left unfinished is passed over."""
+        """The rows of log.jsonl; what a cut or damage left of others is passed over."""
         path = self.out / "log.jsonl"
         for line in path.read_bytes().splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step", 0), int):
+                    yield row
 
     def forget_log(self, stage=None, step=0):
         """Drops what a cut left of a row, and a stage's rows after its saved state: the updates
@@ -1136,7 +1159,8 @@ class Run:
 
     def command(self):
         """The command line that gives these settings."""
-        row = dataclasses.asdict(Settings()) | PRESETS[self.settings.preset]
+        row = dataclasses.asdict(Settings(**PRESETS[self.settings.preset]))
+        row["levels"] = row["levels"] or self.settings.default_levels()
         words = [f"python ladd.py --preset {self.settings.preset}"]
         for name, value in dataclasses.asdict(self.settings).items():
             if value != row[name] and name not in FREE | {"preset", "seed", "steps_scale"}:
@@ -1151,7 +1175,8 @@ class Run:
     def write_report(self, rows, accuracy, report_seconds):
         """metrics.json and report.md."""
         s, where, log = self.settings, machine(), list(self.rows())
-        seconds = {row["stage"]: row["seconds"] for row in log if row.get("finished")}
+        timed = [r for r in log if r.get("stage") in STAGES and isinstance(r.get("seconds"), float)]
+        seconds = {row["stage"]: row["seconds"] for row in timed}
         seconds["report"] = report_seconds
         verdicts = judge_stages(s, log, rows)
         metrics = dict(
@@ -1495,6 +1520,8 @@ def judge_stages(s, log, table):
             verdicts[stage] = f"{worst}: " + "; ".join(f"{w} ({f})" for _, w, f in found)
         elif stage == "teacher" and s.teacher:
             verdicts[stage] = "not trained here but given"
+        elif stage == "synthesis" and s.targets == "real":
+            verdicts[stage] = "not needed"
         elif stage in SIGNS and len(rows) < 10:
             verdicts[stage] = f"not judged: {len(rows)} rows of log.jsonl are too few"
         else:
@@ -1592,12 +1619,11 @@ def check(s, error):
     demand(s.text_dim >= 2 and s.text_dim % 2 == 0, "text_dim", "must be even")
     groups = max(1, s.head_width // 16)
     demand(s.head_width % groups == 0, "head_width", "must be a multiple of 16, or less than 32")
-    same = len(s.levels) == len(s.level_p) == len(s.warmup_p)
+    levels = s.levels or s.default_levels()
+    same = len(levels) == len(s.level_p) == len(s.warmup_p)
     demand(same, "level_p", "--levels, --level-p and --warmup-p need the same number of values")
-    falling = all(a > b for a, b in pairwise((*s.levels, 0)))
-    demand(
-        s.levels and s.levels[0] <= 1 and falling, "levels", "must fall, from at most 1 to above 0"
-    )
+    falling = all(a > b for a, b in pairwise((*levels, 0)))
+    demand(levels[0] <= 1 and falling, "levels", "must fall, from at most 1 to above 0")
     demand(min(s.level_p) >= 0 and sum(s.level_p) > 0, "level_p", "must be probabilities")
     warm = min(s.warmup_p) >= 0 and sum(s.warmup_p) > 0
     demand(warm or not s.warmup_iterations, "warmup_p", "must be probabilities")
@@ -1670,10 +1696,10 @@ def open_folder(settings):
     mine = json.loads(json.dumps({k: v for k, v in mine.items() if k not in FREE}))
     path = out / "config.json"
     if path.exists():
-        try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UsageError(f"{path} is damaged: choose another folder with --out.") from None
+        theirs = data.read_object(path)
+        known = dataclasses.asdict(Settings()) | PRESETS.get(str(theirs.get("preset")), {})
+        known = {k: v for k, v in known.items() if k not in FREE}
+        theirs = json.loads(json.dumps(known)) | theirs  # made before a setting was: its default
         names = [k for k in {**theirs, **mine} if theirs.get(k) != mine.get(k)]
         if names:
             different = ", ".join(f"{k} {theirs.get(k)} → {mine.get(k)}" for k in names)
@@ -1772,7 +1798,8 @@ def main(argv=None):
     try:
         with Watch(settings.stop_after) as watch, together(settings):
             if settings.teacher and (others := given_teacher(settings).get("ignored")):
-                print(f"--teacher {settings.teacher}: {others} tensors of other networks ignored")
+                which = f"{others} tensors of other networks are ignored"
+                print(f"--teacher {settings.teacher}: {which}")
             if settings.discriminator:
                 given_heads(settings)
             if rank() > 0:  # the first process downloads
@@ -1819,7 +1846,7 @@ def told(error):
     else:
         status = 1
     if status == 2 or isinstance(error, (RunError, OSError)):
-        print(f"ladd.py: {error}", file=sys.stderr)
+        print(f"ladd.py: {data.clean(error, 4000)}", file=sys.stderr)
     else:
         traceback.print_exception(error)
     return status

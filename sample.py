@@ -23,8 +23,11 @@ import hashlib
 import io
 import json
 import math
+import os
+import pickle
 import sys
 import time
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -149,6 +152,8 @@ def read(path, device="cpu"):
     """What `save` wrote. Runs no code. CheckpointError where it is missing or damaged.
 
     A file without a checksum (torch.save's own) is taken as it is, if torch.load can read it."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise CheckpointError(f"{path}: not a file.")  # a pipe or a device might never end
     try:
         content = Path(path).read_bytes()
         length = len(content) - len(MARK) - 64
@@ -156,9 +161,18 @@ def read(path, device="cpu"):
             if hashlib.sha256(content[:length]).hexdigest().encode() != content[-64:]:
                 raise ValueError("its content is not what was written: the checksum differs")
             content = content[:length]
-        return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        file = io.BytesIO(content)
+        with zipfile.ZipFile(file) as parts:
+            if any(part.compress_type for part in parts.infolist()):  # torch.save packs nothing
+                raise ValueError("it is compressed")
+        file.seek(0)
+        return torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file. Has the run got that far?") from None
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path}: can't be read: damaged, or with code in it, which is never run."
+        ) from None
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:100]
         raise CheckpointError(f"{path}: can't be read as a checkpoint ({reason}).") from None
@@ -171,7 +185,37 @@ def read_checkpoint(path, kinds=("teacher", "student")):
         raise CheckpointError(f"{path}: not a checkpoint of this program.")
     if checkpoint.get("kind") not in kinds:
         raise CheckpointError(f"{path}: holds {checkpoint.get('kind')}, not {' or '.join(kinds)}.")
+    try:
+        if checkpoint["kind"] != "heads":
+            check_parts(checkpoint, os.path.getsize(path))
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
+        raise CheckpointError(f"{path}: its parts don't fit together ({reason}).") from None
     return checkpoint
+
+
+def check_parts(checkpoint, size):
+    """Raises where a checkpoint's parts can't be used, or claim more than its `size` in bytes."""
+    weights, settings = checkpoint["weights"], checkpoint["settings"]
+    if any(type(w) is not torch.Tensor or w.is_meta or w.is_sparse for w in weights.values()):
+        raise ValueError("weights that are no plain tensors")
+    if sum(w.numel() * w.element_size() for w in weights.values()) > size:
+        raise ValueError("it claims more weights than it holds")
+    if checkpoint["model"]["depth"] > len(weights):
+        raise ValueError("fewer weights than blocks")
+    with torch.device("meta"):  # no memory for what the arguments claim
+        model = MMDiT(**checkpoint["model"])
+    model.load_state_dict(weights, assign=True)
+    side = model.config["patch"] * model.config["pos_size"] * settings.get("downscale", 1)
+    for name, most in dict(size=side, text_length=4096, teacher_steps=10_000).items():
+        if not 1 <= settings[name] <= most or type(settings[name]) is not int:
+            raise ValueError(f"{name} {settings[name]}")
+    widths = settings["text_dim"], settings.get("pooled_dim") or settings["text_dim"]
+    if widths != (model.config["context_dim"], model.config["pooled_dim"]):
+        raise ValueError(f"text_dim {settings['text_dim']}")
+    numbers = torch.tensor([settings["cfg"], settings["shift"], *settings["levels"]])
+    if not numbers.isfinite().all() or numbers[1] <= 0 or not all(settings["levels"]):
+        raise ValueError("cfg, shift or levels")
 
 
 def build(checkpoint, device="cpu"):
@@ -362,11 +406,11 @@ def panels(titled, columns):
 def refuse_strangers(path):
     """Raises FileExistsError where a file is that this program did not make."""
     try:
-        with Image.open(path) as old:
-            ours = "LADD" in (old.info.get("Software"), old.info.get("comment", b"").decode())
+        with Image.open(path, formats=("PNG", "GIF")) as old:
+            ours = old.info.get("Software") == "LADD" or old.info.get("comment") == b"LADD"
     except FileNotFoundError:
         return
-    except (OSError, ValueError):
+    except Exception:  # Pillow raises nearly anything on damaged files
         ours = False
     if not ours:
         raise FileExistsError(f"{path} exists and was not made by this program; choose another")
@@ -378,7 +422,7 @@ def save_png(picture, path, **notes):
     refuse_strangers(path)
     info = PngImagePlugin.PngInfo()
     for key, value in {"Software": "LADD", **notes}.items():
-        info.add_itxt(key, str(value))
+        info.add_itxt(key, data.clean(value))
     with data.replacing(path) as file:
         picture.save(file, "PNG", pnginfo=info)
 
@@ -464,10 +508,14 @@ def get_judge(dataset, size, device, *, data_dir="data", steps=1000, width=32, p
     dataset = data.Buckets(buckets)
     path = Path(data_dir) / f"judge-{key.hexdigest()[:16]}.pt"
     if path.exists():
-        saved = read(path, device)
-        judge = Judge(**saved["config"]).to(device).eval()
-        judge.load_state_dict(saved["weights"])
-        return judge
+        judge = Judge([len(v) for v in dataset.attributes.values()], width, size).to(device)
+        try:
+            judge.load_state_dict(read(path, device)["weights"])
+        except (CheckpointError, KeyError, TypeError, RuntimeError):
+            raise CheckpointError(
+                f"{path}: damaged. Delete it and give the command again: it is made anew."
+            ) from None
+        return judge.eval()
     judge = train_judge(dataset, size, device, steps=steps, width=width, precision=precision)
     save({"config": judge.config, "weights": judge.state_dict()}, path)
     return judge
@@ -655,22 +703,29 @@ def read_prompts(args, generator, error):
             prompts += captions
     elif args.prompts:
         try:
-            lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as reason:
+            with open(args.prompts, "rb") as file:
+                text = file.read(1 << 24).decode("utf-8-sig")
+            if len(text) == 1 << 24:
+                raise ValueError("more than 16 MB")
+        except (OSError, ValueError) as reason:
             error(f"--prompts {args.prompts}: can't be read ({reason})")
-        prompts += [line.strip() for line in lines if line.strip()]
+        prompts += filter(None, map(data.clean, text.split("\n")))
     if not prompts:
         error("no prompt: give --prompt TEXT, --prompts FILE, or --prompts @captions")
     length = math.inf if args.decode else generator.settings["text_length"]
     for prompt in dict.fromkeys(prompts):
         if len(data.split_words(prompt)) > length:
-            print(f"only the first {length} words are read of: {prompt}", file=sys.stderr)
+            print(f"only the first {length} words are read of: {prompt[:200]}", file=sys.stderr)
     return [prompts[i % len(prompts)] for i in range(args.num or len(prompts))]
 
 
 def dataset_of(args, generator):
     """The data set that a model was trained on, or the one that was asked for."""
     s = generator.settings
+    most = dict(evaluation=10**6, judge_steps=10**6, judge_width=1024, seed=1 << 64)
+    wrong = [k for k, n in most.items() if type(s.get(k)) is not int or abs(s[k]) > n]
+    if wrong or not isinstance(s.get("data"), str):
+        raise CheckpointError(f"{args.run}: its settings can't be used: {wrong or 'data'}.")
     options = dict(data_dir=args.data_dir, seed=s["seed"], sizes=latent_sizes(s))
     return data.load(args.data or s["data"], s["size"], s["size"], **options)
 
@@ -728,9 +783,10 @@ def draw(args, error):
     if args.init_image:
         height, width = size or (generator.side, generator.side)
         try:
-            pixels = data.decode(Path(args.init_image).read_bytes(), height * unit, width * unit)
-        except OSError as reason:
-            error(f"--init-image {args.init_image}: can't be read ({reason})")
+            with open(args.init_image, "rb") as file:
+                pixels = data.decode(file.read(data.MOST_BYTES), height * unit, width * unit)
+        except Exception as reason:  # Pillow raises nearly anything on damaged files
+            error(f"--init-image {args.init_image}: can't be read ({data.clean(reason, 200)})")
         pixels = torch.from_numpy(pixels.copy())[None]
         x0 = encoders.latents(pixels) if args.decode else data.to_float(pixels)
         options["start"] = (x0, args.strength)
@@ -753,7 +809,8 @@ def draw(args, error):
         pictures = [grid(to_images(x), math.ceil(len(x) ** 0.5)) for x in frames]
         pause = [150] * (len(pictures) - 1) + [1500]
         moving = dict(save_all=True, append_images=pictures[1:], duration=pause, loop=0)
-        pictures[0].save(args.trajectory, "GIF", comment=b"LADD", **moving)
+        with data.replacing(args.trajectory) as file:
+            pictures[0].save(file, "GIF", comment=b"LADD", **moving)
         print(f"{len(pictures)} frames: {args.trajectory}")
 
 
@@ -765,14 +822,8 @@ def fingerprints(folder):
 def read_metrics(folder):
     """A run's metrics.json, {} if there is none. CheckpointError: not of its checkpoints."""
     path = Path(folder) / "metrics.json"
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        made_from = metrics.get("checkpoints")
-    except FileNotFoundError:
-        return {}
-    except (ValueError, AttributeError):
-        raise CheckpointError(f"{path}: damaged; delete it to have it made again.") from None
-    if made_from != fingerprints(folder):
+    metrics = data.read_object(path) if path.exists() else {}
+    if metrics and metrics.get("checkpoints") != fingerprints(folder):
         raise CheckpointError(
             f"{path}: not made from the teacher.pt and student.pt beside it (or by an older "
             "version). Delete it and report.md to have both made again."
@@ -826,10 +877,10 @@ def main(argv=None):
     try:
         (export if args.export else score_run if args.evaluate else draw)(args, error)
     except (CheckpointError, data.DataError, FileExistsError, ValueError) as reason:
-        print(f"sample.py: {reason}", file=sys.stderr)
+        print(f"sample.py: {data.clean(reason, 4000)}", file=sys.stderr)
         return 2
     except OSError as reason:
-        print(f"sample.py: {reason}", file=sys.stderr)
+        print(f"sample.py: {data.clean(reason, 4000)}", file=sys.stderr)
         return 1
     return 0
 

@@ -466,6 +466,7 @@ def student(tmp_path):
     settings = dict(
         size=64, downscale=8, patch=2, pos_size=8, text_dim=24, text_length=8, levels=(1.0, 0.5)
     )
+    settings["pooled_dim"] = 16
     settings |= dict(data="shards", seed=0, shift=3.0, teacher_steps=4, cfg=4.0)
     checkpoint = dict(format="ladd-1", kind="student", model=model.config, settings=settings)
     torch.save(checkpoint | dict(weights=model.state_dict(), step=1), tmp_path / "student.pt")
@@ -514,6 +515,7 @@ def test_decode_refuses_what_does_not_fit(student, sd3, capsys, tmp_path):
     assert "multiples of the patch, 16" in capsys.readouterr().err
     checkpoint = torch.load(student / "student.pt")
     model = MMDiT(**checkpoint["model"] | dict(context_dim=32))
+    checkpoint["settings"]["text_dim"] = 32
     torch.save(
         checkpoint | dict(model=model.config, weights=model.state_dict()), student / "student.pt"
     )

@@ -360,6 +360,8 @@ def test_every_setting_has_a_flag_that_sets_it(field):
     if field.name not in ("preset", "smoke", "steps_scale"):  # these change others by design
         want = dataclasses.asdict(ladd.parse([])[0]) | {field.name: value}
         want["out"] = settings.out
+        if field.name in ("size", "downscale"):  # the levels follow the resolution
+            want["levels"] = settings.levels
         assert dataclasses.asdict(settings) == want
 
 
@@ -376,12 +378,18 @@ def test_the_run_folder_is_named_after_preset_and_data():
     assert ladd.parse(["--data", "my/photos.zip"])[0].out == "runs/nano-photos"
 
 
-def test_the_renoising_level_follows_the_resolution():
-    """m = 1 for the 16·128·128 values of a 1024² image; half of ln 4 less at half the side."""
-    assert ladd.Settings(channels=16, size=128).m == pytest.approx(1)
-    assert ladd.Settings(channels=16, size=64).m == pytest.approx(1 - math.log(2))
-    assert ladd.Settings(channels=3, size=16).m == pytest.approx(-1.916, abs=1e-3)
+def test_levels_and_renoising_follow_the_resolution():
+    """The paper's for the 16·128·128 values of a 1024² latent. At an eighth of the side SD3's
+    √(n / n') is 1/8: it moves m by ln 1/8, and a third of that halves the odds of the levels."""
+    paper = ladd.Settings(size=1024, downscale=8, channels=16)
+    assert paper.m == 1 and paper.scaled().levels == (1.0, 0.75, 0.5, 0.25)
+    small = ladd.Settings(size=128, downscale=8, channels=16)
+    assert small.m == pytest.approx(1 - math.log(8))
+    assert small.scaled().levels == (1.0, 0.6, 0.3333, 0.1429)
+    assert ladd.Settings(size=16).m == pytest.approx(-1.916, abs=1e-3)
+    assert ladd.Settings(size=16).scaled().levels == (1.0, 0.5314, 0.2743, 0.1119)
     assert ladd.Settings(t_hat_mean=0.0).m == 0
+    assert ladd.Settings(levels=(1.0, 0.9)).scaled().levels == (1.0, 0.9)
 
 
 COMMANDS = ["", "--smoke", "--steps-scale 0.5", "--preset tiny --no-qk-norm --data shapes"]
@@ -609,10 +617,12 @@ def test_a_checkpoint_is_data_alone_and_rebuilds_its_model(smoke, kind):
 
 
 def test_the_students_average_moves_away_from_the_teacher(smoke):
-    """The EMA that is saved starts as the teacher; it was updated, in most tensors."""
+    """The EMA that is saved starts as the teacher; it was updated, in most tensors. (After two
+    updates adaLN's gates are all but closed: what lies behind them may stand still.)"""
     before, after = weights(smoke / "teacher.pt"), weights(smoke / "student.pt")
     moved = [k for k in before if not torch.equal(before[k], after[k])]
-    assert len(moved) > 0.8 * len(before)
+    assert len(moved) > 0.6 * len(before)
+    assert {"x_embedder.proj.weight", "final_layer.linear.weight"} <= set(moved)
 
 
 def test_the_synthetic_set_is_the_teachers_samples_for_its_captions(smoke):
@@ -905,10 +915,12 @@ def test_the_distillation_loss_counts_by_its_weight(train, teacher):
     assert not same(*students)
 
 
-def test_the_distillation_loss_is_smooth_l1():
+def test_the_distillation_loss_is_smooth_l1_where_the_target_can_be_known():
     """Mean of d²/2 below |d| = 1 and of |d| - 1/2 above: (1/8 + 3/2) / 2 for d = 1/2 and -2."""
-    loss = ladd.distillation_loss(torch.tensor([0.5, 1.0]), torch.tensor([0.0, 3.0]))
-    assert loss.item() == pytest.approx((1 / 8 + 3 / 2) / 2)
+    x0_hat, x0 = torch.tensor([[0.5, 1.0], [7.0, 8.0]]), torch.tensor([[0.0, 3.0], [0.0, 0.0]])
+    x0_hat, x0 = x0_hat[:, None, None], x0[:, None, None]  # (B, C, H, W) = (2, 1, 1, 2)
+    loss = ladd.distillation_loss(x0_hat, x0, torch.tensor([True, False]))
+    assert loss.item() == pytest.approx((1 / 8 + 3 / 2) / 2 / 2)
 
 
 def test_with_a_distillation_loss_a_sample_comes_with_the_noise_it_was_made_from(train, teacher):
@@ -917,14 +929,47 @@ def test_with_a_distillation_loss_a_sample_comes_with_the_noise_it_was_made_from
     train("run", flags, ["synthesis"])
     s, _ = ladd.parse(f"{FEW} {flags} --out run".split())
     run = ladd.Run(s)
-    x0, text, noise = ladd.distillation_batches(run)(0, seeded())
+    x0, text, source = ladd.distillation_batches(run)(0)
     times = sample.euler_times(s.synthetic_steps, s.shift)
     with torch.no_grad():
         path = sample.euler(
-            run.load("teacher"), noise, times, text, run.text([""]), s.synthetic_cfg
+            run.load("teacher"), source, times, text, run.text([""]), s.synthetic_cfg
         )
         *_, again = path
     torch.testing.assert_close(again, x0, rtol=1e-2, atol=1e-2)  # kept in half precision
+
+
+@pytest.mark.parametrize("targets", ["synthetic", "real"])
+def test_pure_noise_is_the_teachers_own_and_lower_levels_are_fresh(
+    train, teacher, monkeypatch, targets
+):
+    """At the first level the student is shown the noise that its target was made from, and is
+    held to that target; where no such noise is, as for real targets, it is not."""
+    shown, known, predict = [], [], ladd.student_predict
+    loss = ladd.distillation_loss
+    flags = f"--teacher {teacher} --distill-weight 1 --targets {targets} --batch 7"
+
+    def watch(student, x0, text, t, noise):
+        shown.append((x0, t, noise))
+        return predict(student, x0, text, t, noise)
+
+    def count(x0_hat, x0, mask):
+        known.append(mask)
+        return loss(x0_hat, x0, mask)
+
+    monkeypatch.setattr(ladd, "student_predict", watch)
+    monkeypatch.setattr(ladd, "distillation_loss", count)
+    out = train("run", flags, MAKING[1:] if targets == "synthetic" else MAKING[2:])
+    for (x0, t, noise), mask in zip(shown[1:], known, strict=True):  # the first: heads alone
+        if targets == "real":
+            assert torch.equal(mask, t < 1)
+            continue
+        assert mask.all()
+        shard = torch.load(out / "synthetic" / "00000.pt", weights_only=True)
+        made = sample.noise_of(2, shard["index"], x0.shape[1:])  # seed 0 + 2
+        for image, level, own in zip(x0, t, noise, strict=True):
+            row = (shard["x0"].float() - image).abs().flatten(1).sum(1).argmin()
+            assert torch.equal(own, made[row]) == (level == 1)
 
 
 @pytest.fixture

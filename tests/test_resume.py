@@ -25,7 +25,7 @@ import ladd
 import sample
 
 ROOT = Path(__file__).resolve().parent.parent
-ALL = FEW + " --save-every 2 --sample-every 2 --log-every 4 --evaluation 16 --judge-steps 5"
+ALL = FEW + " --save-every 2 --sample-every 2 --log-every 6 --evaluation 16 --judge-steps 5"
 
 DRIVER = '''
 """Runs ladd.py in children that kill themselves. Arguments: flags, plan of (stage, kind, nth)."""
@@ -133,16 +133,17 @@ print(json.dumps(codes))
 def killed(tmp_path_factory):
     """A folder with the run `whole` and the run `cut`, killed 12 times; and all exit statuses."""
     folder, rng, plan = tmp_path_factory.mktemp("killed"), random.Random(7), []
-    for stage in ladd.STAGES:
-        most = 2 if stage in ("synthesis", "report") else 4
-        plan += [(stage, kind, rng.randrange(most)) for kind in ("work", "half")]
-        plan += [(stage, rng.choice(["rename", "half", "work"]), 0)]
+    for stage in ladd.STAGES:  # the first late enough that a state is there to go on from
+        most = (4, 8) if stage in ("teacher", "distillation") else (0, 2)
+        plan += [(stage, kind, rng.randrange(*most)) for kind in ("work", "half")]
+        plan += [(stage, rng.choice(["rename", "half", "work"]), rng.randrange(2))]
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     answer = subprocess.run(
         [sys.executable, "-c", DRIVER, ALL, json.dumps(plan)],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr
+    (folder / "said").write_text(answer.stdout)
     return folder, json.loads(answer.stdout.splitlines()[-1])
 
 
@@ -185,6 +186,8 @@ def test_a_run_killed_twelve_times_is_bit_for_bit_the_run_that_was_not(killed):
     kills = [line.split() for line in (folder / "kills").read_text().splitlines()]
     assert {stage for stage, _ in kills} == set(ladd.STAGES)
     assert [kind for _, kind in kills].count("half") >= 4
+    for stage in ("teacher", "distillation"):
+        assert f"{stage}: going on from update" in (folder / "said").read_text()
     whole, cut = folder / "whole", folder / "cut"
     files = set(snapshot(whole))
     assert set(snapshot(cut)) == files
@@ -513,7 +516,7 @@ def test_a_bad_sign_is_one_warning_that_names_the_readmes_section(launch, monkey
 def test_the_report_has_a_verdict_on_every_stage(whole):
     report = (whole / "report.md").read_text()
     assert all(f"\n- {stage}: " in report for stage in ladd.STAGES)
-    assert "- teacher: not judged: 2 rows" in report and "- synthesis: healthy" in report
+    assert "- teacher: not judged: 1 row" in report and "- synthesis: healthy" in report
 
 
 def test_diversity_is_that_of_the_fakes_over_that_of_the_reals():
