@@ -1637,7 +1637,7 @@ def check(s, error):
     demand(s.batch % n == 0, "batch", share)
     demand(s.teacher or s.teacher_batch % n == 0, "teacher_batch", share)
     demand(s.synthetic >= n, "synthetic", f"fewer than the {n} processes")
-    demand(n % s.replicas == 0, "replicas", f"must divide the {n} processes")
+    demand(n == 1 or n % s.replicas == 0, "replicas", f"must divide the {n} processes")
     muon = s.shard and n > 1 and s.muon_lr and not s.teacher
     demand(not muon, "muon_lr", "Muon needs whole matrices: --shard takes --muon-lr 0")
     ascending = list(s.taps) == sorted(set(s.taps)) and all(0 <= i < s.depth for i in s.taps)
@@ -1921,5 +1921,14 @@ def execute(run):
         done[stage] = True
 
 
+def leave(status):
+    """Ends the process; one of many without its destructors, in which gloo's threads may abort."""
+    if world() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
