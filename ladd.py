@@ -365,11 +365,6 @@ def draw_levels(settings, n, step, generator):
     return torch.tensor(settings.levels)[index]
 
 
-def draw_noise(n, x0, generator):
-    """ε for a batch of n samples, of which x0 is this process's part. -> x0's shape"""
-    return mine(torch.randn(n, *x0.shape[1:], generator=generator))
-
-
 # ---------------------------------------------------------------------------------------------
 # Stage 1: the teacher
 # ---------------------------------------------------------------------------------------------
@@ -393,7 +388,7 @@ def train_teacher(run):
         x0 = data.to_float(images.to(device))
         mean = s.t_mean + s.logit_shift(x0.shape[2:])
         t = mine(logit_normal(s.teacher_batch, mean, s.t_std, random)).to(device)
-        noise = draw_noise(s.teacher_batch, x0, random).to(device)
+        noise = mine(torch.randn(s.teacher_batch, *x0.shape[1:], generator=random)).to(device)
         with run.autocast():
             loss = teacher_loss(model, x0, text, t, noise)
         norm = update(optimizers, loss, model, s.clip, learning_rate(step, loop.total, 0.6))
@@ -525,9 +520,8 @@ def distil(run):
         t = mine(draw_levels(s, s.batch, step - s.heads_warmup, random)).to(device)
         m = s.m + s.logit_shift(x0.shape[2:])
         t_hat = mine(logit_normal(s.batch, m, s.t_hat_std, random)).to(device)
-        noise, noise_fake, noise_real = (
-            draw_noise(s.batch, x0, random).to(device) for _ in range(3)
-        )
+        noises = torch.randn(3, s.batch, *x0.shape[1:], generator=random)
+        noise, noise_fake, noise_real = (mine(noise).to(device) for noise in noises)
         known = t < s.levels[0]
         if source is not None:  # from pure noise only the teacher's own noise tells its sample
             noise = torch.where(per_sample(known, x0), noise, source)
@@ -1927,5 +1921,14 @@ def execute(run):
         done[stage] = True
 
 
+def leave(status):
+    """Ends the process; one of many without its destructors, in which gloo's threads may abort."""
+    if world() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -193,7 +193,7 @@ def test_a_killed_process_ends_the_run_and_torchrun_goes_on_from_the_last_state(
     """Killed after update 12 of 20, states every 8: the result is that of one process."""
     run, words = runs / "dead", [sys.executable, "-m", "torch.distributed.run"]
     worker = run.parent / "worker.py"
-    worker.write_text(WORK + "work(commands, ports)")
+    worker.write_text(WORK + "work(commands, ports)\nladd.leave(0)")
     words += ["--nproc-per-node", "2", "--max-restarts", "1", "--master-port", *free_ports(1)]
     words += [str(worker), json.dumps([[f"die 12|{RUN} --out {run}"]])]
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(ladd.__file__).parent))

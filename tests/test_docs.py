@@ -24,5 +24,7 @@ def test_every_setting_that_the_readme_names_exists():
     fields = {f"--{name.replace('_', '-')}" for name in ladd.Settings.__dataclass_fields__}
     sampling = {"--prompt", "--prompts", "--steps", "--num", "--evaluate", "--trajectory", "--help"}
     sampling |= {"--export", "--dtype"}
+    torchrun = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
+    sampling |= torchrun | {"--max-restarts"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", (ROOT / "README.md").read_text("utf-8")))
     assert named <= fields | sampling, named - fields - sampling
