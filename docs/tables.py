@@ -54,8 +54,8 @@ def table(name, title):
 
 def results():
     parts = [
-        table("nano-shapes", "`nano`, built-in shapes, pure LADD"),
-        table("nano-distill", "`nano`, built-in shapes, with a distillation loss"),
+        table("nano-shapes", "`nano`, built-in shapes"),
+        table("nano-pure", "`nano`, built-in shapes, LADD without the distillation loss"),
         table("nano-cifar10", "`nano`, CIFAR-10 photographs at 16×16"),
     ]
     return "\n\n".join(part for part in parts if part)
