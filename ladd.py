@@ -11,6 +11,7 @@ A teacher that needs many steps becomes a student that needs one to four. One it
     4  f, r  = features of the frozen teacher on the noised x̂_0 and x_0
     5  L_D   = E[relu(1 - D(r))] + E[relu(1 + D(sg f))]    the heads learn
     6  L_G   = -E[D(f)]                                     the student learns, through the teacher
+             + λ·smooth_l1(x̂_0, x_0)           ours, λ = 0 at the paper's sizes
 
 sg means stop-gradient. The features f of the fakes serve both players, so an iteration costs six
 forward units (a backward counts two, one through the frozen teacher): student 1 + 2, teacher on
