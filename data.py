@@ -488,7 +488,9 @@ def check_members(path, members):
     for member in members:
         name, kind = member.filename.replace("\\", "/"), stat.S_IFMT(member.external_attr >> 16)
         other, wrong = seen.setdefault(name.casefold(), member), None
-        if re.match("/|[A-Za-z]:", name) or ".." in name.split("/"):
+        if not name:
+            wrong = "one of its files has no name"
+        elif re.match("/|[A-Za-z]:", name) or ".." in name.split("/"):
             wrong = "leads out of its folder"
         elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             wrong = "is a link or a device"

@@ -188,6 +188,13 @@ def test_a_zip_that_would_not_unpack_to_what_it_shows_is_refused_by_name(tmp_pat
     refused(ladd, train(path), 2, path, reason)
 
 
+def test_a_file_without_a_name_is_refused(tmp_path, refused):
+    """zipfile ends a name at its first zero byte."""
+    path = zipped(tmp_path / "set.zip", PETS | {"?.png": PICTURE})
+    path.write_bytes(path.read_bytes().replace(b"?.png", b"\0.png"))
+    refused(ladd, train(path), 2, path, "one of its files has no name")
+
+
 def test_a_name_that_is_there_twice_is_refused(tmp_path, refused):
     path = zipped(tmp_path / "set.zip", PETS)
     with zipfile.ZipFile(path, "a") as out, pytest.warns(UserWarning, match="Duplicate"):
