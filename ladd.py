@@ -93,7 +93,7 @@ class Settings:
     pooled_dim: int = setting(0, "width of the pooled ones; 0: the same")
     text_length: int = setting(8, "words of a caption that are read")
     # teacher (rectified flow, arXiv 2403.03206)
-    teacher_iterations: int = setting(1800, "updates of the teacher")
+    teacher_iterations: int = setting(2400, "updates of the teacher")
     teacher_batch: int = setting(64, "images per update")
     teacher_lr: float = setting(2e-3, "AdamW, for what Muon does not train")
     muon_lr: float = setting(0.02, "Muon, for the blocks' matrices; 0: AdamW for all")
