@@ -1111,10 +1111,7 @@ class Run:
             for path in reversed(paths):
                 try:
                     state = read(path, self.device)
-                    for name, size in state.get("parts", {}).items():
-                        part = path.with_suffix("") / name
-                        if not part.exists() or part.stat().st_size != size:
-                            raise sample.CheckpointError(f"{part}: missing, or cut short.")
+                    check_parts(path.with_suffix(""), state.get("parts", {}))
                     return state
                 except sample.CheckpointError as error:
                     print(f"ladd.py: {error} Trying the state before it.", file=sys.stderr)
@@ -1416,7 +1413,7 @@ class Loop:
 
     def write_parts(self, state, folder):
         """Every process writes what it holds of a state's divided tensors into `folder`; None
-        takes their place in the state, which knows the files by their sizes."""
+        takes their place in the state, which knows the files by their SHA-256."""
         from torch.distributed import checkpoint as dcp
 
         divided = {k: v for k, v in named_parts(state).items() if is_divided(v)}
@@ -1425,7 +1422,12 @@ class Loop:
         except dcp.api.CheckpointException as error:
             reason = next(iter(error.failures.values()))[0]
             raise RunError(f"{folder}: the state can't be written ({reason}).") from None
-        state["parts"] = {p.name: p.stat().st_size for p in folder.iterdir()}
+        names = [f"__{rank()}_*", *[".metadata"] * (rank() == 0)]
+        dist.all_gather_object(
+            digests := [None] * world(),
+            {p.name: data.sha256(p) for name in names for p in folder.glob(name)},
+        )
+        state["parts"] = {name: digest for own in digests for name, digest in own.items()}
         for key in ("networks", "optimizers"):
             hide = lambda x: None if is_divided(x) else x  # noqa: E731
             state[key] = tree_map(hide, state[key])
@@ -1448,6 +1450,16 @@ class Loop:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it tells that one process is one
             dcp.load(wanted, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+
+def check_parts(folder, parts):
+    """Raises CheckpointError in all processes where one finds a damaged file of a divided state.
+    parts: {name: SHA-256}, of which each process reads its share."""
+    names, own = sorted(parts), mine(range(len(parts)))
+    path = lambda i: folder / names[i]  # noqa: E731
+    sound = lambda i: path(i).is_file() and data.sha256(path(i)) == parts[names[i]]  # noqa: E731
+    if bad := highest(max((i + 1 for i in own if not sound(i)), default=0)):
+        raise sample.CheckpointError(f"{path(bad - 1)}: missing or damaged, its checksum differs.")
 
 
 def named_parts(state):

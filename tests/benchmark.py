@@ -2,6 +2,7 @@
 
     python tests/benchmark.py            prints the table
     python tests/benchmark.py --write    and keeps it in docs/benchmark.md
+    python tests/benchmark.py --gpu      SD3's real sizes with random weights, on one GPU
     python tests/benchmark.py --leak     memory and open files after 200 and 5,000 updates
 
 Every figure is a median over rounds in which all contestants run one after the other, so that a
@@ -69,7 +70,7 @@ def theirs(s):
     from diffusers import SD3Transformer2DModel
 
     return SD3Transformer2DModel(
-        sample_size=s.size // s.patch,
+        sample_size=s.side // s.patch,
         patch_size=s.patch,
         in_channels=s.channels,
         out_channels=s.channels,
@@ -78,7 +79,7 @@ def theirs(s):
         attention_head_dim=s.width // s.heads,
         caption_projection_dim=s.width,
         joint_attention_dim=s.text_dim,
-        pooled_projection_dim=s.text_dim,
+        pooled_projection_dim=s.pooled_dim or s.text_dim,
         pos_embed_max_size=s.pos_size,
         qk_norm="rms_norm" if s.qk_norm else None,
     )
@@ -89,9 +90,12 @@ def call_theirs(model, x, t, context, pooled):
 
 
 def inputs(s, n, device):
-    x = torch.randn(n, s.channels, s.size, s.size, device=device)
-    text = data.HashedText(s.text_dim, s.text_length).to(device)(["a large red circle"] * n)
-    return x, torch.rand(n, device=device), *text
+    """x (n, C, H, W), t (n,), context (n, M, D_c), pooled (n, D_p), all random."""
+    torch.manual_seed(0)
+    x = torch.randn(n, s.channels, *s.sizes[0], device=device)
+    context = torch.randn(n, s.text_length, s.text_dim, device=device)
+    pooled = torch.randn(n, s.pooled_dim or s.text_dim, device=device)
+    return x, torch.rand(n, device=device), context, pooled
 
 
 def training_step(preset, precision, device, n):
@@ -121,18 +125,17 @@ def training_step(preset, precision, device, n):
 class Distillation:
     """A LADD iteration without files and logs, in one teacher pass and in two."""
 
-    def __init__(self, preset, device):
+    def __init__(self, preset, device, batch=None, teacher=torch.float32):
         self.s = s = settings(preset)
         self.device = device
-        self.teacher = awake(MMDiT(**s.model())).to(device).eval().requires_grad_(False)
-        self.student = copy.deepcopy(self.teacher).requires_grad_(True)
-        self.heads = Discriminator(
-            width=s.width, taps=s.tapped, pooled_dim=s.text_dim, hidden=s.head_width
-        ).to(device)
+        with torch.device(device):
+            self.student = awake(MMDiT(**s.model()))
+            self.heads = Discriminator(**s.head_sizes())
+        self.teacher = copy.deepcopy(self.student).to(teacher).eval().requires_grad_(False)
         self.optimizer = ladd.make_optimizers(self.student, 1e-4, 0.0, s.beta1)
         self.heads_optimizer = ladd.make_optimizers(self.heads, 1e-4, 0.0, s.beta1)
-        self.grid = (s.size // s.patch,) * 2
-        self.x0, self.t, *self.text = inputs(s, s.batch if device.type == "cpu" else 64, device)
+        self.grid = tuple(side // s.patch for side in s.sizes[0])
+        self.x0, self.t, *self.text = inputs(s, batch or s.batch, device)
 
     def forward(self):
         """The unit: one forward of the whole network."""
@@ -305,6 +308,55 @@ def leak():
     return found
 
 
+def full_size(preset, batch):
+    """Yields (what, figure, asked for) of a real size with random weights, on one GPU."""
+    device, s = torch.device("cuda"), settings(preset)
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in "ab")
+    rate = 2 * 8192**3 / rounds(dict(product=lambda: a @ b), 20)["product"]
+    yield "bf16 matrix product of 8192³, TFLOP/s", f"{rate / 1e12:.0f}", "–"
+    torch.cuda.reset_peak_memory_stats()
+    d = Distillation(preset, device, batch, torch.bfloat16)
+    ema = copy.deepcopy(d.student).requires_grad_(False)
+    kept, forward, flops = ladd.meta_iteration(s, batch, False)
+    seconds = rounds(dict(forward=d.forward, iteration=d.shared), 5)
+    figure = flops / seconds["iteration"]
+    what = f"{preset}, LADD iteration of {batch} images at {s.size}²"
+    yield f"{what}, TFLOP/s", f"{figure / 1e12:.0f}", "–"
+    yield f"{what}, share of the matrix rate", f"{figure / rate:.2f}", "≥ 0.45"
+    share = forward / seconds["forward"] / rate
+    yield "the teacher's forward alone, share", f"{share:.2f}", "≥ 0.6"
+    planned = sum(ladd.meta_state(s).values()) + kept
+    memory = torch.cuda.max_memory_allocated() / planned
+    yield "peak memory over the plan's", f"{memory:.2f}", "0.9 to 1.1"
+    x, t, context, pooled = (v.bfloat16() for v in (d.x0, d.t, *d.text))
+    del d, ema
+    other = awake(theirs(s)).to(device, torch.bfloat16).eval()
+    with torch.no_grad():
+        call = rounds(dict(other=lambda: call_theirs(other, x, t, context, pooled)), 5)
+    yield "diffusers' forward, share", f"{forward / call['other'] / rate:.2f}", "not above ours"
+
+
+def large_sample(preset="sd3-8b"):
+    """Yields (what, figure, asked for) of one sample in 4 steps on one GPU."""
+    s = settings(preset)
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        model = awake(MMDiT(**s.model())).eval()
+        torch.set_default_dtype(torch.float32)
+    x, _, *text = inputs(s, 1, torch.device("cuda"))
+    torch.cuda.reset_peak_memory_stats()
+
+    @torch.no_grad()
+    def draw():
+        with sample.autocast("cuda", "bf16"):
+            return [*sample.renoise(model, x, s.levels, text, lambda i: torch.randn_like(x))]
+
+    seconds = rounds(dict(draw=draw), 3)["draw"]
+    memory = torch.cuda.max_memory_allocated() / 1e9
+    yield f"{preset}, one sample in 4 steps at {s.size}², seconds", f"{seconds:.2f}", "–"
+    yield "its memory, GB", f"{memory:.1f}", "one GPU's"
+
+
 def profile(call, most=8):
     """(operation, share of the time) of the operations that take most of three calls."""
     call()
@@ -353,6 +405,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="keep the output in docs/benchmark.md")
     parser.add_argument("--rounds", type=int, default=11, help="calls of which the median is taken")
+    parser.add_argument("--gpu", action="store_true", help="measure the real sizes instead")
     parser.add_argument("--leak", action="store_true", help="look for leaks instead: minutes")
     args = parser.parse_args()
     if args.leak:
@@ -362,13 +415,16 @@ def main():
                 f"({early:,} and {late:,} bytes), open files {opened} and {still}"
             )
         return
+    if args.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: no GPU is here")
     lines = ["| what | measured | asked for |", "|---|---|---|"]
     print(*lines, sep="\n", flush=True)
-    for row in measure(args.rounds):
+    whole = (row for rows in (full_size("sd3-2b", 4), large_sample()) for row in rows)
+    for row in whole if args.gpu else measure(args.rounds):
         lines.append("| " + " | ".join(row) + " |")
         print(lines[-1], flush=True)
-    d = Distillation("nano", torch.device("cpu"))
-    lines += ["", "Where the time of a LADD iteration of `nano` goes (CPU, by operation):", ""]
+    d = Distillation("nano", torch.device(sample.best_device()))
+    lines += ["", "Where the time of a LADD iteration of `nano` goes, by operation:", ""]
     lines += ["| operation | share |", "|---|---|"]
     lines += [f"| `{name}` | {share:.0%} |" for name, share in profile(d.shared)]
     where = ladd.machine()

@@ -1,5 +1,7 @@
 """Many processes: what runs on one runs on N, whole or divided, with the same results."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -133,7 +135,14 @@ def runs(tmp_path_factory):
         by(4, command("four"), command("four-hybrid", HYBRID), *resumed)
         resumed = [cut(13, "4-2-1", "--shard"), command("1-4-2")]
         by(2, command("two"), command("two-divided", DIVIDED), *resumed)
-        assert ladd.main(command("4-2-1").split()) == 0
+        newest = root / "4-2-1" / "distillation-state-00000013"
+        part = sorted(newest.glob("__1_*"))[0]
+        content = bytearray(part.read_bytes())
+        content[len(content) // 2] ^= 1
+        part.write_bytes(content)
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            assert ladd.main(command("4-2-1").split()) == 0
+        assert str(part) in said.getvalue()  # named, and the state before it is used
     return root
 
 
