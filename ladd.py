@@ -146,6 +146,7 @@ class Settings:
     checkpointing: bool = setting(False, "less memory: a backward computes the blocks again")
     shard: bool = setting(False, "of many processes each holds a part of the networks (FSDP)")
     replicas: int = setting(1, "--shard: parts are held so many times (hybrid: once per node)")
+    explain: bool = setting(False, "follow one batch from images to losses, and stop")
     dry_run: bool = setting(False, "print what the run needs, and stop: no data, GPU or weights")
     gpus: int = setting(1, "--dry-run: number of GPUs")
     tflops: float = setting(989.0, "--dry-run: TFLOP/s of one GPU (H100 and H200: 989, dense bf16)")
@@ -286,7 +287,7 @@ PRESETS = {
 # Settings that may differ between two commands of the same run.
 FREE = {"out", "data_dir", "device", "stage", "save_every", "sample_every", "log_every"}
 FREE |= {"tensorboard", "compile", "checkpointing", "dry_run", "gpus", "tflops", "utilisation"}
-FREE |= {"save_minutes", "stop_after", "shard", "replicas"}
+FREE |= {"explain", "save_minutes", "stop_after", "shard", "replicas"}
 
 
 class RunError(Exception):
@@ -596,6 +597,79 @@ def report(run):
     run.write_report(rows, accuracy, time.perf_counter() - start)
     print(sample.markdown_table(rows), flush=True)
     print(f"The judge reads held-out images right: {sample.accuracy_line(accuracy)}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Explanation: one batch, followed through the functions above
+# ---------------------------------------------------------------------------------------------
+
+
+def explain(run):
+    """Prints every quantity of an iteration: its shape, range, mean, and who receives gradient.
+
+    Of the run's finished teacher, if there is one; the student is before its first update."""
+    s, device = run.settings, run.device
+    taught = run.path("teacher").exists()
+    teacher = run.load("teacher") if taught else run.seeded(MMDiT, **s.model())
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    networks = dict(student=student, teacher=teacher.requires_grad_(False))
+    networks["heads"] = heads = run.seeded(Discriminator, **s.head_sizes())
+    lines = [f"{'quantity':12}{'shape':18}{'from':>8}{'to':>8}{'mean':>8}  what it is"]
+
+    def show(symbol, value, what):
+        value = value.detach().float()
+        shape = "×".join(map(str, value.shape)) or "scalar"
+        low, high, mean = (f"{v:8.2f}" for v in (value.min(), value.max(), value.mean()))
+        symbol += " " * (12 - len(symbol.replace("\u0302", "")))  # a hat takes no room
+        lines.append(f"{symbol}{shape:18}{low}{high}{mean}  {what}")
+
+    def gradients(loss, symbol):
+        for network in networks.values():
+            network.zero_grad(set_to_none=True)
+        loss.backward()
+        for name, network in networks.items():
+            grads = [p.grad for p in network.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads) if grads else None
+            told = "none" if norm is None else f"norm {norm:.3g}"
+            lines.append(f"    gradient of {symbol} to the {name}: {told}")
+
+    random = run.random("distillation", 0)
+    images, caption = run.bucket("distillation", 0).batch(np.arange(s.batch))
+    captions = [run.dataset.captions[i] for i in caption]
+    x0 = data.to_float(images).to(device)
+    text = run.text(captions)
+    t = draw_levels(s, s.batch, s.warmup_iterations, random).to(device)
+    t_hat = logit_normal(s.batch, s.m + s.logit_shift(x0.shape[2:]), s.t_hat_std, random).to(device)
+    noise, noise_fake, noise_real = torch.randn(3, *x0.shape, generator=random).to(device)
+    grid = tuple(side // s.patch for side in x0.shape[2:])
+    show("x_0", x0, f'images, the first: "{captions[0]}"')
+    show("c", text[0], "the captions' features, one row a token")
+    show("y", text[1], "the captions' pooled features")
+    show("t", t, f"the student's noise levels, of {s.levels}")
+    show("x_t", add_noise(x0, noise, t), "1  what the student sees: (1 - t)·x_0 + t·ε")
+    with run.autocast():
+        x0_hat = student_predict(student, x0, text, t, noise)
+        show("x̂_0", x0_hat, "2  what it makes of it: x_t - t·v")
+        show("t̂", t_hat, f"3  the level of the re-noising, logit-normal({s.m:.2f}, {s.t_hat_std})")
+        show("x̂_t̂", add_noise(x0_hat, noise_fake, t_hat), "   what the frozen teacher sees of it")
+        fake = teacher_features(teacher, x0_hat, text, t_hat, noise_fake, s.tapped)
+        with torch.no_grad():
+            real = teacher_features(teacher, x0, text, t_hat, noise_real, s.tapped)
+        for block, f, r in zip(s.tapped, fake, real, strict=True):
+            show(f"f, block {block}", f, "4  image tokens of the fakes after this block")
+            show(f"r, block {block}", r, "   and of the real ones")
+        loss, *logits = discriminator_loss(heads, real, fake, t_hat, text[1], grid, s.r1)
+    show("D(r)", logits[0], "5  logits: one a head and position")
+    show("D(sg f)", logits[1], "   and those of the fakes")
+    show("L_D", loss, "   hinge loss of the heads; 2 is chance")
+    gradients(loss, "L_D")
+    with run.autocast():
+        loss = generator_loss(heads, fake, t_hat, text[1], grid)
+        show("L_G", loss, "6  -mean logit: the student's loss")
+        gradients(loss, "L_G")
+    if not taught:
+        lines.append(f"The networks are untrained: {run.path('teacher')} is not there yet.")
+    print("\n".join(lines))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1821,6 +1895,9 @@ def main(argv=None):
             if rank() == 0:
                 shared(None)
             run.watch = watch
+            if settings.explain:
+                explain(run)
+                return 0
             with locked(run.out), deterministic(settings.deterministic):
                 open_folder(settings)
                 shared(None)
