@@ -58,7 +58,7 @@ from tqdm import tqdm
 import data
 import sample
 from discriminator import Discriminator, hinge_d, hinge_g, r1
-from mmdit import MMDiT, open_sd3
+from mmdit import MMDiT, open_sd3, write_sd3
 from sample import add_noise, logit_normal, per_sample, predict_x0, read, save
 
 # ---------------------------------------------------------------------------------------------
@@ -562,6 +562,10 @@ def distil(run):
         loop.checkpoint()
     run.save("heads", heads, s.iterations, optimizer=heads_optimizer[0].state_dict())
     run.save("student", ema, s.iterations)
+    if s.downscale > 1 and rank() == 0:  # of latents: SD3's names, for other programs
+        weights = sample.read_checkpoint(run.path("student"))["weights"]
+        with data.replacing(run.out / "student.safetensors") as file:
+            write_sd3(file, weights, s.heads, "BF16")
     loop.forget()
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 import data
 import ladd
 import sample
-from mmdit import MMDiT
+from mmdit import MMDiT, open_sd3
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -423,6 +423,9 @@ def test_latents_are_taught_distilled_and_decoded(sd3, images, prompts, tmp_path
     shapes = {tuple(torch.load(p)["x0"].shape[1:]) for p in (first / "synthetic").iterdir()}
     assert shapes == {(16, 6, 10), (16, 8, 8), (16, 10, 6)}
     assert "--decode" in (first / "report.md").read_text()
+    own, exported = torch.load(first / "student.pt")["weights"], first / "student.safetensors"
+    weights = open_sd3(exported)[1]
+    assert all(torch.equal(weights[name], own[name].bfloat16()) for name in own)
 
     alone = [*tiny, str(tmp_path / "prompts"), "--out", str(second), "--aspects", "1:1,4:1"]
     assert ladd.main(alone) == 2 and not second.exists()
