@@ -129,6 +129,15 @@ print(json.dumps(codes))
 '''
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As in the processes that are killed: more threads add in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """A folder with the run `whole` and the run `cut`, killed 12 times; and all exit statuses."""
