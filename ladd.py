@@ -29,6 +29,8 @@ import copy
 import dataclasses
 import datetime
 import functools
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -37,6 +39,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -112,7 +115,9 @@ class Settings:
     iterations: int = setting(2200, "updates of the student and the heads")
     batch: int = setting(32, "images per update")
     levels: tuple = setting((), "noise levels t of the student (default: by size, see alpha)")
-    level_p: tuple = setting((0.4, 0.2, 0.2, 0.2), "their probabilities (reported: .7, .1, .1, .1)")
+    level_p: tuple = setting(
+        (), "their probabilities (reported: .7, .1, .1, .1; default: .4, and equal parts of .6)"
+    )
     warmup_iterations: int = setting(0, "first updates, with other probabilities")
     warmup_p: tuple = setting((0.0, 0.0, 0.5, 0.5), "probabilities during those")
     t_hat_mean: float | None = setting(
@@ -151,6 +156,8 @@ class Settings:
     gpus: int = setting(1, "--dry-run: number of GPUs")
     tflops: float = setting(989.0, "--dry-run: TFLOP/s of one GPU (H100 and H200: 989, dense bf16)")
     utilisation: float = setting(0.4, "--dry-run: the share of it that is reached")
+    sweep: tuple = setting((), "NAME=A,B,…: a student for each value; may be repeated, see README")
+    seeds: tuple = setting((0, 1, 2), "--sweep: seeds of the students; one teacher serves all")
     stage: str = setting("all", "run one stage: teacher, synthesis, distillation, report")
     teacher: str = setting(
         "", "a teacher to use instead of training one: our .pt, .safetensors, or a diffusers folder"
@@ -226,7 +233,9 @@ class Settings:
 
     def scaled(self):
         """The settings with the size's levels, --smoke and --steps-scale worked in."""
-        changes = dict(levels=self.levels or self.default_levels())
+        levels = self.levels or self.default_levels()
+        others = (round(0.6 / (len(levels) - 1), 4),) * (len(levels) - 1) if levels[1:] else ()
+        changes = dict(levels=levels, level_p=self.level_p or (0.4, *others))
         if self.steps_scale != 1:
             for name in SCALED:
                 value = getattr(self, name)
@@ -287,7 +296,7 @@ PRESETS = {
 # Settings that may differ between two commands of the same run.
 FREE = {"out", "data_dir", "device", "stage", "save_every", "sample_every", "log_every"}
 FREE |= {"tensorboard", "compile", "checkpointing", "dry_run", "gpus", "tflops", "utilisation"}
-FREE |= {"explain", "save_minutes", "stop_after", "shard", "replicas"}
+FREE |= {"explain", "save_minutes", "stop_after", "shard", "replicas", "sweep", "seeds"}
 
 
 class RunError(Exception):
@@ -444,13 +453,14 @@ def synthesise(run):
                     "in another folder (--out) with a lower --teacher-lr or --precision fp32."
                 )
             if turn + rank() < len(todo):
-                save(dict(x0=x0.half(), captions=captions, index=index.tolist()), path(shard))
+                made = dict(x0=x0.half(), captions=captions, index=index.tolist())
+                save(made | dict(seed=options["seed"]), path(shard))
             bar.update(min(world(), len(todo) - turn))
             run.watch.check()
 
 
 def read_shard(path, s):
-    """A file of samples: x0 (n, C, H, W) float16, n captions."""
+    """A file of samples: x0 (n, C, H, W) float16, n captions, the seed of their noise."""
     try:
         shard = sample.read(path)
         x0, captions = shard["x0"].contiguous(), [c + "" for c in shard["captions"]]
@@ -461,7 +471,7 @@ def read_shard(path, s):
         raise RunError(
             f"{path} is damaged ({error}). Delete it and give the command again."
         ) from None
-    return dict(x0=x0, captions=captions)
+    return dict(x0=x0, captions=captions, seed=int(shard.get("seed", s.seed + 2)))
 
 
 def distillation_batches(run):
@@ -473,6 +483,7 @@ def distillation_batches(run):
         words, dataset = run.text.ids(run.dataset.captions), run.dataset
     else:
         shards = [read_shard(p, s) for p in run.shards()]
+        seed = shards[0]["seed"]  # of a sweep's students, that of the shared teacher
         words = run.text.ids([caption for shard in shards for caption in shard["captions"]])
         rows = torch.arange(len(words)).split([len(shard["x0"]) for shard in shards])
         parts = {}  # shape -> its samples and their rows in `words`, shard by shard
@@ -489,7 +500,7 @@ def distillation_batches(run):
         x0 = data.to_float(images) if s.targets == "real" else images
         source = None
         if s.targets == "synthetic" and s.distill_weight:
-            source = sample.noise_of(s.seed + 2, caption.tolist(), x0.shape[1:]).to(device)
+            source = sample.noise_of(seed, caption.tolist(), x0.shape[1:]).to(device)
         return x0.to(device), run.text.features(words[caption].to(device)), source
 
     return draw
@@ -674,6 +685,170 @@ def explain(run):
     if not taught:
         lines.append(f"The networks are untrained: {run.path('teacher')} is not there yet.")
     print("\n".join(lines))
+
+
+# ---------------------------------------------------------------------------------------------
+# Sweeps: students that differ in a setting, from one teacher
+# ---------------------------------------------------------------------------------------------
+
+# In a sweep's folder lie `shared`, the teachers and their samples, each made once; `members`, a run
+# folder for every student, named by its settings, so that sweeps in one folder share what they
+# have in common; and for each sweep a folder with its table, picture and sweep.json.
+
+
+def parse_sweep(settings, argv, error):
+    """All combinations of the swept values: [({setting: value as text}, {seed: Settings})]"""
+    known, axes = {f.name: f.default for f in dataclasses.fields(Settings)}, []
+    for text in settings.sweep:
+        name, _, values = text.partition("=")
+        name = name.strip().lstrip("-").replace("-", "_")
+        values = values.split("/" if isinstance(known.get(name), tuple) else ",")
+        if name not in known or name in FREE | {"preset", "seed"} or not all(values):
+            why = "a setting that changes results, and its values"
+            error(f"--sweep {text}: must be {why}: t_hat_mean=-1,0,1 or taps=0,1/1,2")
+        axes.append([(name, value) for value in values])
+    if not settings.seeds or settings.channels != 3 or world() > 1:
+        error("--sweep scores images, takes one process, and at least one of --seeds")
+    members = []
+    for values in itertools.product(*axes):
+        words = [
+            f"--{'no-' * (value == 'false')}{name.replace('_', '-')}"
+            if isinstance(known[name], bool) and value in ("true", "false")
+            else f"--{name.replace('_', '-')}={value}"
+            for name, value in values
+        ]
+        own = {seed: parse([*argv, *words, f"--seed={seed}"])[0] for seed in settings.seeds}
+        members.append((dict(values), own))
+    return members
+
+
+def sweep(settings, members, watch):
+    """Every student, seed by seed, then the table. What is finished is skipped."""
+    out, total = Path(settings.out), len(members) * len(settings.seeds)
+    results = [dict(values=values, runs=[]) for values, _ in members]
+    with locked(out):
+        for i, seed in enumerate(settings.seeds):
+            for j, (values, own) in enumerate(members):
+                name = ", ".join(f"{k}={v}" for k, v in values.items())
+                print(f"student {i * len(members) + j + 1} of {total}: {name}, seed {seed}")
+                results[j]["runs"].append(member(own[seed], settings.seed, out, watch))
+        folder = out / "+".join(members[0][0])
+        run = Run(dataclasses.replace(settings, out=str(folder)))
+        result = dict(command=" ".join([run.command(), *map("--sweep {}".format, settings.sweep)]))
+        result |= dict(seeds=settings.seeds, reference=reference(run, out, watch))
+        result |= dict(members=results, **machine())
+        write(json.dumps(result, indent=1) + "\n", folder / "sweep.json")
+        write(sweep_table(result) + "\n", folder / "sweep.md")
+        sweep_picture(run, [(values, own[settings.seeds[0]]) for values, own in members], out)
+    print(f"{sweep_table(result)}\n\n{folder}", flush=True)
+
+
+def member(s, teacher_seed, out, watch):
+    """One student with its scores: made in its run folder, if it is not there yet."""
+    folder = out / "members" / member_name(s) / f"seed-{s.seed}"
+    if not sample.read_metrics(folder):
+        source = samples_for(s, teacher_seed, out, watch)
+        s = dataclasses.replace(s, stage="distillation", out=str(folder), sweep=())
+        run = train(s, True, watch, source)
+        rows = sample.evaluate(
+            run.dataset, run.judge(), None, run.generator("student"), s.evaluation, s.seed
+        )
+        seconds = next(row["seconds"] for row in run.rows() if row.get("finished"))
+        metrics = dict(rows=rows, seconds=dict(distillation=seconds), seed=s.seed, data=s.data)
+        metrics |= dict(samples=s.evaluation, checkpoints=sample.fingerprints(folder))
+        metrics |= dict(preset=s.preset, command=run.command(), **machine())
+        write(json.dumps(metrics, indent=1) + "\n", folder / "metrics.json")
+    return sample.read_metrics(folder)
+
+
+def member_name(s):
+    """What differs from the preset, and a digest of all settings but the seed."""
+    row, own = (
+        {k: v for k, v in dataclasses.asdict(x).items() if k not in FREE | {"seed"}}
+        for x in (Settings(**PRESETS[s.preset]).scaled(), s)
+    )
+    digest = hashlib.sha256(json.dumps(own).encode()).hexdigest()[:8]
+    differs = ",".join(f"{k}={v}" for k, v in own.items() if v != row[k])
+    return re.sub(r"[^\w=.,-]+", "", differs.replace(", ", "-"))[:120] + "." + digest
+
+
+def samples_for(s, seed, out, watch):
+    """The run folder with the teacher and the samples that a student learns from: those stages are
+    run where no other student has needed them yet, with this seed for all."""
+    names, source = [field.name for field in dataclasses.fields(Settings)], None
+    row = dataclasses.asdict(Settings(**PRESETS[s.preset]).scaled())
+    for stage, after in (("teacher", "synthetic"), ("synthesis", "iterations")):
+        later = names[names.index(after) : names.index("out")]  # what the stage does not depend on
+        unread = {k: row[k] for k in later if k not in ("clip", "adam_eps", "levels", "level_p")}
+        own = dataclasses.replace(s, **unread, seed=seed, steps_scale=1.0)
+        folder = out / "shared" / f"{stage}-{member_name(own)}"
+        if stage == "teacher" or s.targets == "synthetic":
+            train(dataclasses.replace(own, stage=stage, out=str(folder)), True, watch, source)
+            source = folder
+    return source
+
+
+def reference(run, out, watch):
+    """The rows of teacher and untrained student, with the sweep's own settings."""
+    s = run.settings
+    path = out / "shared" / f"reference-{member_name(s)}.json"
+    if not path.exists():
+        source = samples_for(s, s.seed, out, watch)
+        teacher = sample.load_generator(source, True, run.device, s.precision)
+        rows = sample.evaluate(run.dataset, run.judge(), teacher, None, s.evaluation, s.seed)
+        write(json.dumps(dict(rows=rows)) + "\n", path)
+    return data.read_object(path)["rows"]
+
+
+STEPS, SCORES = (1, 2, 4), (("alignment", 2), ("frechet", 1), ("recall", 2))
+
+
+def sweep_table(result):
+    """A sweep.json's content as a table: mean ± standard deviation over its seeds."""
+    names = list(result["members"][0]["values"])
+    told = {"alignment": "alignment", "frechet": "Fréchet", "recall": "recall"}
+    head = [*names, *(f"{told[key]}, {n}" for key, _ in SCORES for n in STEPS), "s"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+
+    def line(first, who, runs, seconds):
+        cells = list(first)
+        for key, digits in SCORES:
+            for n in STEPS:
+                name = f"{who}, {n} step{'s'[: n > 1]}"
+                found = [r[key] for rows in runs for r in rows if r["name"] == name]
+                cells.append(mean_and_deviation([v for v in found if v is not None], digits))
+        lines.append("| " + " | ".join([*cells, seconds]) + " |")
+
+    line(["*untrained*", *[""] * (len(names) - 1)], "untrained", [result["reference"]], "")
+    for own in result["members"]:
+        runs = own["runs"]
+        seconds = mean_and_deviation([run["seconds"]["distillation"] for run in runs], 0)
+        line(own["values"].values(), "student", [run["rows"] for run in runs], seconds)
+    return "\n".join(lines)
+
+
+def mean_and_deviation(values, digits):
+    if not values:
+        return "–"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if values[1:] else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
+def sweep_picture(run, members, out):
+    """sweep.png: a row of samples for every value, from the same captions and noise."""
+    parts = sample.held_out_captions(run.dataset, 8)
+    captions = [caption for own, _ in parts for caption in own]
+    rows = []
+    for values, s in members:
+        folder, titled = out / "members" / member_name(s) / f"seed-{s.seed}", []
+        student = sample.load_generator(folder, False, run.device, s.precision)
+        for n in (n for n in STEPS if n <= len(s.levels)):
+            made = sample.sample_buckets(student, parts, seed=s.seed + 3, steps=n)
+            name = ", ".join(f"{k}={v}" for k, v in values.items())
+            images = [image for part in made for image in data.to_uint8(part)]
+            titled.append((f"{name}: {n} step{'s'[: n > 1]}", images))
+        rows.append(sample.panels(titled, 8))
+    sample.save_png(sample.stack(rows), run.out / "sweep.png", captions="; ".join(captions))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1235,8 +1410,7 @@ class Run:
 
     def command(self):
         """The command line that gives these settings."""
-        row = dataclasses.asdict(Settings(**PRESETS[self.settings.preset]))
-        row["levels"] = row["levels"] or self.settings.default_levels()
+        row = dataclasses.asdict(Settings(**PRESETS[self.settings.preset]).scaled())
         words = [f"python ladd.py --preset {self.settings.preset}"]
         for name, value in dataclasses.asdict(self.settings).items():
             if value != row[name] and name not in FREE | {"preset", "seed", "steps_scale"}:
@@ -1641,8 +1815,10 @@ def parse(argv):
             parser.add_argument(flag, **options, choices=list(PRESETS))
         elif isinstance(field.default, bool):
             parser.add_argument(flag, **options, action=argparse.BooleanOptionalAction)
+        elif field.name == "sweep":
+            parser.add_argument(flag, **options, action="append", metavar="NAME=A,B,…")
         elif isinstance(field.default, tuple):
-            kind = dict(taps=int, aspects=str).get(field.name, float)
+            kind = dict(taps=int, seeds=int, aspects=str).get(field.name, float)
             parser.add_argument(
                 flag, **options, metavar="A,B,…", type=lambda text, kind=kind: numbers(text, kind)
             )
@@ -1652,11 +1828,13 @@ def parse(argv):
     if rank() > 0:  # the first process says it
         parser.error = lambda _: sys.exit(2)
     given = vars(parser.parse_args(argv))
+    given |= dict(sweep=tuple(given.get("sweep", ())))
     settings = Settings(**{**PRESETS[given.get("preset", "nano")], **given})
     if not settings.out:
         name = settings.preset
         if settings.data != PRESETS[name].get("data", "shapes"):
             name += "-" + Path(settings.data).stem
+        name += "-sweep" * bool(settings.sweep)
         settings = dataclasses.replace(settings, out=f"runs/{name}")
     check(settings, parser.error)
     check(settings.scaled(), parser.error)
@@ -1711,11 +1889,17 @@ def check(s, error):
     groups = max(1, s.head_width // 16)
     demand(s.head_width % groups == 0, "head_width", "must be a multiple of 16, or less than 32")
     levels = s.levels or s.default_levels()
-    same = len(levels) == len(s.level_p) == len(s.warmup_p)
-    demand(same, "level_p", "--levels, --level-p and --warmup-p need the same number of values")
+    same = {
+        len(levels),
+        len(s.level_p or levels),
+        len(s.warmup_p if s.warmup_iterations else levels),
+    }
+    why = "--levels, --level-p and --warmup-p need the same number of values"
+    demand(len(same) == 1, "level_p", why)
     falling = all(a > b for a, b in pairwise((*levels, 0)))
     demand(levels[0] <= 1 and falling, "levels", "must fall, from at most 1 to above 0")
-    demand(min(s.level_p) >= 0 and sum(s.level_p) > 0, "level_p", "must be probabilities")
+    right = not s.level_p or (min(s.level_p) >= 0 and sum(s.level_p) > 0)
+    demand(right, "level_p", "must be probabilities")
     warm = min(s.warmup_p) >= 0 and sum(s.warmup_p) > 0
     demand(warm or not s.warmup_iterations, "warmup_p", "must be probabilities")
     demand(s.heads_warmup < s.iterations, "heads_warmup", f"leaves none of {s.iterations} updates")
@@ -1808,6 +1992,12 @@ class UsageError(Exception):
     """What the user asked for can't be done; exit status 2."""
 
 
+def refuse(why):
+    """Ends as the parser of the command line does."""
+    print(f"ladd.py: {why}", file=sys.stderr)
+    sys.exit(2)
+
+
 def machine():
     """What the first row of a log says about where it was made."""
 
@@ -1882,43 +2072,20 @@ def load_data(settings, given):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     settings, given = parse(argv)
+    members = parse_sweep(settings, argv, refuse) if settings.sweep else None
     if settings.dry_run:
         print(plan_table(settings))
         return 0
     try:
         with Watch(settings.stop_after) as watch, together(settings):
-            if settings.teacher and (others := given_teacher(settings).get("ignored")):
-                which = f"{others} tensors of other networks are ignored"
-                print(f"--teacher {settings.teacher}: {which}")
-            if settings.discriminator:
-                given_heads(settings)
-            if rank() > 0:  # the first process downloads
-                shared(None)
-            settings, note, run = load_data(settings, given)
-            if rank() == 0:
-                shared(None)
-            run.watch = watch
-            if settings.explain:
-                explain(run)
-                return 0
-            with locked(run.out), deterministic(settings.deterministic):
-                open_folder(settings)
-                shared(None)
-                run.state = run.newest_state()
-                for unfinished in run.out.rglob(".*.tmp") if rank() == 0 else ():
-                    unfinished.unlink()
-                run.forget_log()
-                if note:
-                    run.notes.append(note)
-                    print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
-                where = machine() if rank() == 0 else {}
-                run.log(settings=dataclasses.asdict(settings), note=note, **where)
-                execute(run)
-                if note:
-                    print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
+            if members:
+                sweep(settings, members, watch)
+            else:
+                train(settings, given, watch)
     except Stop as stop:
-        again = shlex.join(["python", "ladd.py", *(sys.argv[1:] if argv is None else argv)])
+        again = shlex.join(["python", "ladd.py", *argv])
         if rank() == 0:
             print(
                 f"ladd.py: stopped, and saved what is done. To go on:\n    {again}", file=sys.stderr
@@ -1927,6 +2094,55 @@ def main(argv=None):
     except (UsageError, data.DataError, sample.CheckpointError, RunError, OSError) as error:
         return told(error)
     return 0
+
+
+def train(settings, given, watch, source=None):
+    """One run: checks what it is given, opens its folder, goes through its stages. -> the run
+
+    source: another run's folder, whose teacher and samples this one takes over."""
+    if settings.teacher and (others := given_teacher(settings).get("ignored")):
+        which = f"{others} tensors of other networks are ignored"
+        print(f"--teacher {settings.teacher}: {which}")
+    if settings.discriminator:
+        given_heads(settings)
+    if rank() > 0:  # the first process downloads
+        shared(None)
+    settings, note, run = load_data(settings, given)
+    if rank() == 0:
+        shared(None)
+    run.watch = watch
+    if settings.explain:
+        explain(run)
+        return run
+    with locked(run.out), deterministic(settings.deterministic):
+        open_folder(settings)
+        for file in [*source.glob("teacher.pt"), *source.glob("synthetic/*.pt")] if source else ():
+            link(file, run.out / file.relative_to(source))
+        shared(None)
+        run.state = run.newest_state()
+        for unfinished in run.out.rglob(".*.tmp") if rank() == 0 else ():
+            unfinished.unlink()
+        run.forget_log()
+        if note:
+            run.notes.append(note)
+            print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
+        where = machine() if rank() == 0 else {}
+        run.log(settings=dataclasses.asdict(settings), note=note, **where)
+        execute(run)
+        if note:
+            print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
+    return run
+
+
+def link(file, path):
+    """Gives a file a second name, or where that can't be, a copy."""
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        try:
+            os.link(file, path)
+        except OSError:
+            with open(file, "rb") as old, data.replacing(path) as new:
+                shutil.copyfileobj(old, new)
 
 
 def told(error):

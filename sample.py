@@ -403,6 +403,16 @@ def panels(titled, columns):
     return sheet
 
 
+def stack(pictures):
+    """Pictures one below the other."""
+    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)))
+    top = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height
+    return sheet
+
+
 def refuse_strangers(path):
     """Raises FileExistsError where a file is that this program did not make."""
     try:
@@ -562,17 +572,19 @@ def score(images, labels, reference, judge):
 
 
 def evaluation_rows(teacher, student):
-    """(name, generator, options) of every generated row. The teacher at 4, 2 and 1 steps, sampled
-    as the student is, is the student before distillation: the number to beat."""
-    few = [n for n in (4, 2, 1) if n <= len(teacher.settings["levels"])]
-    steps, cfg = teacher.settings["teacher_steps"], teacher.settings["cfg"]
-    rows = [(f"teacher, {steps} steps, CFG {cfg:g}", teacher, dict(steps=steps, cfg=cfg))]
-    untrained = dict(cfg=1.0, sampler="renoise")
-    rows += [
-        (f"untrained, {n} step{'s'[: n > 1]}", teacher, dict(steps=n, **untrained)) for n in few
-    ]
+    """(name, generator, options) of every generated row, of those of both that are there. The
+    teacher at 4, 2 and 1 steps, sampled as the student is, is the student before distillation: the
+    number to beat."""
+    few = [n for n in (4, 2, 1) if n <= len((teacher or student).settings["levels"])]
+    named = lambda who, n: f"{who}, {n} step{'s'[: n > 1]}"  # noqa: E731
+    rows = []
+    if teacher is not None:
+        steps, cfg = teacher.settings["teacher_steps"], teacher.settings["cfg"]
+        guided, untrained = dict(steps=steps, cfg=cfg), dict(cfg=1.0, sampler="renoise")
+        rows += [(f"teacher, {steps} steps, CFG {cfg:g}", teacher, guided)]
+        rows += [(named("untrained", n), teacher, dict(steps=n, **untrained)) for n in few]
     if student is not None:
-        rows += [(f"student, {n} step{'s'[: n > 1]}", student, dict(steps=n)) for n in few]
+        rows += [(named("student", n), student, dict(steps=n)) for n in few]
     return rows
 
 

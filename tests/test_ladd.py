@@ -328,7 +328,7 @@ VALUES = dict(
     targets="real", taps=(0, 2), out="elsewhere", data_dir="there", device="cpu",
     precision="fp32", stage="report", teacher="there.pt", steps_scale=0.5, drop=0.2,
     teacher_ema=0.5, student_ema=0.6, beta1=0.7, t_hat_mean=-0.5, discriminator="heads.pt",
-    aspects=("1:1", "3:2"),
+    aspects=("1:1", "3:2"), sweep=("batch=16,32",), seeds=(3, 4),
 )  # fmt: skip
 FIXED = {"channels"}  # the data are RGB
 
@@ -344,6 +344,8 @@ def words(name, value):
     flag = "--" + name.replace("_", "-")
     if isinstance(value, bool):
         return [flag if value else flag.replace("--", "--no-", 1)]
+    if name == "sweep":
+        return [word for axis in value for word in (flag, axis)]
     return [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
 
 
@@ -360,6 +362,7 @@ def test_every_setting_has_a_flag_that_sets_it(field):
     if field.name not in ("preset", "smoke", "steps_scale"):  # these change others by design
         want = dataclasses.asdict(ladd.parse([])[0]) | {field.name: value}
         want["out"] = settings.out
+        want["level_p"] = settings.level_p if field.name == "levels" else want["level_p"]
         if field.name in ("size", "downscale"):  # the levels follow the resolution
             want["levels"] = settings.levels
         assert dataclasses.asdict(settings) == want
@@ -438,7 +441,7 @@ BAD = {
     "odd text": ("--text-dim 7", "--text-dim"),
     "no words": ("--text-length 0", "--text-length"),
     "ungroupable heads": ("--head-width 56", "--head-width"),
-    "levels without probabilities": ("--levels 1,0.5", "--level-p"),
+    "levels without probabilities": ("--levels 1,0.5 --level-p 1", "--level-p"),
     "rising levels": ("--levels 0.5,0.75,0.25,0.1", "--levels"),
     "a level of 0": ("--levels 1,0.75,0.5,0", "--levels"),
     "a level above 1": ("--levels 1.5,0.75,0.5,0.25", "--levels"),
