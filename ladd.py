@@ -48,6 +48,7 @@ import traceback
 import warnings
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -114,6 +115,10 @@ class Settings:
     # distillation (LADD)
     iterations: int = setting(2200, "updates of the student and the heads")
     batch: int = setting(32, "images per update")
+    method: str = setting("ladd", "or a baseline: regression, consistency, add, dmd")
+    student_init: str = setting("teacher", "the student starts as the teacher, or from scratch")
+    student_depth: int = setting(0, "blocks of the teacher that the student starts with; 0: all")
+    shared_pass: bool = setting(True, "one pass of the fakes serves both players")
     levels: tuple = setting((), "noise levels t of the student (default: by size, see alpha)")
     level_p: tuple = setting(
         (), "their probabilities (reported: .7, .1, .1, .1; default: .4, and equal parts of .6)"
@@ -131,6 +136,7 @@ class Settings:
     )
     taps: tuple = setting((1, 2), "blocks whose tokens the heads see; empty: all")
     head_width: int = setting(64, "channels of a head")
+    conditional: bool = setting(True, "the heads are told t̂ and the pooled text")
     student_lr: float = setting(2e-4, "AdamW")
     heads_lr: float = setting(1e-3, "AdamW")
     beta1: float = setting(0.5, "AdamW's first decay, student and heads")
@@ -149,6 +155,8 @@ class Settings:
     precision: str = setting("auto", "bf16, fp32, or auto: bf16 where the hardware has it")
     compile: bool = setting(False, "torch.compile the networks")
     checkpointing: bool = setting(False, "less memory: a backward computes the blocks again")
+    accumulate: int = setting(1, "parts that a process's share of a batch is worked through in")
+    units: float = setting(0.0, "instead of --iterations: forwards of the network, see UNITS")
     shard: bool = setting(False, "of many processes each holds a part of the networks (FSDP)")
     replicas: int = setting(1, "--shard: parts are held so many times (hybrid: once per node)")
     explain: bool = setting(False, "follow one batch from images to losses, and stop")
@@ -229,13 +237,17 @@ class Settings:
     def head_sizes(self):
         """The Discriminator's arguments."""
         pooled, width = self.pooled_dim or self.text_dim, self.width
-        return dict(width=width, taps=self.tapped, pooled_dim=pooled, hidden=self.head_width)
+        sizes = dict(width=width, taps=self.tapped, pooled_dim=pooled, hidden=self.head_width)
+        return sizes | dict(conditional=self.conditional)
 
     def scaled(self):
         """The settings with the size's levels, --smoke and --steps-scale worked in."""
         levels = self.levels or self.default_levels()
         others = (round(0.6 / (len(levels) - 1), 4),) * (len(levels) - 1) if levels[1:] else ()
         changes = dict(levels=levels, level_p=self.level_p or (0.4, *others))
+        if self.units:
+            twice = self.method == "ladd" and (self.accumulate > 1 or not self.shared_pass)
+            changes["iterations"] = round(self.units / (UNITS[self.method] + 2 * twice))
         if self.steps_scale != 1:
             for name in SCALED:
                 value = getattr(self, name)
@@ -247,6 +259,10 @@ class Settings:
             changes |= dict(teacher_steps=4, synthetic_steps=4)
         return dataclasses.replace(self, **changes)
 
+
+# What an update costs in forwards of the whole network; a backward counts two, one through a frozen
+# network one, the heads nothing.
+UNITS = dict(ladd=6, regression=3, consistency=6, add=3, dmd=9)
 
 SCALED = ("teacher_iterations", "heads_warmup", "iterations", "synthetic", "evaluation")
 
@@ -297,6 +313,7 @@ PRESETS = {
 FREE = {"out", "data_dir", "device", "stage", "save_every", "sample_every", "log_every"}
 FREE |= {"tensorboard", "compile", "checkpointing", "dry_run", "gpus", "tflops", "utilisation"}
 FREE |= {"explain", "save_minutes", "stop_after", "shard", "replicas", "sweep", "seeds"}
+FREE |= {"accumulate", "units"}
 
 
 class RunError(Exception):
@@ -387,6 +404,14 @@ def train_teacher(run):
     optimizers = make_optimizers(model, s.teacher_lr, s.muon_lr, 0.9, s.adam_eps)
     ema = run.seeded(MMDiT, **s.model()).requires_grad_(False)
     model.checkpointing = s.checkpointing
+
+    def losses(parts, values):
+        for x0, text, t, noise in parts:
+            with run.autocast():
+                loss = teacher_loss(model, x0, text, t, noise)
+            add(values, len(parts), loss=loss)
+            yield loss / len(parts)
+
     words = run.text.ids(run.dataset.captions)
     loop = Loop(run, "teacher", s.teacher_iterations, s.teacher_batch)
     loop.resume(dict(model=model, ema=ema), optimizers)
@@ -400,11 +425,11 @@ def train_teacher(run):
         mean = s.t_mean + s.logit_shift(x0.shape[2:])
         t = mine(logit_normal(s.teacher_batch, mean, s.t_std, random)).to(device)
         noise = mine(torch.randn(s.teacher_batch, *x0.shape[1:], generator=random)).to(device)
-        with run.autocast():
-            loss = teacher_loss(model, x0, text, t, noise)
-        norm = update(optimizers, loss, model, s.clip, learning_rate(step, loop.total, 0.6))
+        parts, values = cut((x0, text, t, noise), s.accumulate), {}
+        rate = learning_rate(step, loop.total, 0.6)
+        norm = update(optimizers, losses(parts, values), model, s.clip, rate)
         update_ema(ema, model, s.teacher_ema, step)
-        loop.log(loss=loss, grad_norm=norm)
+        loop.log(**values, grad_norm=norm)
         if loop.due(s.sample_every):
             run.show("teacher", step + 1, ema)
         loop.checkpoint()
@@ -499,7 +524,7 @@ def distillation_batches(run):
         images, caption = bucket.batch(mine(np.arange(step * s.batch, (step + 1) * s.batch)))
         x0 = data.to_float(images) if s.targets == "real" else images
         source = None
-        if s.targets == "synthetic" and s.distill_weight:
+        if s.targets == "synthetic" and (s.distill_weight or s.method == "regression"):
             source = sample.noise_of(seed, caption.tolist(), x0.shape[1:]).to(device)
         return x0.to(device), run.text.features(words[caption].to(device)), source
 
@@ -511,73 +536,307 @@ def distillation_batches(run):
 # ---------------------------------------------------------------------------------------------
 
 
-def distil(run):
+class Batch(NamedTuple):
+    """What an update starts from: this process's share, or a part of it."""
+
+    x0: torch.Tensor  # (B, C, H, W) what is real
+    text: tuple  # (B, M, D_c), (B, D_p)
+    t: torch.Tensor  # (B,) the student's levels
+    noise: torch.Tensor  # (B, C, H, W) ε of box 1
+    known: torch.Tensor  # (B,) whether x_t can tell x_0
+    t_hat: torch.Tensor  # (B,) t̂, the level of the re-noising
+    noise_fake: torch.Tensor  # (B, C, H, W) ε of box 3, of x̂_0
+    noise_real: torch.Tensor  # and of x_0
+
+    @property
+    def condition(self):
+        """What the heads are told: t̂, the pooled text."""
+        return self.t_hat, self.text[1]
+
+
+def draw_batch(run, draw, step, turn=0):
+    """All that is random in an update, drawn from (seed, step, turn) alone."""
     s, device = run.settings, run.device
-    teacher, ema = run.load("teacher"), run.load("teacher")  # frozen
-    student = run.load("teacher").requires_grad_(True)
-    teacher.checkpointing = student.checkpointing = s.checkpointing
+    random = run.random("distillation", step + (turn << 40))
+    x0, text, source = draw(step)
+    t = mine(draw_levels(s, s.batch, step - s.heads_warmup, random)).to(device)
+    m = s.m + s.logit_shift(x0.shape[2:])
+    t_hat = mine(logit_normal(s.batch, m, s.t_hat_std, random)).to(device)
+    noises = torch.randn(3, s.batch, *x0.shape[1:], generator=random)
+    noise, noise_fake, noise_real = (mine(noise).to(device) for noise in noises)
+    known = t < s.levels[0]
+    if source is not None:  # from pure noise only the teacher's own noise tells its sample
+        noise = torch.where(per_sample(known, x0), noise, source)
+        known = torch.ones_like(known)
+    return Batch(x0, text, t, noise, known, t_hat, noise_fake, noise_real)
+
+
+def start_student(run):
+    """The student before its first update and its average: copies of the teacher, or of
+    --student-depth of its blocks; or random weights. -> student, average, [optimiser]"""
+    s = run.settings
+    scratch = s.student_init == "scratch"
+    student, ema = (
+        run.seeded(MMDiT, **s.model()) if scratch else run.load("teacher") for _ in range(2)
+    )
+    for network in (student, ema):
+        n, depth = s.student_depth or s.depth, s.depth
+        blocks = network.joint_blocks
+        if n < depth:  # equally far apart, the last one among them
+            network.joint_blocks = torch.nn.ModuleList(
+                blocks[(i + 1) * depth // n - 1] for i in range(n)
+            )
+            network.config["depth"] = n
+    student.checkpointing = s.checkpointing
+    student.requires_grad_(True)
+    optimizer = make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
+    return student, ema.requires_grad_(False), optimizer
+
+
+def student_rate(s, step):
+    """The student's learning rate, as a factor: it falls over the last 30 % of the updates."""
+    warmup = s.heads_warmup if s.method in ("ladd", "add") else 0
+    return learning_rate(step - warmup, s.iterations - warmup, 0.3)
+
+
+def distil(run):
+    s = run.settings
+    student, ema, student_optimizer = start_student(run)
+    teacher = run.load("teacher")  # frozen
+    teacher.checkpointing = s.checkpointing
     heads = run.seeded(Discriminator, **s.head_sizes())
-    student_optimizer = make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
     heads_optimizer = make_optimizers(heads, s.heads_lr, 0.0, s.beta1, s.adam_eps)
     if s.discriminator:
-        start = given_heads(s)
-        fill(heads, start["weights"])
-        moments = dict(state=start["optimizer"]["state"])  # the learning rate is the settings'
-        fill_optimizer(heads_optimizer[0], heads_optimizer[0].state_dict() | moments)
-    batch = distillation_batches(run)
+        start_heads(s, heads, heads_optimizer[0])
+
+    def fakes(b):  # boxes 1 to 4
+        x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
+        return x0_hat, teacher_features(teacher, x0_hat, b.text, b.t_hat, b.noise_fake, s.tapped)
+
+    def heads_losses(parts, values, kept):  # box 5, part by part; the fakes' graph goes to `kept`
+        for b in parts:
+            with run.autocast(), torch.set_grad_enabled(kept is not None):
+                x0_hat, fake = fakes(b)
+            with run.autocast(), torch.no_grad():
+                real = teacher_features(teacher, b.x0, b.text, b.t_hat, b.noise_real, s.tapped)
+            with run.autocast():
+                loss, *logits = discriminator_loss(heads, real, fake, *b.condition, grid(b), s.r1)
+            if kept is not None:
+                kept.append((x0_hat, fake))
+            add(values, len(parts), loss_d=loss, **told_apart(*logits))
+            if loop.due(s.log_every):
+                add(values, len(parts), diversity=diversity(fake, real))
+            yield loss / len(parts)
+
+    def student_losses(parts, values, kept):  # box 6
+        for i, b in enumerate(parts):
+            with run.autocast():
+                x0_hat, fake = kept[i] if kept else fakes(b)
+                loss = generator_loss(heads, fake, *b.condition, grid(b))
+                if s.distill_weight:
+                    loss = loss + s.distill_weight * distillation_loss(x0_hat, b.x0, b.known)
+            add(values, len(parts), loss_g=loss)
+            yield loss / len(parts)
+
+    def grid(b):
+        return b.x0.shape[2] // s.patch, b.x0.shape[3] // s.patch
+
+    draw = distillation_batches(run)
     loop = Loop(run, "distillation", s.iterations, s.batch)
     loop.resume(dict(student=student, ema=ema, heads=heads), student_optimizer + heads_optimizer)
     for step in loop:
-        random = run.random("distillation", step)
-        x0, text, source = batch(step)
-        t = mine(draw_levels(s, s.batch, step - s.heads_warmup, random)).to(device)
-        m = s.m + s.logit_shift(x0.shape[2:])
-        t_hat = mine(logit_normal(s.batch, m, s.t_hat_std, random)).to(device)
-        noises = torch.randn(3, s.batch, *x0.shape[1:], generator=random)
-        noise, noise_fake, noise_real = (mine(noise).to(device) for noise in noises)
-        known = t < s.levels[0]
-        if source is not None:  # from pure noise only the teacher's own noise tells its sample
-            noise = torch.where(per_sample(known, x0), noise, source)
-            known = torch.ones_like(known)
-        pooled, grid = text[1], (x0.shape[2] // s.patch, x0.shape[3] // s.patch)
-
-        learning = step >= s.heads_warmup
-        with run.autocast(), torch.set_grad_enabled(learning):
-            x0_hat = student_predict(student, x0, text, t, noise)
-            fake = teacher_features(teacher, x0_hat, text, t_hat, noise_fake, s.tapped)
-            with torch.no_grad():
-                real = teacher_features(teacher, x0, text, t_hat, noise_real, s.tapped)
-        with run.autocast():
-            loss_d, real_logits, fake_logits = discriminator_loss(
-                heads, real, fake, t_hat, pooled, grid, s.r1
-            )
-        norm_d = update(heads_optimizer, loss_d, heads, math.inf, min(1.0, (step + 1) / 40))
-        ranked = (real_logits.mean((1, 2, 3)) > fake_logits.mean((1, 2, 3))).float().mean()
-        values = dict(loss_d=loss_d, d_real=real_logits.mean(), d_fake=fake_logits.mean())
-        values |= dict(ranked=ranked, grad_norm_heads=norm_d)
-        if loop.due(s.log_every):
-            values["diversity"] = diversity(fake, real)
-
+        parts = cut(draw_batch(run, draw, step), s.accumulate)
+        learning, values = step >= s.heads_warmup, {}
+        # One pass of the fakes serves both players, unless their graphs would not fit in memory.
+        once = s.shared_pass and s.accumulate == 1
+        kept = [] if learning and once else None
+        losses = heads_losses(parts, values, kept)
+        norm_d = update(heads_optimizer, losses, heads, math.inf, min(1.0, (step + 1) / 40))
+        values |= dict(grad_norm_heads=norm_d)
         if learning and norm_d is not None:
-            with run.autocast():
-                loss_g = generator_loss(heads, fake, t_hat, pooled, grid)
-                if s.distill_weight:
-                    loss_g = loss_g + s.distill_weight * distillation_loss(x0_hat, x0, known)
-            rate = learning_rate(step - s.heads_warmup, loop.total - s.heads_warmup, 0.3)
-            norm_g = update(student_optimizer, loss_g, student, s.clip, rate)
+            if not s.shared_pass:
+                parts = cut(draw_batch(run, draw, step, turn=1), s.accumulate)
+            losses = student_losses(parts, values, kept)
+            norm_g = update(student_optimizer, losses, student, s.clip, student_rate(s, step))
             update_ema(ema, student, s.student_ema, step - s.heads_warmup)
-            values |= dict(loss_g=loss_g, grad_norm=norm_g)
+            values |= dict(grad_norm=norm_g)
         loop.log(**values)
         if loop.due(s.sample_every):
             run.show("student", step + 1, ema)
         loop.checkpoint()
     run.save("heads", heads, s.iterations, optimizer=heads_optimizer[0].state_dict())
+    finish(run, loop, ema)
+
+
+def start_heads(s, heads, optimizer):
+    """Takes heads and their optimiser's state from --discriminator."""
+    start = given_heads(s)
+    fill(heads, start["weights"])
+    moments = dict(state=start["optimizer"]["state"])  # the learning rate is the settings'
+    fill_optimizer(optimizer, optimizer.state_dict() | moments)
+
+
+def told_apart(real, fake):
+    """How well the heads tell samples apart: real and fake logits (B, …) -> what is logged."""
+    ranked = (real.flatten(1).mean(1) > fake.flatten(1).mean(1)).float().mean()
+    return dict(d_real=real.mean(), d_fake=fake.mean(), ranked=ranked)
+
+
+def finish(run, loop, ema):
+    """The student is its average."""
+    s = run.settings
     run.save("student", ema, s.iterations)
     if s.downscale > 1 and rank() == 0:  # of latents: SD3's names, for other programs
         weights = sample.read_checkpoint(run.path("student"))["weights"]
         with data.replacing(run.out / "student.safetensors") as file:
             write_sd3(file, weights, s.heads, "BF16")
     loop.forget()
+
+
+# ---------------------------------------------------------------------------------------------
+# Stage 3 by other methods: what LADD is compared with, from the same teacher, samples and batches
+# ---------------------------------------------------------------------------------------------
+
+
+def regress(run):
+    """Regression to the teacher's samples from the noise that they were made of (3 units)."""
+    s = run.settings
+    student, ema, optimizer = start_student(run)
+    draw = distillation_batches(run)
+    loop = Loop(run, "distillation", s.iterations, s.batch)
+    loop.resume(dict(student=student, ema=ema), optimizer)
+    for step in loop:
+        b = draw_batch(run, draw, step)
+        with run.autocast():
+            x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
+            loss = distillation_loss(x0_hat, b.x0, b.known)
+        norm = update(optimizer, loss, student, s.clip, student_rate(s, step))
+        update_ema(ema, student, s.student_ema, step)
+        loop.log(loss=loss, grad_norm=norm)
+        loop.checkpoint()
+    finish(run, loop, ema)
+
+
+def distil_consistency(run):
+    """Latent consistency distillation (LCM, arXiv 2310.04378), on 32 levels (6 units).
+
+    The student's prediction from x_t is held to its average's prediction from where one guided
+    step of the teacher leads. Ours: the average that is the target is the result, too."""
+    s, times = run.settings, sample.euler_times(32, run.settings.shift).to(run.device)
+    student, ema, optimizer = start_student(run)
+    teacher, uncond = run.load("teacher"), run.text([""])
+    draw = distillation_batches(run)
+    loop = Loop(run, "distillation", s.iterations, s.batch)
+    loop.resume(dict(student=student, ema=ema), optimizer)
+    for step in loop:
+        b = draw_batch(run, draw, step)
+        u = mine(torch.rand(s.batch, generator=run.random("distillation", step + (1 << 41))))
+        i = (u * 32).long().to(run.device)
+        t, t_next = times[i], times[i + 1]
+        xt = add_noise(b.x0, b.noise, t)
+        with run.autocast(), torch.no_grad():
+            v = sample.guided_velocity(teacher, xt, t, b.text, uncond, s.synthetic_cfg)
+            x_next = xt + per_sample(t_next - t, xt) * v
+            target = predict_x0(x_next, ema(x_next, t_next, *b.text)[0], t_next)
+        with run.autocast():
+            x0_hat = student_predict(student, b.x0, b.text, t, b.noise)
+        loss = (((x0_hat - target).square() + 1e-6).sqrt() - 1e-3).mean()  # pseudo-Huber
+        norm = update(optimizer, loss, student, s.clip, student_rate(s, step))
+        update_ema(ema, student, s.student_ema, step)
+        loop.log(loss=loss, grad_norm=norm)
+        loop.checkpoint()
+    finish(run, loop, ema)
+
+
+def judge_features(judge, x0):
+    """The maps after the judge's convolutions: [(tokens (B, h·w, C), (h, w))]"""
+    found, x = [], x0
+    for layer in judge.body:
+        x = layer(x)
+        if isinstance(layer, torch.nn.Conv2d):
+            found.append((x.flatten(2).transpose(1, 2), tuple(x.shape[2:])))
+    return found
+
+
+def distil_add(run):
+    """Adversarial diffusion distillation (ADD, arXiv 2311.17042): the same heads, on the features
+    of a frozen network of clean pixels, here the judge; the teacher has no part (3 units)."""
+    s, judge = run.settings, run.judge().requires_grad_(False)
+    student, ema, student_optimizer = start_student(run)
+    widths = [layer.out_channels for layer in judge.body if isinstance(layer, torch.nn.Conv2d)]
+    made = [run.seeded(Discriminator, **s.head_sizes() | dict(width=w, taps=(0,))) for w in widths]
+    heads = torch.nn.ModuleList(made)
+    heads_optimizer = make_optimizers(heads, s.heads_lr, 0.0, s.beta1, s.adam_eps)
+
+    def logits(features, b):  # of all maps and positions, (B, …)
+        clean = torch.zeros_like(b.t)
+        both = zip(heads, features, strict=True)
+        return torch.cat([h([f], clean, b.text[1], *g).flatten(1) for h, (f, g) in both], dim=1)
+
+    draw = distillation_batches(run)
+    loop = Loop(run, "distillation", s.iterations, s.batch)
+    loop.resume(dict(student=student, ema=ema, heads=heads), student_optimizer + heads_optimizer)
+    for step in loop:
+        b, learning = draw_batch(run, draw, step), step >= s.heads_warmup
+        with run.autocast(), torch.set_grad_enabled(learning):
+            x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
+            fake = judge_features(judge, x0_hat)
+            real = judge_features(judge, b.x0)
+        with run.autocast():
+            on = logits(real, b), logits([(f.detach(), g) for f, g in fake], b)
+            loss_d = hinge_d(*on)
+        norm_d = update(heads_optimizer, loss_d, heads, math.inf, min(1.0, (step + 1) / 40))
+        apart = told_apart(*(x.detach().float() for x in on))
+        values = dict(loss_d=loss_d, grad_norm_heads=norm_d, **apart)
+        if learning and norm_d is not None:
+            heads.requires_grad_(False)
+            with run.autocast():
+                loss = hinge_g(logits(fake, b))
+                if s.distill_weight:
+                    loss = loss + s.distill_weight * distillation_loss(x0_hat, b.x0, b.known)
+            heads.requires_grad_(True)
+            norm = update(student_optimizer, loss, student, s.clip, student_rate(s, step))
+            update_ema(ema, student, s.student_ema, step - s.heads_warmup)
+            values |= dict(loss_g=loss, grad_norm=norm)
+        loop.log(**values)
+        loop.checkpoint()
+    finish(run, loop, ema)
+
+
+def match_distributions(run):
+    """Distribution matching (DMD, arXiv 2311.18828; without its regression, as DMD2): the student
+    follows the difference of two scores, of the guided teacher and of a network that learns the
+    student's own samples (9 units)."""
+    s = run.settings
+    student, ema, optimizer = start_student(run)
+    teacher, uncond = run.load("teacher"), run.text([""])
+    score = run.load("teacher").requires_grad_(True)  # of the fakes
+    score_optimizer = make_optimizers(score, s.student_lr, 0.0, s.beta1, s.adam_eps)
+    draw = distillation_batches(run)
+    loop = Loop(run, "distillation", s.iterations, s.batch)
+    networks = dict(student=student, ema=ema, score=score)
+    loop.resume(networks, optimizer + score_optimizer)
+    for step in loop:
+        b, random = draw_batch(run, draw, step), run.random("distillation", step + (1 << 41))
+        t, t_score = (0.02 + 0.96 * mine(torch.rand(2, s.batch, generator=random).T).T).to(b.t)
+        with run.autocast():
+            x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
+        with run.autocast(), torch.no_grad():
+            xt = add_noise(x0_hat, b.noise_fake, t)
+            v = sample.guided_velocity(teacher, xt, t, b.text, uncond, s.synthetic_cfg)
+            real, fake = predict_x0(xt, v, t), predict_x0(xt, score(xt, t, *b.text)[0], t)
+            far = (x0_hat - real).abs().mean((1, 2, 3), keepdim=True)
+            gradient = (fake - real) / far.clamp(min=1e-3)
+        loss = 0.5 * (x0_hat - (x0_hat - gradient).detach()).square().mean()
+        norm = update(optimizer, loss, student, s.clip, student_rate(s, step))
+        update_ema(ema, student, s.student_ema, step)
+        with run.autocast():
+            loss_score = teacher_loss(score, x0_hat.detach(), b.text, t_score, b.noise_real)
+        norm_score = update(score_optimizer, loss_score, score, s.clip, 1.0)
+        values = dict(loss=loss, grad_norm=norm, loss_score=loss_score)
+        loop.log(**values, grad_norm_score=norm_score)
+        loop.checkpoint()
+    finish(run, loop, ema)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -769,7 +1028,8 @@ def member_name(s):
     )
     digest = hashlib.sha256(json.dumps(own).encode()).hexdigest()[:8]
     differs = ",".join(f"{k}={v}" for k, v in own.items() if v != row[k])
-    return re.sub(r"[^\w=.,-]+", "", differs.replace(", ", "-"))[:120] + "." + digest
+    name = re.sub(r"[^\w=.,-]+", "", differs.replace(", ", "-"))
+    return f"{name[:120] or s.preset}.{digest}"
 
 
 def samples_for(s, seed, out, watch):
@@ -871,7 +1131,8 @@ def meta_networks(s):
     """Student, frozen teacher and heads without data, and the precision that they compute in."""
     dtype = torch.float32 if s.precision == "fp32" else torch.bfloat16
     with torch.device("meta"):
-        student, heads = MMDiT(**s.model()), Discriminator(**s.head_sizes())
+        student = MMDiT(**s.model() | dict(depth=s.student_depth or s.depth))
+        heads = Discriminator(**s.head_sizes())
         return student, MMDiT(**s.model()).requires_grad_(False), heads, dtype
 
 
@@ -1170,24 +1431,38 @@ def learning_rate(step, total, decay, warmup=40):
     return min(1.0, (step + 1) / warmup, (total - step) / (decay * total))
 
 
-def update(optimizers, loss, model, clip, rate):
+def update(optimizers, losses, model, clip, rate):
     """Backward and one step of all optimisers at `rate` times their lr. -> gradient norm
 
-    None, and no step at all, where the loss or the gradient is not finite. (To know costs a wait
-    for the backward pass; the queue of the device fills again at once.)"""
+    losses: the loss, or parts of it one by one, whose sum it is. None, and no step at all, where
+    the loss or the gradient is not finite. (To know costs a wait for the backward pass; the queue
+    of the device fills again at once.)"""
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate
-    loss.backward()
-    mean = loss.detach().clone()
-    average([mean, *(p.grad for p in model.parameters() if p.grad is not None)])
+    total = 0.0
+    for loss in [losses] if torch.is_tensor(losses) else losses:
+        loss.backward()
+        total = total + loss.detach()
+    average([total, *(p.grad for p in model.parameters() if p.grad is not None)])
     norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
-    if not (norm + mean).isfinite():
+    if not (norm + total).isfinite():
         return None
     for optimizer in optimizers:
         optimizer.step()
     return norm
+
+
+def cut(batch, n):
+    """n equal parts of a batch: of every tensor in it."""
+    return [tree_map(lambda x, i=i: x.chunk(n)[i], batch) for i in range(n)]
+
+
+def add(values, n, **more):
+    """Adds a part's values to the means over all n parts."""
+    for name, value in more.items():
+        values[name] = values.get(name, 0.0) + value.detach() / n
 
 
 @torch.no_grad()
@@ -1848,7 +2123,7 @@ def numbers(text, kind):
 AT_LEAST_ONE = "size patch width depth heads text_length teacher_iterations teacher_batch"
 AT_LEAST_ONE += " teacher_steps synthetic synthetic_steps iterations batch head_width"
 AT_LEAST_ONE += " judge_steps judge_width save_every sample_every log_every pos_size"
-AT_LEAST_ONE += " downscale gpus replicas"
+AT_LEAST_ONE += " downscale gpus replicas accumulate"
 ABOVE_ZERO = "steps_scale teacher_lr student_lr heads_lr clip t_std t_hat_std shift adam_eps"
 ABOVE_ZERO += " tflops utilisation"
 SHARES = "drop teacher_ema student_ema beta1"
@@ -1907,10 +2182,21 @@ def check(s, error):
     demand(s.targets in ("synthetic", "real"), "targets", "must be synthetic or real")
     demand(s.stage in ("all", *STAGES), "stage", f"must be all, {', '.join(STAGES)}")
     demand(s.precision in ("auto", "bf16", "fp32"), "precision", "must be auto, bf16 or fp32")
-    n = world()
-    share = f"its images can't be divided equally among {n} processes"
+    demand(s.method in UNITS, "method", f"must be {', '.join(UNITS)}")
+    demand(s.student_init in ("teacher", "scratch"), "student_init", "must be teacher or scratch")
+    demand(0 <= s.student_depth <= s.depth, "student_depth", f"must be from 0 to {s.depth}")
+    one = not s.shard or (s.method == "ladd" and not s.student_depth)
+    demand(one, "shard", "only for LADD with a student of the teacher's depth")
+    demand(not s.student_depth or not s.attn2_blocks, "student_depth", "not with --attn2-blocks")
+    demand(s.targets == "synthetic" or s.method != "regression", "targets", "have no paired noise")
+    demand(s.units >= 0, "units", "must not be negative")
+    n = world() * s.accumulate
+    parts = f" in {s.accumulate} parts" if s.accumulate > 1 else ""
+    share = f"its images can't be divided equally among {world()} processes{parts}"
     demand(s.batch % n == 0, "batch", share)
     demand(s.teacher or s.teacher_batch % n == 0, "teacher_batch", share)
+    demand(s.accumulate == 1 or s.method == "ladd", "accumulate", "is for LADD alone")
+    n = world()
     demand(s.synthetic >= n, "synthetic", f"fewer than the {n} processes")
     demand(n == 1 or n % s.replicas == 0, "replicas", f"must divide the {n} processes")
     muon = s.shard and n > 1 and s.muon_lr and not s.teacher
@@ -2202,7 +2488,10 @@ def execute(run):
         report=(run.out / "report.md").exists(),
     )
     done = shared(done)
-    work = dict(teacher=train_teacher, synthesis=synthesise, distillation=distil, report=report)
+    methods = dict(ladd=distil, regression=regress, add=distil_add, dmd=match_distributions)
+    methods |= dict(consistency=distil_consistency)
+    work = dict(teacher=train_teacher, synthesis=synthesise, report=report)
+    work |= dict(distillation=methods[s.method])
     for i, stage in enumerate(STAGES):
         if stage not in wanted:
             continue

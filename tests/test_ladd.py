@@ -329,6 +329,7 @@ VALUES = dict(
     precision="fp32", stage="report", teacher="there.pt", steps_scale=0.5, drop=0.2,
     teacher_ema=0.5, student_ema=0.6, beta1=0.7, t_hat_mean=-0.5, discriminator="heads.pt",
     aspects=("1:1", "3:2"), sweep=("batch=16,32",), seeds=(3, 4),
+    method="dmd", student_init="scratch", units=6000.0,
 )  # fmt: skip
 FIXED = {"channels"}  # the data are RGB
 
@@ -362,6 +363,7 @@ def test_every_setting_has_a_flag_that_sets_it(field):
     if field.name not in ("preset", "smoke", "steps_scale"):  # these change others by design
         want = dataclasses.asdict(ladd.parse([])[0]) | {field.name: value}
         want["out"] = settings.out
+        want["iterations"] = 1000 if field.name == "units" else want["iterations"]
         want["level_p"] = settings.level_p if field.name == "levels" else want["level_p"]
         if field.name in ("size", "downscale"):  # the levels follow the resolution
             want["levels"] = settings.levels
