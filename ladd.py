@@ -717,11 +717,21 @@ def regress(run):
     finish(run, loop, ema)
 
 
+def consistency_loss(student, ema, velocity, b, t, t_next):
+    """The student's x̂_0 from x_t is held to its average's from x_t', where one step of `velocity`,
+    the guided teacher's, leads. Pseudo-Huber. velocity(x_t, t) -> v; t' < t (B,) -> scalar"""
+    xt = add_noise(b.x0, b.noise, t)
+    with torch.no_grad():
+        x_next = xt + per_sample(t_next - t, xt) * velocity(xt, t)
+        target = predict_x0(x_next, ema(x_next, t_next, *b.text)[0], t_next)
+    x0_hat = predict_x0(xt, student(xt, t, *b.text)[0], t)
+    return (((x0_hat - target).square() + 1e-6).sqrt() - 1e-3).mean()
+
+
 def distil_consistency(run):
     """Latent consistency distillation (LCM, arXiv 2310.04378), on 32 levels (6 units).
 
-    The student's prediction from x_t is held to its average's prediction from where one guided
-    step of the teacher leads. Ours: the average that is the target is the result, too."""
+    Ours: the average that is the target is the result, too."""
     s, times = run.settings, sample.euler_times(32, run.settings.shift).to(run.device)
     student, ema, optimizer = start_student(run)
     teacher, uncond = run.load("teacher"), run.text([""])
@@ -732,15 +742,11 @@ def distil_consistency(run):
         b = draw_batch(run, draw, step)
         u = mine(torch.rand(s.batch, generator=run.random("distillation", step + (1 << 41))))
         i = (u * 32).long().to(run.device)
-        t, t_next = times[i], times[i + 1]
-        xt = add_noise(b.x0, b.noise, t)
-        with run.autocast(), torch.no_grad():
-            v = sample.guided_velocity(teacher, xt, t, b.text, uncond, s.synthetic_cfg)
-            x_next = xt + per_sample(t_next - t, xt) * v
-            target = predict_x0(x_next, ema(x_next, t_next, *b.text)[0], t_next)
         with run.autocast():
-            x0_hat = student_predict(student, b.x0, b.text, t, b.noise)
-        loss = (((x0_hat - target).square() + 1e-6).sqrt() - 1e-3).mean()  # pseudo-Huber
+            guided = functools.partial(
+                sample.guided_velocity, teacher, text=b.text, uncond=uncond, cfg=s.synthetic_cfg
+            )
+            loss = consistency_loss(student, ema, guided, b, times[i], times[i + 1])
         norm = update(optimizer, loss, student, s.clip, student_rate(s, step))
         update_ema(ema, student, s.student_ema, step)
         loop.log(loss=loss, grad_norm=norm)
@@ -803,6 +809,18 @@ def distil_add(run):
     finish(run, loop, ema)
 
 
+@torch.no_grad()
+def matching_gradient(x0_hat, noise, t, velocity, score):
+    """DMD's gradient with respect to x̂_0: what the fakes' own score network predicts from its
+    noised form, less what the guided teacher does, over how far off x̂_0 is. -> (B, C, H, W)
+
+    velocity(x_t, t), the guided teacher's, and score(x_t, t) -> v (B, C, H, W)"""
+    xt = add_noise(x0_hat, noise, t)
+    real, fake = (predict_x0(xt, v(xt, t), t) for v in (velocity, score))
+    far = (x0_hat - real).abs().mean((1, 2, 3), keepdim=True)
+    return (fake - real) / far.clamp(min=1e-3)
+
+
 def match_distributions(run):
     """Distribution matching (DMD, arXiv 2311.18828; without its regression, as DMD2): the student
     follows the difference of two scores, of the guided teacher and of a network that learns the
@@ -821,12 +839,11 @@ def match_distributions(run):
         t, t_score = (0.02 + 0.96 * mine(torch.rand(2, s.batch, generator=random).T).T).to(b.t)
         with run.autocast():
             x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
-        with run.autocast(), torch.no_grad():
-            xt = add_noise(x0_hat, b.noise_fake, t)
-            v = sample.guided_velocity(teacher, xt, t, b.text, uncond, s.synthetic_cfg)
-            real, fake = predict_x0(xt, v, t), predict_x0(xt, score(xt, t, *b.text)[0], t)
-            far = (x0_hat - real).abs().mean((1, 2, 3), keepdim=True)
-            gradient = (fake - real) / far.clamp(min=1e-3)
+            guided = functools.partial(
+                sample.guided_velocity, teacher, text=b.text, uncond=uncond, cfg=s.synthetic_cfg
+            )
+            fakes = lambda xt, t, text=b.text: score(xt, t, *text)[0]  # noqa: E731
+            gradient = matching_gradient(x0_hat, b.noise_fake, t, guided, fakes)
         loss = 0.5 * (x0_hat - (x0_hat - gradient).detach()).square().mean()
         norm = update(optimizer, loss, student, s.clip, student_rate(s, step))
         update_ema(ema, student, s.student_ema, step)

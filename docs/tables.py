@@ -1,7 +1,7 @@
-"""Rebuilds the README's table of results from the metrics.json files kept in docs/results.
+"""Rebuilds the tables of README.md and docs/ablations.md from the files kept in docs/results.
 
-python docs/tables.py            checks that the README agrees with the files; status 1 if not
-python docs/tables.py --write    writes the table into the README
+python docs/tables.py            checks that the texts agree with the files; status 1 if not
+python docs/tables.py --write    writes the tables into the texts
 """
 
 import json
@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from ladd import sweep_table  # noqa: E402
+
 START, END = "<!-- results: docs/tables.py -->", "<!-- end of results -->"
 COLUMNS = (("alignment", 3), ("frechet", 1), ("precision", 2), ("recall", 2))
 
@@ -61,17 +65,46 @@ def results():
     return "\n\n".join(part for part in parts if part)
 
 
-def main():
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
+def ablation(name):
+    """The table of a sweep kept in docs/results/ablations, with its command and machine."""
+    result = json.loads((ROOT / "docs/results/ablations" / f"{name}.json").read_text("utf-8"))
+    commits = {run["commit"] for member in result["members"] for run in member["runs"]}
+    dirty = any(run["dirty"] for member in result["members"] for run in member["runs"])
+    seeds = ", ".join(map(str, result["seeds"]))
+    lines = ["```", result["command"], "```", "", sweep_table(result), ""]
+    lines += [
+        f"Seeds {seeds}, mean ± standard deviation; commit {', '.join(c[:9] for c in commits)}"
+        f"{' with uncommitted changes' * dirty}, torch {result['torch']}, "
+        f"{result['gpu'] or result['processor']}, {result['threads']} thread"
+        f"{'s' * (result['threads'] > 1)}; docs/results/ablations/{name}.json."
+    ]
+    return "\n".join(lines)
+
+
+def filled(text):
+    """A document with the table of results and every `<!-- sweep: NAME -->` made anew."""
     block = f"{START}\n{results()}\n{END}"
-    wanted = re.sub(re.escape(START) + ".*?" + re.escape(END), lambda _: block, text, flags=re.S)
-    if "--write" in sys.argv:
-        path.write_text(wanted, encoding="utf-8")
-    elif wanted != text:
-        print("README.md does not agree with docs/results: run python docs/tables.py --write")
-        return 1
-    return 0
+    text = re.sub(re.escape(START) + ".*?" + re.escape(END), lambda _: block, text, flags=re.S)
+    return re.sub(
+        r"(<!-- sweep: (\S+) -->).*?(<!-- end -->)",
+        lambda m: f"{m[1]}\n{ablation(m[2])}\n{m[3]}",
+        text,
+        flags=re.S,
+    )
+
+
+def main():
+    status = 0
+    for name in ("README.md", "docs/ablations.md"):
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        wanted = filled(text)
+        if "--write" in sys.argv:
+            path.write_text(wanted, encoding="utf-8")
+        elif wanted != text:
+            print(f"{name} does not agree with docs/results: run python docs/tables.py --write")
+            status = 1
+    return status
 
 
 if __name__ == "__main__":
