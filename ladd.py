@@ -1175,7 +1175,7 @@ def meta_state(s):
 
 def meta_iteration(s, batch, checkpointing):
     """One update of `distil` without data -> the most bytes kept for a backward, FLOPs of one
-    forward, and of all. Up to 512 tokens attention is counted as on a CPU."""
+    forward, and of all. Up to 512 tokens (float32: 128) attention is counted as on a CPU."""
     student, teacher, heads, dtype = meta_networks(s)
     cast = lambda x: x.to(dtype) if torch.is_tensor(x) else x  # noqa: E731
     for network in (student, teacher, heads):

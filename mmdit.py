@@ -97,17 +97,16 @@ def modulate(x, shift, scale):
 
 
 def attention(q, k, v):
-    """softmax(q kᵀ / √d) v. q, k, v (B, A, L, d) -> (B, L, D)."""
-    if q.device.type in ("cpu", "meta") and q.shape[2] <= 512:
-        # PyTorch's CPU flash attention has a slow backward at short lengths: a third of a training
-        # step at 67 tokens. The plain matrix form gives the same numbers.
+    """softmax(q kᵀ / √d) v. q, k, v (B, A, L, d) -> the same."""
+    short = 512 if q.dtype == torch.bfloat16 else 128
+    if q.device.type in ("cpu", "meta") and q.shape[2] <= short:
+        # PyTorch's CPU flash attention has a slow backward at short lengths, in bf16 eight times
+        # this one's at 72 tokens. The plain matrix form gives the same numbers.
         weights = ((q * q.shape[3] ** -0.5) @ k.transpose(2, 3)).softmax(dim=3)
-        out = weights @ v
-    elif q.device.type == "meta":  # count what a GPU keeps, not the matrix that it never forms
-        out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
-    else:
-        out = F.scaled_dot_product_attention(q, k, v)
-    return out.transpose(1, 2).flatten(2)
+        return weights @ v
+    if q.device.type == "meta":  # count what a GPU keeps, not the matrix that it never forms
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def rms_norm(x, weight):
@@ -133,6 +132,10 @@ class Attention(nn.Module):
         if self.ln_q is not None:
             q, k = rms_norm(q, self.ln_q.weight), rms_norm(k, self.ln_k.weight)
         return q, k, v
+
+    def merge(self, attended):
+        """What every head read, (B, A, L, d), side by side and projected -> (B, L, D)"""
+        return self.proj(attended.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -175,11 +178,11 @@ class Stream(nn.Module):
         return self.attn.project(modulate(layer_norm(x), mod[0], mod[1]))
 
     def update(self, x, attended, mod):
-        """Adds what the attention read, then the MLP, each through its gate. (B, L, D) -> same."""
+        """Adds what the heads read, (B, A, L, d), then the MLP, each through its gate."""
         if self.attn2 is not None:
             own = attention(*self.attn2.project(modulate(layer_norm(x), mod[6], mod[7])))
-            x = torch.addcmul(x, mod[8], self.attn2.proj(own))
-        x = torch.addcmul(x, mod[2], self.attn.proj(attended))
+            x = torch.addcmul(x, mod[8], self.attn2.merge(own))
+        x = torch.addcmul(x, mod[2], self.attn.merge(attended))
         return torch.addcmul(x, mod[5], self.mlp(modulate(layer_norm(x), mod[3], mod[4])))
 
 
@@ -203,7 +206,8 @@ class JointBlock(nn.Module):
         context_qkv = self.context_block.project(context, context_mod)
         x_qkv = self.x_block.project(x, x_mod)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(context_qkv, x_qkv, strict=True))
-        from_context, from_x = attention(q, k, v).split([M, N], dim=1)
+        # split before the heads are laid side by side: one copy of each stream, forward and back
+        from_context, from_x = attention(q, k, v).split([M, N], dim=2)
         x = self.x_block.update(x, from_x, x_mod)
         if self.context_block.mlp is None:  # pre-only: nothing after this reads the context
             return None, x

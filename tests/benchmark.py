@@ -13,6 +13,7 @@ SD3Transformer2DModel (pip install diffusers) of the same sizes, precision and o
 import argparse
 import copy
 import math
+import pickle
 import statistics
 import subprocess
 import sys
@@ -136,6 +137,18 @@ class Distillation:
         self.heads_optimizer = ladd.make_optimizers(self.heads, 1e-4, 0.0, s.beta1)
         self.grid = tuple(side // s.patch for side in s.sizes[0])
         self.x0, self.t, *self.text = inputs(s, batch or s.batch, device)
+        self.parts, self.last = None, 0.0  # {part: seconds}, while somebody wants to know
+        for optimizer in self.optimizer + self.heads_optimizer:
+            optimizer.register_step_pre_hook(lambda *_: self.done("backward"))
+
+    def done(self, part):
+        """The time since the call before was spent on this part."""
+        if self.parts is not None:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            self.parts[part] = self.parts.get(part, 0.0) + now - self.last
+            self.last = now
 
     def forward(self):
         """The unit: one forward of the whole network."""
@@ -147,14 +160,21 @@ class Distillation:
         s, (x0, t, text) = self.s, (self.x0, self.t, self.text)
         with sample.autocast(self.device, "auto"):
             x0_hat = ladd.student_predict(self.student, x0, text, t, torch.randn_like(x0))
+            self.done("student forward")
             fake = self.features(x0_hat)
+            self.done("teacher on fakes")
             with torch.no_grad():
                 real = self.features(x0)
+            self.done("teacher on reals")
             loss_d = ladd.discriminator_loss(self.heads, real, fake, t, text[1], self.grid, 0.0)[0]
+        self.done("heads")
         ladd.update(self.heads_optimizer, loss_d, self.heads, math.inf, 1.0)
+        self.done("optimisers")
         with sample.autocast(self.device, "auto"):
             loss_g = ladd.generator_loss(self.heads, fake, t, text[1], self.grid)
+        self.done("heads")
         ladd.update(self.optimizer, loss_g, self.student, s.clip, 1.0)
+        self.done("optimisers")
 
     def two_passes(self):
         """As usual in a GAN: one pass of student and teacher for each player."""
@@ -206,15 +226,24 @@ def sampling(device, n):
     return seconds["theirs"] / seconds["ours"]
 
 
-def reading(folder, n):
-    """Seconds that a batch of 64 takes, per data set; folder: one of images, made here."""
+def reading(folder, n, data_dir=None):
+    """Seconds that a batch of 64 takes, per data set. CIFAR-10 is that of `data_dir`, or one of its
+    size and format without pictures; it and a folder of images are made in `folder`."""
     shapes = data.load("shapes", 16, 16)
     images, caption = shapes.batch(np.arange(256))
     for i, (image, row) in enumerate(zip(images, caption.tolist(), strict=True)):
-        path = Path(folder) / shapes.captions[row].split()[3] / f"{i}.png"
-        path.parent.mkdir(exist_ok=True)
+        path = Path(folder) / "images" / shapes.captions[row].split()[3] / f"{i}.png"
+        path.parent.mkdir(exist_ok=True, parents=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    sets = {"shapes": shapes, "a folder of images": data.load(str(folder), 16, 16)}
+    if not data_dir:
+        data_dir, random = folder, np.random.default_rng(0)
+        (batches := Path(folder) / "cifar-10-batches-py").mkdir()
+        for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+            pixels = random.integers(0, 256, (10_000, 3072), np.uint8)
+            labels = random.integers(0, 10, 10_000).tolist()
+            (batches / name).write_bytes(pickle.dumps({b"data": pixels, b"labels": labels}))
+    sets = {"shapes": shapes, "a folder of images": data.load(f"{folder}/images", 16, 16)}
+    sets["CIFAR-10"] = data.load("cifar10", 16, 16, data_dir=data_dir)
     index = iter(range(1 << 30))
 
     def batch(dataset):
@@ -243,23 +272,17 @@ def start_up(n):
     return {name: value / alone for name, value in seconds.items()}
 
 
-def peak(form):
-    """Peak memory of three iterations of one form in a process of its own, over that of none."""
-    code = (
-        f"import sys, torch; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
-        "import benchmark\n"
-        "d = benchmark.Distillation('nano', torch.device('cpu'))\n"
-        f"d.{form}()\n"
-        "kb = lambda key: next(int(l.split()[1]) for l in open('/proc/self/status') if key in l)\n"
-        "open('/proc/self/clear_refs', 'w').write('5')\n"  # the peak begins anew (Linux)
-        "before = kb('VmRSS')\n"
-        f"for _ in range(3): d.{form}()\n"
-        "print(kb('VmHWM') - before)"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    return int(out.stdout)
+def peak(call):
+    """The most bytes that PyTorch's allocator holds at a time in one call, beyond those before it.
+
+    Resident memory tells less: the C library keeps what the call before gave back, as much of it
+    as happened to lie together."""
+    call()
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as record:
+        call()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return int(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max())
 
 
 def saving(d, step):
@@ -360,6 +383,16 @@ def large_sample(preset="sd3-8b"):
     yield "its memory, GB", f"{memory:.1f}", "one GPU's"
 
 
+def by_part(d, n):
+    """{part: share of the time} of n LADD iterations."""
+    d.shared()
+    d.parts, d.last = {}, time.perf_counter()
+    for _ in range(n):
+        d.shared()
+    parts, d.parts = d.parts, None
+    return {part: seconds / sum(parts.values()) for part, seconds in parts.items()}
+
+
 def profile(call, most=8):
     """(operation, share of the time) of the operations that take most of three calls."""
     call()
@@ -376,13 +409,14 @@ def profile(call, most=8):
 # ---------------------------------------------------------------------------------------------
 
 
-def measure(n):
+def measure(n, data_dir):
     """Yields (what, figure, asked for) as they are measured."""
     device = torch.device(sample.best_device())
     step = None
     for preset in ("nano", "tiny"):
         for precision in ("bf16", "fp32"):
-            ratio, seconds = training_step(preset, precision, device, n if preset == "nano" else 3)
+            turns = n if preset == "nano" else min(n, 3)
+            ratio, seconds = training_step(preset, precision, device, turns)
             step = seconds if step is None else step
             what = f"training step, {preset}, {precision}: diffusers' time over ours"
             yield what, f"{ratio:.2f}", "≥ 1.5" if device.type == "cpu" else "≥ 1.15"
@@ -395,12 +429,12 @@ def measure(n):
     yield "saved states, share of the time", f"{saving(d, seconds['shared']):.2%}", "< 2 %"
     yield "64 images in 4 steps: diffusers' time over ours", f"{sampling(device, n):.2f}", "≥ 1.3"
     with tempfile.TemporaryDirectory() as folder:
-        for name, seconds in reading(folder, n).items():
+        for name, seconds in reading(folder, n, data_dir).items():
             yield f"a batch of {name} over a training step", f"{seconds / step:.1%}", "≤ 5 %"
     for name, ratio in start_up(3).items():
         yield f"`{name}` over `import torch`", f"{ratio:.2f}", "< 1.5"
     if device.type == "cpu":
-        memory = peak("shared") / peak("two_passes")
+        memory = peak(d.shared) / peak(d.two_passes)
         yield "LADD iteration: our peak memory over two passes'", f"{memory:.2f}", "≤ 1.1"
 
 
@@ -408,6 +442,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="keep the output in docs/benchmark.md")
     parser.add_argument("--rounds", type=int, default=11, help="calls of which the median is taken")
+    parser.add_argument("--data-dir", help="a folder with CIFAR-10 (default: noise of its size)")
     parser.add_argument("--gpu", action="store_true", help="measure the real sizes instead")
     parser.add_argument("--leak", action="store_true", help="look for leaks instead: minutes")
     args = parser.parse_args()
@@ -423,11 +458,15 @@ def main():
     lines = ["| what | measured | asked for |", "|---|---|---|"]
     print(*lines, sep="\n", flush=True)
     whole = (row for rows in (full_size("sd3-2b", 4), large_sample()) for row in rows)
-    for row in whole if args.gpu else measure(args.rounds):
+    for row in whole if args.gpu else measure(args.rounds, args.data_dir):
         lines.append("| " + " | ".join(row) + " |")
         print(lines[-1], flush=True)
+    printed = len(lines)
     d = Distillation("nano", torch.device(sample.best_device()))
-    lines += ["", "Where the time of a LADD iteration of `nano` goes, by operation:", ""]
+    lines += ["", "Where the time of a LADD iteration of `nano` goes, by part:", ""]
+    lines += ["| part | share |", "|---|---|"]
+    lines += [f"| {part} | {share:.0%} |" for part, share in by_part(d, args.rounds).items()]
+    lines += ["", "And by operation:", ""]
     lines += ["| operation | share |", "|---|---|"]
     lines += [f"| `{name}` | {share:.0%} |" for name, share in profile(d.shared)]
     where = ladd.machine()
@@ -438,7 +477,7 @@ def main():
         f"torch {where['torch']}, {where['gpu'] or where['processor']}, "
         f"{where['threads']} threads.",
     ]
-    print(*lines[-12:], sep="\n")
+    print(*lines[printed:], sep="\n")
     if args.write:
         text = "# Benchmark\n\nRatios of one run on one machine.\n\n" + "\n".join(lines) + "\n"
         (ROOT / "docs" / "benchmark.md").write_text(text, encoding="utf-8")

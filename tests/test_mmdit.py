@@ -326,16 +326,14 @@ def test_unpatchify_inverts_the_order_row_column_channel():
     assert torch.equal(model.unpatchify(tokens, h, w), image)
 
 
-@pytest.mark.parametrize("length", [7, 512, 513])
-def test_attention_equals_the_library_on_both_sides_of_its_switch(length):
-    """softmax(q kᵀ / √d) v, heads side by side in the output; matrix form up to 512 tokens."""
-    q, k, v = (randn(2, 3, length, 4, seed=i) for i in range(3))
-    expected = F.scaled_dot_product_attention(q, k, v)
-    out = attention(q, k, v)
-    assert out.shape == (2, length, 12)
-    for head in range(3):
-        got = out[:, :, 4 * head : 4 * (head + 1)]
-        torch.testing.assert_close(got, expected[:, head], **EXACT)
+@pytest.mark.parametrize("length", [7, 128, 129, 512, 513])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_attention_equals_the_library_on_both_sides_of_its_switch(length, dtype):
+    """softmax(q kᵀ / √d) v of every head; the matrix form up to 512 tokens in bf16, 128 else."""
+    q, k, v = (randn(2, 3, length, 4, seed=i).to(dtype) for i in range(3))
+    expected = F.scaled_dot_product_attention(*(a.double() for a in (q, k, v)))
+    close = EXACT if dtype == torch.float64 else dict(rtol=0, atol=0.01)
+    torch.testing.assert_close(attention(q, k, v).double(), expected, **close)
 
 
 def formula_norm(x, shift, scale):
