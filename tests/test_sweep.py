@@ -155,7 +155,8 @@ def test_every_baseline_trains_the_student_and_goes_on_where_it_was_cut(
 ):
     """From the same teacher and samples as LADD; bit for bit also after a cut."""
     root = tmp_path
-    flags = f"{FEW} --method {method} --save-every 2 --judge-steps 5 --teacher {whole / 'teacher.pt'}"
+    flags = f"{FEW} --method {method} --save-every 2 --judge-steps 5"
+    flags += f" --teacher {whole / 'teacher.pt'}"
     for name in ("want", "cut"):
         assert launch(name, f"{flags} --stage synthesis") == 0
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,105 @@
+"""The exercises' answers: every patch applies, is as short as promised, and trains."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "docs" / "exercises.md").read_text("utf-8")
+PATCHES = sorted((ROOT / "docs" / "exercises").glob("*.patch"))
+FILES = ("mmdit.py", "discriminator.py", "sample.py", "data.py", "ladd.py")
+
+# Each answer is run by a fork of one process that has imported what takes long.
+FORK = """
+import json, os, sys
+import numpy, PIL.Image, torch, tqdm, torch._dynamo
+torch.set_num_threads(1)
+status = {}
+for folder in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        os.chdir(folder)
+        sys.path.insert(0, folder)
+        out = os.open("out.txt", os.O_CREAT | os.O_WRONLY)
+        os.dup2(out, 1), os.dup2(out, 2)
+        code = 1
+        try:
+            import ladd
+            assert ladd.__file__.startswith(folder)
+            flags = "--preset nano --smoke --size 8 --width 16 --heads 2 --head-width 16 --out run"
+            code = ladd.main([*flags.split(), "--judge-width", "4", "--precision", "fp32"])
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    status[folder] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(json.dumps(status))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """{name: (folder with the answer applied and run, exit status)}"""
+    root, folders = tmp_path_factory.mktemp("answers"), {}
+    for patch in PATCHES:
+        folders[patch.stem] = folder = root / patch.stem
+        folder.mkdir()
+        for name in FILES:
+            shutil.copy(ROOT / name, folder / name)
+        words = ["git", "apply", "--unsafe-paths", f"--directory={folder}", str(patch)]
+        done = subprocess.run(words, cwd=root, capture_output=True, text=True)
+        assert done.returncode == 0, f"{patch.name}: {done.stderr}"
+        touched = re.findall(r"^\+\+\+ b/(\S+)", patch.read_text("utf-8"), re.M)
+        for name in touched:
+            assert (folder / name).read_bytes() != (ROOT / name).read_bytes()
+    words = [sys.executable, "-c", FORK, json.dumps([f"{f}" for f in folders.values()])]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=root, timeout=300)
+    status = json.loads(done.stdout.splitlines()[-1])
+    return {name: (folder, status[f"{folder}"]) for name, folder in folders.items()}
+
+
+def test_there_are_twelve_exercises_each_with_its_answer():
+    assert len(PATCHES) == 12 == len(re.findall(r"^## \d+\. ", TEXT, re.M))
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda p: p.stem)
+def test_the_answer_in_the_text_is_the_patch(patch):
+    assert f"```diff\n{patch.read_text('utf-8')}```" in TEXT
+
+
+@pytest.mark.parametrize("patch", PATCHES[:9], ids=lambda p: p.stem)
+def test_the_first_nine_change_at_most_twenty_lines(patch):
+    changed = [x for x in patch.read_text("utf-8").splitlines() if re.match(r"[+-](?![+-]{2})", x)]
+    assert 0 < len(changed) <= 20
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda p: p.stem)
+def test_the_text_names_files_and_functions_that_the_answer_touches(patch):
+    """`Where: file.py: name, name; …` names what is there, and every file of the patch."""
+    where = re.search(rf"^## {int(patch.stem)}\. .*?^Where: (.*?)\n\n", TEXT, re.M | re.S)[1]
+    touched = set(re.findall(r"^\+\+\+ b/(\S+)", patch.read_text("utf-8"), re.M))
+    named = {}
+    for part in where.replace("\n", " ").split(";"):
+        file, _, names = part.strip().partition(": ")
+        named[file.strip("`")] = re.findall(r"`([\w.]+)`", names)
+    assert set(named) == touched
+    for file, names in named.items():
+        source = (ROOT / file).read_text("utf-8")
+        assert names and all(
+            re.search(rf"(def|class) {n.split('.')[-1]}\b|^{n} =", source, re.M) for n in names
+        )
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda p: p.stem)
+def test_the_answer_runs_through_all_stages(answers, patch):
+    folder, status = answers[patch.stem]
+    assert status == 0, (folder / "out.txt").read_text("utf-8", "replace")[-2000:]
+    assert (folder / "run" / "student.pt").exists() and (folder / "run" / "report.md").exists()
