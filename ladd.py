@@ -503,6 +503,8 @@ def distillation_batches(run):
 def distil(run):
     s, device = run.settings, run.device
     teacher, ema = run.load("teacher"), run.load("teacher")  # frozen
+    if not run.divided:  # autocast would cast its weights in both passes and keep them for backward
+        teacher.to(sample.arithmetic(device, s.precision))
     student = run.load("teacher").requires_grad_(True)
     teacher.checkpointing = student.checkpointing = s.checkpointing
     heads = run.seeded(Discriminator, **s.head_sizes())
