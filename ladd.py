@@ -602,7 +602,8 @@ def student_rate(s, step):
 def distil(run):
     s = run.settings
     student, ema, student_optimizer = start_student(run)
-    teacher = run.load("teacher")  # frozen
+    # Frozen, in the precision of the arithmetic: autocast would cast its weights in both passes.
+    teacher = run.load("teacher", sample.arithmetic(run.device, s.precision))
     teacher.checkpointing = s.checkpointing
     heads = run.seeded(Discriminator, **s.head_sizes())
     heads_optimizer = make_optimizers(heads, s.heads_lr, 0.0, s.beta1, s.adam_eps)
@@ -1582,13 +1583,14 @@ class Run:
         if rank() == 0:
             save(checkpoint | dict(settings=settings, step=step, **more), self.path(kind))
 
-    def load(self, kind):
+    def load(self, kind, dtype=torch.float32):
         """The finished teacher or student, frozen."""
         if not self.divided:
-            return sample.build(sample.read_checkpoint(self.path(kind)), self.device)
+            network = sample.build(sample.read_checkpoint(self.path(kind)), self.device)
+            return network.to(dtype)
         checkpoint = torch.load(self.path(kind), "cpu", weights_only=True, mmap=True)
         with torch.device("meta"):
-            network = MMDiT(**checkpoint["model"])
+            network = MMDiT(**checkpoint["model"]).to(dtype)
         network = self.divide(network).to_empty(device=self.device)
         fill(network, checkpoint["weights"])  # tensor by tensor from the mapped file
         return network.eval().requires_grad_(False)

@@ -229,12 +229,15 @@ def best_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def arithmetic(device, precision):
+    """The dtype of products: `auto` is bf16 where the hardware has it, float32 elsewhere."""
+    bf16 = has_bf16(torch.device(device)) if precision == "auto" else precision == "bf16"
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def autocast(device, precision):
-    """bf16 autocast; `auto` takes bf16 where the hardware has it, float32 elsewhere."""
-    device = torch.device(device)
-    if precision == "auto":
-        precision = "bf16" if has_bf16(device) else "fp32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    bf16 = arithmetic(device, precision) == torch.bfloat16
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
 
 
 def has_bf16(device):

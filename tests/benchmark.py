@@ -126,13 +126,14 @@ def training_step(preset, precision, device, n):
 class Distillation:
     """A LADD iteration without files and logs, in one teacher pass and in two."""
 
-    def __init__(self, preset, device, batch=None, teacher=torch.float32):
+    def __init__(self, preset, device, batch=None):
         self.s = s = settings(preset)
         self.device = device
         with torch.device(device):
             self.student = awake(MMDiT(**s.model()))
             self.heads = Discriminator(**s.head_sizes())
-        self.teacher = copy.deepcopy(self.student).to(teacher).eval().requires_grad_(False)
+        dtype = sample.arithmetic(device, "auto")  # as in ladd.py
+        self.teacher = copy.deepcopy(self.student).to(dtype).eval().requires_grad_(False)
         self.optimizer = ladd.make_optimizers(self.student, 1e-4, 0.0, s.beta1)
         self.heads_optimizer = ladd.make_optimizers(self.heads, 1e-4, 0.0, s.beta1)
         self.grid = tuple(side // s.patch for side in s.sizes[0])
@@ -341,7 +342,7 @@ def full_size(preset, batch):
     rate = 2 * 8192**3 / rounds(dict(product=lambda: a @ b), 20)["product"]
     yield "bf16 matrix product of 8192³, TFLOP/s", f"{rate / 1e12:.0f}", "–"
     torch.cuda.reset_peak_memory_stats()
-    d = Distillation(preset, device, batch, torch.bfloat16)
+    d = Distillation(preset, device, batch)
     ema = copy.deepcopy(d.student).requires_grad_(False)
     kept, forward, flops = ladd.meta_iteration(s, batch, False)
     seconds = rounds(dict(forward=d.forward, iteration=d.shared), 5)

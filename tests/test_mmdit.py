@@ -4,6 +4,7 @@ Sizes differ from one another wherever they can, so that a swapped dimension is 
 are random everywhere: at its initialisation adaLN-Zero hides what the blocks compute.
 """
 
+import copy
 import inspect
 import math
 
@@ -569,6 +570,20 @@ def test_bf16_autocast_stays_close_to_float32():
     for rounded, reference in ((v, exact), (feature, exact_feature)):
         error = (rounded.float() - reference).norm() / reference.norm()
         assert 0 < error < 0.03
+
+
+def test_frozen_weights_in_bf16_give_the_numbers_that_autocast_gives():
+    """Features and their gradient in x, bit by bit: the frozen teacher is kept in bf16."""
+    model = tiny(qk_norm=True, attn2_blocks=1).float().requires_grad_(False)
+    x, *rest = (argument.float() for argument in inputs())
+    results = []
+    for network in (model, copy.deepcopy(model).bfloat16()):
+        x = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            features = network(x, *rest, taps=(0, 2))[1]
+        (grad,) = torch.autograd.grad(sum(f.float().square().sum() for f in features), x)
+        results.append([*features, grad])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------
