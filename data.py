@@ -25,6 +25,7 @@ the empty caption is the unconditional one. Real encoders' features are computed
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib
 import io
@@ -439,9 +440,36 @@ def word_attributes(captions, counts, most=16):
 # ---------------------------------------------------------------------------------------------
 
 
+MOST_PROFILE = 1 << 22  # bytes of a colour profile; those of printing presses have 2 MB
+PROFILED = {"L": "RGB", "RGB": "RGB", "RGBA": "RGBA", "CMYK": "RGB"}  # mode -> what it becomes
+
+
+@functools.lru_cache(8)  # the pictures of a set have few profiles, and this takes up to 0.1 s
+def srgb_transform(profile, mode):
+    from PIL import ImageCms  # only now: most pictures have no profile
+
+    own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+    flags = ImageCms.Flags.NOCACHE  # several threads use it
+    return ImageCms.buildTransform(own, srgb, mode, PROFILED[mode], flags=flags)
+
+
+def to_srgb(image):
+    """A picture that brings a colour profile, in sRGB; as it is where that can't be applied."""
+    profile = image.info.get("icc_profile") or b""
+    if not 0 < len(profile) <= MOST_PROFILE:
+        return image
+    if image.mode == "P":
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    try:
+        return srgb_transform(profile, image.mode).apply(image)
+    except Exception:  # damaged, for another mode than the picture's, or Pillow is without
+        return image
+
+
 def to_rgb(image):
-    """Any picture as 8-bit RGB: rotated as its EXIF says, transparency on white."""
-    image = ImageOps.exif_transpose(image)
+    """Any picture as 8-bit sRGB: rotated as its EXIF says, its colour profile applied,
+    transparency on white."""
+    image = to_srgb(ImageOps.exif_transpose(image))
     if image.mode.startswith(("I", "F")):  # 16-bit grey; Pillow's own conversion would clip it
         grey = np.asarray(image, np.float64)
         scale = 1 if grey.max(initial=0) <= 255 and not image.mode.startswith("I;16") else 257

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import data
 import ladd
@@ -365,8 +365,34 @@ def turned():
     return encode(image, "PNG", exif=exif)
 
 
+def swapped(whole=True):
+    """sRGB's profile with red and blue changed about: blue pixels are red to who applies it."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for old, new in ((b"rXYZ", b"    "), (b"bXYZ", b"rXYZ"), (b"    ", b"bXYZ")):
+        profile = profile.replace(old, new)
+    return profile if whole else profile[: len(profile) // 2]
+
+
+def press():
+    """A printing press whose yellow is red, and whose other colours are no ink at all."""
+    inks = np.indices((2, 2, 2, 2)).reshape(4, -1).T  # of C, M, Y, K: none or all
+    lab = [(0, 128, 128) if k else (136, 208, 195) if y else (255, 128, 128) for *_, y, k in inks]
+    ramp, same = bytes(range(256)), (np.eye(3, dtype=">i4") << 16).tobytes()
+    lut = b"mft1\0\0\0\0\4\3\2\0" + same + 4 * ramp + np.uint8(lab).tobytes() + 3 * ramp
+    head = (2 << 24, b"prtr", b"CMYK", b"Lab ", b"acsp", 63190, 65536, 54061, 1)
+    body = struct.pack(">4xI4s4s4s12x4s28x3i48xI", *head)
+    body += struct.pack(">4sII", b"A2B0", 144, len(lut)) + lut
+    return struct.pack(">I", len(body) + 4) + body
+
+
+def blue(mode, **options):
+    return encode(Image.new(mode, (16, 16), "blue"), **options)
+
+
 RED = Image.new("RGB", (16, 16), "red")
 CMYK = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+YELLOW = Image.new("CMYK", (16, 16), (0, 0, 255, 0))
+NOISE = np.random.default_rng(0).bytes(5 << 20)  # which no zip makes smaller
 ODD = {
     "PNG by another name": encode(RED),
     "JPEG by another name": encode(RED, "JPEG", quality=95),
@@ -376,8 +402,17 @@ ODD = {
     "animated WebP": frames("WEBP"),
     "turned by its EXIF": turned(),
     "16 bits": encode(Image.fromarray(np.full((8, 8), 65535, np.uint16))),
-    "CMYK with a profile": encode(CMYK, "JPEG", quality=95, icc_profile=b"no profile" * 40),
+    "CMYK": encode(CMYK, "JPEG", quality=95),
+    "CMYK with a profile": encode(YELLOW, "JPEG", quality=95, icc_profile=press()),
+    "CMYK with a broken profile": encode(CMYK, "JPEG", quality=95, icc_profile=b"no profile" * 40),
+    "CMYK with a profile of RGB": encode(CMYK, "JPEG", quality=95, icc_profile=swapped()),
+    "RGB with a profile": blue("RGB", icc_profile=swapped()),
+    "RGBA with a profile": blue("RGBA", icc_profile=swapped()),
+    "a palette with a profile": blue("P", icc_profile=swapped()),
+    "RGB with a profile of CMYK": encode(RED, icc_profile=press()),
     "RGB with a broken profile": encode(RED, icc_profile=b"\xff" * 500),
+    "RGB with a profile cut short": encode(RED, icc_profile=swapped(whole=False)),
+    "RGB with a profile of 5 MB": encode(RED, "JPEG", quality=95, icc_profile=swapped() + NOISE),
     "one pixel": encode(RED.resize((1, 1))),
     "a strip": encode(RED.resize((5000, 1))),
     "bytes behind its end": encode(RED) + b"PK\3\4" * 100,
