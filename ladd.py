@@ -1059,7 +1059,8 @@ class Run:
         encoded = isinstance(self.dataset, data.Shards)
         if encoded:
             wanted = settings.model()
-            self.dataset.expect(wanted["context_dim"], wanted["pooled_dim"], wanted["channels"])
+            names = ("context_dim", "pooled_dim", "channels", "patch")
+            self.dataset.expect(*(wanted[name] for name in names))
         elif settings.channels != 3:
             raise data.DataError(
                 f"--preset {settings.preset} learns from latents of {settings.channels} channels, "
