@@ -25,6 +25,7 @@ the empty caption is the unconditional one. Real encoders' features are computed
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib
 import io
@@ -57,6 +58,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what a picture may be, whatev
 MOST_BYTES = 1 << 26  # of one file, unpacked, or of a zip's list of names: half a million
 MOST_PIXELS = 1 << 26  # of one picture: 8192 × 8192
 MOST_CAPTION = 1 << 17  # characters
+MOST_PROMPTS = 1 << 27  # bytes of a file of prompts: a million
 warnings.filterwarnings("ignore", module="PIL")  # odd metadata; what can't be read raises
 
 
@@ -78,7 +80,7 @@ def clean(text, most=MOST_CAPTION):
 def read_object(path):
     """The JSON object of a file of a run folder, as a dict; DataError names a damaged one."""
     try:
-        value = json.loads(Path(path).read_bytes())
+        value = json.loads(Path(path).read_bytes()) if Path(path).is_file() else None
     except (OSError, ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
@@ -439,9 +441,36 @@ def word_attributes(captions, counts, most=16):
 # ---------------------------------------------------------------------------------------------
 
 
+MOST_PROFILE = 1 << 22  # bytes of a colour profile; those of printing presses have 2 MB
+PROFILED = {"L": "RGB", "RGB": "RGB", "RGBA": "RGBA", "CMYK": "RGB"}  # mode -> what it becomes
+
+
+@functools.lru_cache(8)  # the pictures of a set have few profiles, and this takes up to 0.1 s
+def srgb_transform(profile, mode):
+    from PIL import ImageCms  # only now: most pictures have no profile
+
+    own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+    flags = ImageCms.Flags.NOCACHE  # several threads use it
+    return ImageCms.buildTransform(own, srgb, mode, PROFILED[mode], flags=flags)
+
+
+def to_srgb(image):
+    """A picture that brings a colour profile, in sRGB; as it is where that can't be applied."""
+    profile = image.info.get("icc_profile") or b""
+    if not 0 < len(profile) <= MOST_PROFILE:
+        return image
+    if image.mode == "P":
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    try:
+        return srgb_transform(profile, image.mode).apply(image)
+    except Exception:  # damaged, for another mode than the picture's, or Pillow is without
+        return image
+
+
 def to_rgb(image):
-    """Any picture as 8-bit RGB: rotated as its EXIF says, transparency on white."""
-    image = ImageOps.exif_transpose(image)
+    """Any picture as 8-bit sRGB: rotated as its EXIF says, its colour profile applied,
+    transparency on white."""
+    image = to_srgb(ImageOps.exif_transpose(image))
     if image.mode.startswith(("I", "F")):  # 16-bit grey; Pillow's own conversion would clip it
         grey = np.asarray(image, np.float64)
         scale = 1 if grey.max(initial=0) <= 255 and not image.mode.startswith("I;16") else 257
@@ -943,10 +972,14 @@ class Encoders:
 def read_prompts(path):
     """The distinct lines of a file that are not empty."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        with open(path, "rb") as file:
+            text = file.read(MOST_PROMPTS + 1)
+        if len(text) > MOST_PROMPTS:
+            raise ValueError(f"more than {MOST_PROMPTS:,} bytes")
+        lines = text.decode("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
         raise DataError(f"--prompts {path}: can't be read ({error}).") from None
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    prompts = list(dict.fromkeys(filter(None, map(clean, lines))))
     if not prompts:
         raise DataError(f"--prompts {path}: no prompt in it; one a line is expected.")
     return prompts
@@ -961,7 +994,7 @@ def by_bucket(files, sizes):
         try:
             with (
                 files.zip.open(name) if files.zip else open(files.path / name, "rb") as file,
-                Image.open(file) as image,
+                Image.open(file, formats=FORMATS) as image,
             ):
                 turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation
                 return nearest(sizes, *(image.size if turned else image.size[::-1]))
@@ -1059,7 +1092,7 @@ def decode_rows(files, rows, size, bad):
         done = list(zip(rows, pool.map(one, rows), strict=True))
     for (name, _), error in done:
         if isinstance(error, Exception):
-            print(f"skipped {files.path}: {name}: {error}", file=sys.stderr)
+            print(clean(f"skipped {files.path}: {name}: {error}", 1000), file=sys.stderr)
             bad.append(name)
     good = [(row, x) for row, x in done if not isinstance(x, Exception)]
     return [row for row, _ in good], torch.from_numpy(np.array([x for _, x in good]))
@@ -1067,12 +1100,27 @@ def decode_rows(files, rows, size, bad):
 
 def shard_note(path):
     """What stands in the JSON file beside a shard; nothing, if the shard was not finished."""
+    path = path.with_suffix(".json")
     try:
-        return dict(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+        if path.exists() and not path.is_file():
+            raise ValueError("not a file")
+        with open(path, "rb") as file:
+            return dict(json.loads(file.read(MOST_BYTES)))
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, OSError) as error:
-        raise DataError(f"{path.with_suffix('.json')} can't be read ({error}).") from None
+    except (ValueError, TypeError, OSError, RecursionError) as error:
+        raise DataError(f"{path} can't be read ({error}).") from None
+
+
+def is_whole(note):
+    """Whether a shard's note says all that `encode` writes: bytes, hash, captions, (C, h, w)."""
+    captions, latents = note.get("captions"), note.get("latents", 0)
+    texts = isinstance(captions, list) and all(isinstance(c, str) for c in captions)
+    whole = lambda v: type(v) is int and 0 < v < 1 << 20  # noqa: E731
+    sizes = isinstance(latents, list) and len(latents) == 3 and all(map(whole, latents))
+    return type(note.get("bytes")) is int and "sha256" in note and texts and (
+        sizes or latents is None
+    )  # fmt: skip
 
 
 def claim(out, made_of, rank):
@@ -1128,15 +1176,20 @@ class Shards(Buckets):
     def __init__(self, path, sizes, seed=0):
         self.name, self.path, self.seed = f"{Path(path).resolve()}", Path(path), seed
         index = shard_note(self.path / "shards")
-        if index.get("format") != SHARDS:
+        if index.get("format") != SHARDS or type(index.get("shards")) is not int:
             raise DataError(f"{path}: its shards.json is not that of a shard folder.")
-        self.files = [self.path / f"{i:06d}.safetensors" for i in range(index["shards"])]
-        self.notes = [shard_note(file) for file in self.files]
-        for file, note in zip(self.files, self.notes, strict=True):
-            if not note.keys() >= {"bytes", "sha256", "latents", "captions"} or not file.exists():
+        self.files, self.notes = [], []
+        for i in range(index["shards"]):
+            file = self.path / f"{i:06d}.safetensors"
+            if not is_whole(note := shard_note(file)) or not file.is_file():
                 raise DataError(f"{path}: {file.name} is missing; run the same encode again.")
             if (found := file.stat().st_size) != note["bytes"]:
                 raise DataError(f"{file}: {found:,} of {note['bytes']:,} bytes; encode it again.")
+            self.files.append(file)
+            self.notes.append(note)
+        kinds = {(note["latents"] or [None])[0] for note in self.notes[1:] if note["captions"]}
+        if len(kinds) != 1 or not self.notes[0]["captions"]:
+            raise DataError(f"{path}: its shards have no samples, or of several kinds.")
 
         captions = [caption for note in self.notes for caption in note["captions"]]
         first = {}  # caption -> its first sample
@@ -1145,7 +1198,7 @@ class Shards(Buckets):
         self.captions, self.first = list(first), torch.tensor(list(first.values()))
         self.rows = {caption: row for row, caption in enumerate(self.captions)}
         self.labels = torch.zeros(len(self.captions), 0, dtype=torch.int64)
-        counts = [len(note.pop("captions")) for note in self.notes]
+        self.counts = counts = [len(note.pop("captions")) for note in self.notes]
         file = np.repeat(np.arange(len(counts)), counts)
         starts = np.cumsum([0, *counts])
         self.place = np.stack([file, np.arange(len(file)) - starts[file]], axis=1)
@@ -1170,8 +1223,11 @@ class Shards(Buckets):
         context, pooled = self.features(torch.zeros(1, dtype=torch.int64))
         self.context_dim, self.pooled_dim = context.shape[2], pooled.shape[1]
 
-    def expect(self, context_dim, pooled_dim, channels):
+    def expect(self, context_dim, pooled_dim, channels, patch=1):
         """Raises DataError where a network of these widths can't use the features."""
+        for height, width in (bucket.size for bucket in self.sets):
+            if height % patch or width % patch:
+                raise DataError(f"{self.path}: {height}×{width} can't be cut into {patch}×{patch}.")
         for what, mine, wanted in (
             ("text features", self.context_dim, context_dim),
             ("pooled text features", self.pooled_dim, pooled_dim),
@@ -1192,7 +1248,22 @@ class Shards(Buckets):
                     f"{self.files[i]}: altered since it was made (SHA-256 {found[:16]}…, expected "
                     f"{self.notes[i]['sha256'][:16]}…); delete it and run the same encode again."
                 )
-            self.opened[i] = safe_open(self.files[i], "pt")
+            try:
+                opened = safe_open(self.files[i], "pt")
+                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+                shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
+                if i == 0:
+                    self.widths = dict(context=shapes["context"][1:], pooled=shapes["pooled"][1:])
+                latents = dict(latents=tuple(self.notes[i]["latents"] or ()))
+                wanted = self.widths | (latents if latents["latents"] else {})
+                wanted = {name: (self.counts[i], *shape) for name, shape in wanted.items()}
+                if self.counts[i] and shapes != wanted:
+                    raise ValueError(f"{shapes} in it, but {wanted} expected")
+                if any(s.get_dtype() != "BF16" for s in slices.values()):
+                    raise ValueError("not bfloat16")
+            except Exception as error:  # safetensors' own, of a damaged header
+                raise DataError(f"{self.files[i]}: not a shard ({error}).") from None
+            self.opened[i] = opened
         return self.opened[i]
 
     def read(self, name, samples):
@@ -1290,12 +1361,12 @@ def main(argv=None):
             shard=args.shard, part=(args.rank, args.world),
         )  # fmt: skip
     except DataError as error:
-        print(f"data.py: {error}", file=sys.stderr)
+        print(f"data.py: {clean(error, 4000)}", file=sys.stderr)
         return 2
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         kept = f"what is finished in {args.out} is kept, the same command goes on"
-        print(f"data.py: {reason}; {kept}", file=sys.stderr)
+        print(f"data.py: {clean(reason, 1000)}; {kept}", file=sys.stderr)
         return 1
     return 0
 

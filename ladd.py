@@ -378,11 +378,17 @@ def distillation_loss(x0_hat, x0, known):
 
 @torch.no_grad()
 def diversity(fake, real):
-    """Mean distance between two fakes over that between two reals, in the last block's features.
+    """Mean distance of a sample's features to the nearest other one's, of fakes over of reals.
 
-    Below 1 the fakes are too much alike; a floor near 1/2 is left by their captions and t̂."""
-    fake, real = (F.pdist(f[-1][:32].float().flatten(1)).sum() for f in (fake, real))
-    return (fake + 1e-6) / (real + 1e-6)
+    f, r (B, N, D), of the same captions with repetitions. 1 for the reals' own variety, 0 where all
+    are alike or every caption has one image, about 1/2 where half of them are alike."""
+
+    def spread(f):
+        f = f.float().flatten(1)
+        distances = torch.cdist(f, f, compute_mode="donot_use_mm_for_euclid_dist")
+        return distances.fill_diagonal_(math.inf).amin(dim=1).mean()
+
+    return (spread(fake) + 1e-6) / (spread(real) + 1e-6) if len(fake) > 1 else torch.tensor(1.0)
 
 
 def draw_levels(settings, n, step, generator):
@@ -531,6 +537,55 @@ def distillation_batches(run):
     return draw
 
 
+def commonest(x0, pooled, most):
+    """Rows of at most `most` samples: of the commonest captions first, four different ones each."""
+    _, caption, count = pooled.unique(dim=0, return_inverse=True, return_counts=True)
+    rows = []
+    for common in count.argsort(descending=True, stable=True)[:most].tolist():
+        own = []
+        for row in (caption == common).nonzero()[:, 0].tolist():
+            seen = any(torch.equal(x0[row], x0[other]) for other in own)  # in an earlier epoch
+            own += [row] * (len(own) < 4 and not seen)
+        rows += own
+    return rows[:most]
+
+
+@torch.no_grad()
+def diversity_probe(run, teacher, batch):
+    """A function student -> diversity of what it makes of pure noise, at always the same captions:
+    of some 2,000 samples the commonest, 32 in all (or as many as are worked on at once).
+
+    All are noised alike for the teacher, so that only their images differ. A log line costs a
+    third of an update."""
+    s, size = run.settings, len(batch(0)[0])
+    drawn = [batch(step) for step in range(min(64, math.ceil(2048 / size)))]
+    drawn = [(x0, *text, source) for x0, text, source in drawn if x0.shape == drawn[0][0].shape]
+    *columns, sources = zip(*drawn, strict=True)
+    x0, context, pooled = map(torch.cat, columns)
+    rows = commonest(x0, pooled, min(32, size // s.accumulate))
+    x0, text = x0[rows], (context[rows], pooled[rows])
+    alike = sample.noise_of(s.seed + 4, [0], x0.shape[1:]).to(x0).expand_as(x0)
+    noise = sample.noise_of(s.seed + 5, range(len(x0)), x0.shape[1:]).to(x0)
+    if sources[0] is not None:
+        noise = torch.cat(sources)[rows]
+    t, m = torch.full_like(x0[:, 0, 0, 0], s.levels[0]), s.m + s.logit_shift(x0.shape[2:])
+    t_hat = torch.full_like(t, m).sigmoid()
+
+    @torch.no_grad()
+    def features(x):
+        with run.autocast():
+            return teacher_features(teacher, x, text, t_hat, alike, s.tapped)[-1]
+
+    @torch.no_grad()
+    def measure(student):
+        with run.autocast():
+            x0_hat = student_predict(student, x0, text, t, noise)
+        return diversity(features(x0_hat), real)
+
+    real = features(x0)
+    return measure
+
+
 # ---------------------------------------------------------------------------------------------
 # Stage 3: LADD
 # ---------------------------------------------------------------------------------------------
@@ -625,8 +680,6 @@ def distil(run):
             if kept is not None:
                 kept.append((x0_hat, fake))
             add(values, len(parts), loss_d=loss, **told_apart(*logits))
-            if loop.due(s.log_every):
-                add(values, len(parts), diversity=diversity(fake, real))
             yield loss / len(parts)
 
     def student_losses(parts, values, kept):  # box 6
@@ -643,6 +696,7 @@ def distil(run):
         return b.x0.shape[2] // s.patch, b.x0.shape[3] // s.patch
 
     draw = distillation_batches(run)
+    probe = diversity_probe(run, teacher, draw)
     loop = Loop(run, "distillation", s.iterations, s.batch)
     loop.resume(dict(student=student, ema=ema, heads=heads), student_optimizer + heads_optimizer)
     for step in loop:
@@ -654,6 +708,8 @@ def distil(run):
         losses = heads_losses(parts, values, kept)
         norm_d = update(heads_optimizer, losses, heads, math.inf, min(1.0, (step + 1) / 40))
         values |= dict(grad_norm_heads=norm_d)
+        if loop.due(s.log_every):
+            values["diversity"] = probe(student)
         if learning and norm_d is not None:
             if not s.shared_pass:
                 parts = cut(draw_batch(run, draw, step, turn=1), s.accumulate)
@@ -1527,7 +1583,8 @@ class Run:
         encoded = isinstance(self.dataset, data.Shards)
         if encoded:
             wanted = settings.model()
-            self.dataset.expect(wanted["context_dim"], wanted["pooled_dim"], wanted["channels"])
+            names = ("context_dim", "pooled_dim", "channels", "patch")
+            self.dataset.expect(*(wanted[name] for name in names))
         elif settings.channels != 3:
             raise data.DataError(
                 f"--preset {settings.preset} learns from latents of {settings.channels} channels, "

@@ -6,6 +6,7 @@ random, in a process of its own, and holds it to its time and memory.
 
 import contextlib
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -27,12 +28,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import data
 import ladd
 import sample
-from mmdit import MMDiT
+from mmdit import MMDiT, open_sd3
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -365,8 +366,34 @@ def turned():
     return encode(image, "PNG", exif=exif)
 
 
+def swapped(whole=True):
+    """sRGB's profile with red and blue changed about: blue pixels are red to who applies it."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for old, new in ((b"rXYZ", b"    "), (b"bXYZ", b"rXYZ"), (b"    ", b"bXYZ")):
+        profile = profile.replace(old, new)
+    return profile if whole else profile[: len(profile) // 2]
+
+
+def press():
+    """A printing press whose yellow is red, and whose other colours are no ink at all."""
+    inks = np.indices((2, 2, 2, 2)).reshape(4, -1).T  # of C, M, Y, K: none or all
+    lab = [(0, 128, 128) if k else (136, 208, 195) if y else (255, 128, 128) for *_, y, k in inks]
+    ramp, same = bytes(range(256)), (np.eye(3, dtype=">i4") << 16).tobytes()
+    lut = b"mft1\0\0\0\0\4\3\2\0" + same + 4 * ramp + np.uint8(lab).tobytes() + 3 * ramp
+    head = (2 << 24, b"prtr", b"CMYK", b"Lab ", b"acsp", 63190, 65536, 54061, 1)
+    body = struct.pack(">4xI4s4s4s12x4s28x3i48xI", *head)
+    body += struct.pack(">4sII", b"A2B0", 144, len(lut)) + lut
+    return struct.pack(">I", len(body) + 4) + body
+
+
+def blue(mode, **options):
+    return encode(Image.new(mode, (16, 16), "blue"), **options)
+
+
 RED = Image.new("RGB", (16, 16), "red")
 CMYK = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+YELLOW = Image.new("CMYK", (16, 16), (0, 0, 255, 0))
+NOISE = np.random.default_rng(0).bytes(5 << 20)  # which no zip makes smaller
 ODD = {
     "PNG by another name": encode(RED),
     "JPEG by another name": encode(RED, "JPEG", quality=95),
@@ -376,8 +403,17 @@ ODD = {
     "animated WebP": frames("WEBP"),
     "turned by its EXIF": turned(),
     "16 bits": encode(Image.fromarray(np.full((8, 8), 65535, np.uint16))),
-    "CMYK with a profile": encode(CMYK, "JPEG", quality=95, icc_profile=b"no profile" * 40),
+    "CMYK": encode(CMYK, "JPEG", quality=95),
+    "CMYK with a profile": encode(YELLOW, "JPEG", quality=95, icc_profile=press()),
+    "CMYK with a broken profile": encode(CMYK, "JPEG", quality=95, icc_profile=b"no profile" * 40),
+    "CMYK with a profile of RGB": encode(CMYK, "JPEG", quality=95, icc_profile=swapped()),
+    "RGB with a profile": blue("RGB", icc_profile=swapped()),
+    "RGBA with a profile": blue("RGBA", icc_profile=swapped()),
+    "a palette with a profile": blue("P", icc_profile=swapped()),
+    "RGB with a profile of CMYK": encode(RED, icc_profile=press()),
     "RGB with a broken profile": encode(RED, icc_profile=b"\xff" * 500),
+    "RGB with a profile cut short": encode(RED, icc_profile=swapped(whole=False)),
+    "RGB with a profile of 5 MB": encode(RED, "JPEG", quality=95, icc_profile=swapped() + NOISE),
     "one pixel": encode(RED.resize((1, 1))),
     "a strip": encode(RED.resize((5000, 1))),
     "bytes behind its end": encode(RED) + b"PK\3\4" * 100,
@@ -531,6 +567,15 @@ def test_a_bad_file_of_prompts_is_refused_by_name(tmp_path, refused, case):
         path.write_bytes(content)
     named = [path] if reason == "can't be read" else []
     refused(sample, [made, "--prompts", path, "--out", "a.png", *CPU], 2, reason, *named)
+
+
+def test_odd_prompts_are_encoded_as_clean_lines(tmp_path):
+    """Each once; a device that never ends is refused."""
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xef\xbb\xbfa \x1b[31mcat\0\r\n\x07\n\na  [31mcat\nb\n")
+    assert data.read_prompts(path) == ["a  [31mcat", "b"]
+    with pytest.raises(data.DataError, match="/dev/zero: can't be read"):
+        data.read_prompts("/dev/zero")
 
 
 def test_odd_prompts_are_drawn_as_clean_lines(tmp_path, capsys):
@@ -825,6 +870,80 @@ def test_pickles_and_arrays_are_only_read_by_readers_that_run_no_code():
 
 
 # ---------------------------------------------------------------------------------------------
+# Encoded shards, whose notes vouch for whatever a stranger put there
+# ---------------------------------------------------------------------------------------------
+
+
+def shard_of(n, dtype=torch.bfloat16, **more):
+    """The content of a shard of n samples for text features 6 wide."""
+    tensors = dict(context=torch.ones(n, 4, 6), pooled=torch.ones(n, 6)) | more
+    save = pytest.importorskip("safetensors.torch").save
+    return save({k: v.to(dtype) for k, v in tensors.items()})
+
+
+def note_of(content, **changes):
+    """What stands beside a shard, by whoever made it: right in size and SHA-256."""
+    note = dict(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    note |= dict(latents=[16, 4, 4], captions=["a", "b"])
+    return json.dumps(note | changes).encode()
+
+
+def encoded(path, **changes):
+    """A folder of encoded shards that is sound but for the changes; -> its files."""
+    first, second = shard_of(1), shard_of(2, latents=torch.ones(2, 16, 4, 4))
+    files = {"shards.json": json.dumps(dict(format=data.SHARDS, shards=2)).encode()}
+    files |= {"000000.json": note_of(first, latents=None, captions=[""])}
+    files |= {"000001.json": note_of(second), "000000.safetensors": first}
+    files |= {"000001.safetensors": second}
+    folder(path, files | {k.replace("_", "."): v for k, v in changes.items()})
+    return files
+
+
+def shard_with(note=(), **more):
+    """The second shard with another content, or with something changed in its note."""
+    content = shard_of(2, **({"latents": torch.ones(2, 16, 4, 4)} | more))
+    return {"000001_safetensors": content, "000001_json": note_of(content, **dict(note))}
+
+
+def index_with(**changes):
+    return {"shards_json": json.dumps(dict(format=data.SHARDS, shards=2) | changes).encode()}
+
+
+ENCODED = {
+    "10^12 shards": lambda: index_with(shards=10**12),
+    "a number that is a text": lambda: index_with(shards="2"),
+    "another format": lambda: index_with(format="x"),
+    "no samples": lambda: index_with(shards=1),
+    "deep JSON": lambda: {"shards_json": b"[" * 100_000},
+    "no note": lambda: {"000001_json": b"{}"},
+    "captions that are numbers": lambda: shard_with(dict(captions=[1, 2])),
+    "captions that are a text": lambda: shard_with(dict(captions="ab")),
+    "a caption too many": lambda: shard_with(dict(captions=["a", "b", "c"])),
+    "latents of 10^9": lambda: shard_with(dict(latents=[16, 10**9, 10**9])),
+    "latents that are a text": lambda: shard_with(dict(latents="abc")),
+    "latents of another size": lambda: shard_with(latents=torch.ones(2, 16, 2, 8)),
+    "latents that no patches fit": lambda: shard_with(
+        dict(latents=[16, 3, 4]), latents=torch.ones(2, 16, 3, 4)
+    ),
+    "no latents": lambda: shard_with(latents=torch.ones(0)),
+    "context of another width": lambda: shard_with(context=torch.ones(2, 4, 7)),
+    "pooled with a dimension more": lambda: shard_with(pooled=torch.ones(2, 6, 1)),
+    "numbers of another type": lambda: shard_with(dtype=torch.float64),
+    "no safetensors": lambda: {"000001_safetensors": b"x", "000001_json": note_of(b"x")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ENCODED)
+def test_strange_shards_are_refused_by_name_though_their_hash_is_right(tmp_path, refused, case):
+    words = [*SMALL.split(), "--downscale", 8, "--channels", 16, "--size", 32, "--out", "run"]
+    encoded(tmp_path / "sound")
+    encoded(tmp_path / "shards", **ENCODED[case]())
+    refused(ladd, [*words, "--data", tmp_path / "shards"], 2, tmp_path / "shards")
+    settings = ladd.parse([str(word) for word in words])[0]
+    ladd.Run(ladd.dataclasses.replace(settings, data=f"{tmp_path}/sound"))  # which is none of it
+
+
+# ---------------------------------------------------------------------------------------------
 # Paths
 # ---------------------------------------------------------------------------------------------
 
@@ -913,7 +1032,7 @@ def test_an_output_in_the_way_is_never_overwritten(tmp_path, refused):
 # Any file, harmed at random
 # ---------------------------------------------------------------------------------------------
 
-ROUNDS = 400
+ROUNDS = 700
 
 
 class Hang(BaseException):
@@ -939,12 +1058,12 @@ def harm(content, rng):
 
 
 def readers(path):
-    """{kind of file: (its name, sound content, what reads it, what it may raise)}"""
+    """{kind of file: (its name, sound content, what reads it)}"""
     made = run_folder(path / "made")
-    settings = ladd.parse([*SMALL.split(), "--out", f"{path}/run"])[0]
+    words = [*SMALL.split(), "--out", f"{path}/run", "--discriminator", f"{path}/heads.pt"]
+    settings = ladd.parse(words)[0]
     for name in ("pictures", "list", "beside"):
         folder(path / name, {"a/0.png": PICTURE})
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
     load = lambda name: lambda: data.load(f"{path / name}", 8, 8)  # noqa: E731
     few = [plain(k) for k in range(3)]
     whole = zipped(io.BytesIO(), {f"{k}.png": p for k, p in enumerate(few)} | {
@@ -956,6 +1075,16 @@ def readers(path):
     ladd.open_folder(settings)
     config = (path / "run/config.json").read_bytes()
     log = lines(dict(stage="teacher", step=1, loss=0.5), dict(stage="teacher", seconds=1.0))
+    folder(made, {"student.pt": saved(checkpoint())})
+    metrics = json.dumps(dict(rows=[], checkpoints=sample.fingerprints(made))).encode()
+    heads = ladd.Discriminator(**settings.head_sizes())
+    heads = dict(format="ladd-1", kind="heads", model=heads.config, weights=heads.state_dict())
+    shapes = data.load("shapes", 8, 8)
+    judge = lambda: sample.get_judge(  # noqa: E731
+        shapes, (8, 8), "cpu", data_dir=path / "judges", steps=2, width=8
+    )
+    judge()
+    (judged,) = (path / "judges").iterdir()
     reading = types.SimpleNamespace(out=path)
     kinds = {
         "zip": ("set.zip", whole, load("set.zip")),
@@ -967,20 +1096,83 @@ def readers(path):
         ),
         "checkpoint": ("made/student.pt", saved(checkpoint()), draw("--prompt", "x")),
         "prompts": ("p.txt", "a cat\na café\n".encode(), draw("--prompts", f"{path}/p.txt")),
+        "prompts to encode": ("q.txt", b"a cat\n", lambda: data.read_prompts(path / "q.txt")),
+        "an image to start from": ("i.png", PICTURE, draw("--prompt", "x", "--init-image",
+            f"{path}/i.png")),
         "samples": ("s.pt", saved(shard), lambda: ladd.read_shard(path / "s.pt", settings)),
+        "heads": ("heads.pt", saved(heads), lambda: ladd.given_heads(settings)),
+        "judge": (f"judges/{judged.name}", judged.read_bytes(), judge),
         "config.json": ("run/config.json", config, lambda: ladd.open_folder(settings)),
         "log.jsonl": ("log.jsonl", log, lambda: list(ladd.Run.rows(reading))),
+        "metrics.json": ("made/metrics.json", metrics, lambda: sample.read_metrics(made)),
     }  # fmt: skip
-    for kind in ("JPEG", "PNG", "WEBP"):
-        content = encode(picture, kind, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0", icc_profile=b"x" * 20)
+    random = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    profiles = dict(JPEG=swapped(), PNG=swapped(), WEBP=swapped(), CMYK=press())
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "CMYK"):
+        picture = Image.fromarray(random).convert("CMYK" if kind == "CMYK" else "RGB")
+        options = dict(exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0", icc_profile=profiles.get(kind))
+        form = "JPEG" if kind == "CMYK" else kind
+        content = encode(picture, form, **(options if kind in profiles else {}))
         kinds[kind] = ("pictures/a/0.png", content, load("pictures"))
+    with contextlib.suppress(ImportError):
+        kinds |= of_safetensors(path)
     return kinds
+
+
+def of_safetensors(path):
+    """More of the same: weights from elsewhere, and a folder of encoded shards."""
+    from safetensors.torch import save
+
+    official = {k: torch.zeros(v.shape) for k, v in MMDiT(**NETWORK).state_dict().items()}
+    weights = save(official, metadata=dict(heads="1"))
+    name = "diffusion_pytorch_model.safetensors"
+    index = json.dumps(dict(weight_map=dict.fromkeys(official, name))).encode()
+    own = {"config.json": b'{"num_attention_heads": 1}', name: weights, name + ".index.json": index}
+    folder(path / "transformer", own)
+
+    whole = encoded(path / "shards")
+    made_of, note, second = (whole[k] for k in ("shards.json", "000001.json", "000001.safetensors"))
+
+    def read_weights(name):
+        return lambda: [w.sum() for w in open_sd3(path / name)[1].values()]
+
+    def read_shards():
+        dataset = data.load(f"{path}/shards", 4, 4)
+        dataset.expect(6, 6, 16)
+        for bucket in dataset.sets:
+            latents, caption = bucket.batch([0, 1])
+            dataset([dataset.captions[i] for i in caption])
+
+    def vouched():
+        """The same by a note that fits, as a stranger would write it."""
+        content = (path / "shards/000001.safetensors").read_bytes()
+        folder(path, {"shards/000001.json": note_of(content)})
+        try:
+            read_shards()
+        finally:
+            folder(path, {"shards/000001.json": note})
+
+    return {
+        "weights": ("w.safetensors", weights, read_weights("w.safetensors")),
+        "diffusers' config": (
+            "transformer/config.json",
+            own["config.json"],
+            read_weights("transformer"),
+        ),
+        "diffusers' index": (f"transformer/{name}.index.json", index, read_weights("transformer")),
+        "diffusers' weights": (f"transformer/{name}", weights, read_weights("transformer")),
+        "shards.json": ("shards/shards.json", made_of, read_shards),
+        "a shard's note": ("shards/000001.json", note, read_shards),
+        "a shard": ("shards/000001.safetensors", second, read_shards),
+        "a shard with a note that fits": ("shards/000001.safetensors", second, vouched),
+    }
 
 
 def storm(path, seed):
     """Reads files harmed at random. Only the errors that are made for people may come out."""
     path, rng = Path(path), random.Random(seed)
-    data.sha256 = lambda path: data.CIFAR_SHA256
+    sha256 = data.sha256
+    data.sha256 = lambda p: data.CIFAR_SHA256 if f"{p}".endswith(".tar.gz") else sha256(p)
     kinds = readers(path)
     for name, content, read in kinds.values():
         folder(path, {name: content})
@@ -1012,7 +1204,7 @@ def storm(path, seed):
 
 
 def test_no_harmed_file_ends_in_a_traceback_a_hang_or_a_gigabyte(tmp_path):
-    """A process of its own reads 400 files of twelve kinds, each with some bytes changed."""
+    """A process of its own reads 700 files of 28 kinds, each with some bytes changed."""
     here = Path(__file__).parent
     code = f"import test_hostile; test_hostile.storm({str(tmp_path)!r}, 0)"
     environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}

@@ -528,12 +528,69 @@ def test_the_report_has_a_verdict_on_every_stage(whole):
     assert "- teacher: not judged: 1 row" in report and "- synthesis: healthy" in report
 
 
-def test_diversity_is_that_of_the_fakes_over_that_of_the_reals():
-    """Mean distance of pairs: 1 for equal sets, 1/2 at half the spread, 0 for one image alone."""
-    real = [torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(0))]
-    for fake, want in ((real[0].flip(0), 1), (real[0] / 2, 0.5), (real[0][:1].expand(6, 4, 5), 0)):
-        assert ladd.diversity([fake], real).item() == pytest.approx(want, abs=1e-4)
-    assert ladd.diversity([real[0][:1]], [real[0][1:2]]) == 1  # a batch of one says nothing
+COLLAPSES = {  # of 32 fakes, 8 captions four times each -> the diversity that is told
+    "none": (lambda x: x, 0.85, 1.15),
+    "all alike": (lambda x: x[:1].expand_as(x), 0, 0.01),
+    "half of them alike": (lambda x: torch.cat([x[:1].expand_as(x)[:16], x[16:]]), 0.4, 0.7),
+    "every caption alike": (lambda x: x[::4].repeat_interleave(4, 0), 0, 0.01),
+    "every caption nearly alike": (
+        lambda x: x[::4].repeat_interleave(4, 0) + 0.05 * x.roll(1, 0), 0.01, 0.2),
+    "in pairs": (lambda x: x[::2].repeat_interleave(2, 0), 0, 0.01),
+    "half the spread": (lambda x: x / 2, 0.4, 0.6),
+}  # fmt: skip
+
+
+def samples(seed, captions=8):
+    """32 things: what those of a caption have in common, and what each has of its own."""
+    common = torch.randn(captions, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    own = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return common.repeat_interleave(32 // captions, 0) + 0.5 * own
+
+
+@pytest.mark.parametrize("case", COLLAPSES)
+def test_diversity_is_one_in_health_and_falls_with_every_collapse(case):
+    collapse, low, high = COLLAPSES[case]
+    fake, real = (samples(seed).flatten(2) for seed in (1, 2))
+    assert low <= ladd.diversity(collapse(fake), real).item() <= high
+
+
+def test_a_batch_of_one_says_nothing_of_diversity():
+    assert ladd.diversity(samples(0)[:1], samples(1)[:1]) == 1
+
+
+@pytest.mark.parametrize("case", COLLAPSES)
+def test_the_probe_sees_a_collapse_of_a_run_in_the_teachers_features(launch, monkeypatch, case):
+    """Its captions come again, which those of a batch need not; equal images count once; no
+    randomness is used up. The fakes are put in the student's place."""
+    collapse, low, high = COLLAPSES[case]
+    assert launch("--stage teacher") == 0
+    run = ladd.Run(ladd.parse(words())[0])
+    teacher, order, asked = run.load("teacher"), torch.randperm(32), []
+
+    def batch(step):
+        """Every fourth batch has the captions that repeat; the fifth is the first once more."""
+        repeated = [f"caption {k}" for k in range(16) for _ in range(2)]
+        captions = [f"another {step} {i}" for i in range(32)] if step % 4 else repeated
+        x0 = samples(100 if step == 4 else 100 + step, 16)[order]
+        return x0, run.text([captions[i] for i in order]), None
+
+    def predict(student, x0, text, t, noise):
+        asked.append((x0, text[1], t))
+        pick = text[1].unique(dim=0, return_inverse=True)[1].argsort(stable=True)
+        fakes = torch.empty_like(x0)
+        fakes[pick] = collapse((x0 + 0.5 * noise)[pick])
+        return fakes
+
+    monkeypatch.setattr(ladd, "student_predict", predict)
+    before = torch.get_rng_state()
+    probe = ladd.diversity_probe(run, teacher, batch)
+    values = [probe(None).item() for _ in "12"]
+    assert torch.equal(torch.get_rng_state(), before) and values[0] == values[1]
+    x0, pooled, t = asked[0]
+    counts = pooled.unique(dim=0, return_counts=True)[1]
+    assert counts.tolist() == [4] * 8 and len(x0.flatten(1).unique(dim=0)) == 32
+    assert set(t.tolist()) == {run.settings.levels[0]}
+    assert low - 0.1 <= values[0] <= high + (0.3 if high > 0.01 else 0)
 
 
 def test_a_report_of_other_checkpoints_is_refused(whole, launch, capsys):
