@@ -367,6 +367,23 @@ def signed_distance(dx, dy, r, shape):
 # ---------------------------------------------------------------------------------------------
 
 
+class Joined:
+    """Tensors of samples of one shape one after the other, as one tensor (n, …). Nothing is copied
+    before rows are asked for: what is memory-mapped stays on disk."""
+
+    def __init__(self, tensors):
+        self.tensors, self.ends = tensors, np.cumsum([len(t) for t in tensors])
+        self.shape = (int(self.ends[-1]), *tensors[0].shape[1:])
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        which = np.searchsorted(self.ends, rows, side="right").tolist()
+        behind = (np.asarray(rows) - self.ends[which]).tolist()  # counted from its tensor's end
+        return torch.stack([self.tensors[i][k] for i, k in zip(which, behind, strict=True)])
+
+
 class ImageSet:
     """Decoded images in memory, each with a caption.
 

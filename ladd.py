@@ -490,19 +490,22 @@ def synthesise(run):
             run.watch.check()
 
 
-def read_shard(path, s):
-    """A file of samples: x0 (n, C, H, W) float16, n captions, the seed of their noise."""
+def read_shard(path, s, check=True):
+    """A file of samples, memory-mapped: x0 (n, C, H, W) float16, n captions, the noise's seed."""
     try:
-        shard = sample.read(path)
-        x0, captions = shard["x0"].contiguous(), [c + "" for c in shard["captions"]]
+        if check and not sample.has_its_checksum(path):
+            raise ValueError("its content is not what was written: the checksum differs")
+        shard = sample.mapped(path)
+        x0, captions = shard["x0"], [c + "" for c in shard["captions"]]
         n, channels, *size = x0.shape
         if (n, channels) != (len(captions), s.channels) or [v % s.patch for v in size] != [0, 0]:
             raise ValueError("samples and captions don't match")
-    except (sample.CheckpointError, KeyError, TypeError, ValueError, AttributeError) as error:
+        return dict(x0=x0, captions=captions, seed=int(shard.get("seed", s.seed + 2)))
+    except Exception as error:  # a damaged file raises nearly anything
+        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
         raise RunError(
-            f"{path} is damaged ({error}). Delete it and give the command again."
+            f"{path} is damaged ({reason}). Delete it and give the command again."
         ) from None
-    return dict(x0=x0, captions=captions, seed=int(shard.get("seed", s.seed + 2)))
 
 
 def distillation_batches(run):
@@ -513,14 +516,16 @@ def distillation_batches(run):
     if s.targets == "real":
         words, dataset = run.text.ids(run.dataset.captions), run.dataset
     else:
-        shards = [read_shard(p, s) for p in run.shards()]
+        own = set(mine(run.shards()))  # the processes share the work of checking
+        shards = [read_shard(path, s, path in own) for path in run.shards()]
         seed = shards[0]["seed"]  # of a sweep's students, that of the shared teacher
         words = run.text.ids([caption for shard in shards for caption in shard["captions"]])
         rows = torch.arange(len(words)).split([len(shard["x0"]) for shard in shards])
         parts = {}  # shape -> its samples and their rows in `words`, shard by shard
         for shard, row in zip(shards, rows, strict=True):
-            parts.setdefault(shard["x0"].shape[1:], []).append((shard["x0"].float(), row))
-        columns = ([torch.cat(c) for c in zip(*own, strict=True)] for own in parts.values())
+            parts.setdefault(shard["x0"].shape[1:], []).append((shard["x0"], row))
+        columns = [zip(*part, strict=True) for part in parts.values()]
+        columns = [(data.Joined(x0), torch.cat(row)) for x0, row in columns]
         dataset = data.Buckets(
             [data.ImageSet("synthetic", own, seed=s.seed, flip=False) for own in columns]
         )
@@ -528,7 +533,7 @@ def distillation_batches(run):
     def draw(step):
         bucket = run.bucket("distillation", step, dataset)
         images, caption = bucket.batch(mine(np.arange(step * s.batch, (step + 1) * s.batch)))
-        x0 = data.to_float(images) if s.targets == "real" else images
+        x0 = data.to_float(images)
         source = None
         if s.targets == "synthetic" and (s.distill_weight or s.method == "regression"):
             source = sample.noise_of(seed, caption.tolist(), x0.shape[1:]).to(device)
@@ -1645,7 +1650,7 @@ class Run:
         if not self.divided:
             network = sample.build(sample.read_checkpoint(self.path(kind)), self.device)
             return network.to(dtype)
-        checkpoint = torch.load(self.path(kind), "cpu", weights_only=True, mmap=True)
+        checkpoint = sample.mapped(self.path(kind))
         with torch.device("meta"):
             network = MMDiT(**checkpoint["model"]).to(dtype)
         network = self.divide(network).to_empty(device=self.device)
@@ -2597,7 +2602,11 @@ def execute(run):
 
 
 def leave(status):
-    """Ends the process; one of many without its destructors, in which gloo's threads may abort."""
+    """Ends the process; one of many without its destructors, in which gloo's threads may abort.
+
+    Under torchrun what --stop-after ended is no failure: with 75 it would start it again."""
+    if status == 75 and "TORCHELASTIC_RUN_ID" in os.environ:
+        status = 0
     if world() > 1:
         sys.stdout.flush()
         sys.stderr.flush()

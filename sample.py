@@ -138,14 +138,53 @@ def noise_of(seed, indices, shape, step=0):
 MARK = b"\nSHA-256 "  # then the digest of all before it, in hex: the end of every file of `save`
 
 
+class Summed:
+    """A file that torch.save writes to: adds up the SHA-256 of what is written. What is wrong with
+    the disk, which torch.save hides, is kept in `error`."""
+
+    def __init__(self, file):
+        self.file, self.digest, self.error = file, hashlib.sha256(), None
+
+    def write(self, content):
+        self.digest.update(content)
+        try:
+            if self.error is None:
+                self.file.write(content)
+        except OSError as error:
+            self.error = error
+        return len(content)
+
+    def flush(self):
+        pass
+
+
 def save(value, path):
-    """Writes a file for `read` and torch.load, whole or not at all, that ends in its checksum."""
-    buffer = io.BytesIO()  # torch.save itself hides what is wrong with a disk
-    torch.save(value, buffer)
-    content = buffer.getbuffer()
+    """Writes a file for `read` and torch.load, whole or not at all, that ends in its checksum.
+    Tensor by tensor: no second copy of them in memory."""
     with data.replacing(path) as file:
-        file.write(content)
-        file.write(MARK + hashlib.sha256(content).hexdigest().encode())
+        torch.save(value, summed := Summed(file))
+        if summed.error is not None:
+            raise summed.error
+        file.write(MARK + summed.digest.hexdigest().encode())
+
+
+def has_its_checksum(path):
+    """Whether the file of `save` is what was written: read once from end to end, and not kept."""
+    left, digest = os.path.getsize(path) - len(MARK) - 64, hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(min(left, 1 << 20)):
+            digest.update(chunk)
+            left -= len(chunk)
+        return file.read() == MARK + digest.hexdigest().encode()
+
+
+def mapped(path):
+    """What `save` wrote, memory-mapped: a tensor is read where it is touched. Runs no code."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # torch maps no file of such a name
+        return torch.load(io.BytesIO(Path(path).read_bytes()), "cpu", weights_only=True)
+    return torch.load(path, "cpu", weights_only=True, mmap=True)
 
 
 def read(path, device="cpu"):
