@@ -158,6 +158,7 @@ class Settings:
     accumulate: int = setting(1, "parts that a process's share of a batch is worked through in")
     units: float = setting(0.0, "instead of --iterations: forwards of the network, see UNITS")
     shard: bool = setting(False, "of many processes each holds a part of the networks (FSDP)")
+    offload: bool = setting(False, "--shard: weights and moments of what learns wait on the CPU")
     replicas: int = setting(1, "--shard: parts are held so many times (hybrid: once per node)")
     explain: bool = setting(False, "follow one batch from images to losses, and stop")
     dry_run: bool = setting(False, "print what the run needs, and stop: no data, GPU or weights")
@@ -246,8 +247,8 @@ class Settings:
         others = (round(0.6 / (len(levels) - 1), 4),) * (len(levels) - 1) if levels[1:] else ()
         changes = dict(levels=levels, level_p=self.level_p or (0.4, *others))
         if self.units:
-            twice = self.method == "ladd" and (self.accumulate > 1 or not self.shared_pass)
-            changes["iterations"] = round(self.units / (UNITS[self.method] + 2 * twice))
+            more = 2 * (self.method == "ladd" and twice(self))
+            changes["iterations"] = round(self.units / (UNITS[self.method] + more))
         if self.steps_scale != 1:
             for name in SCALED:
                 value = getattr(self, name)
@@ -313,7 +314,7 @@ PRESETS = {
 FREE = {"out", "data_dir", "device", "stage", "save_every", "sample_every", "log_every"}
 FREE |= {"tensorboard", "compile", "checkpointing", "dry_run", "gpus", "tflops", "utilisation"}
 FREE |= {"explain", "save_minutes", "stop_after", "shard", "replicas", "sweep", "seeds"}
-FREE |= {"accumulate", "units"}
+FREE |= {"accumulate", "offload", "units"}
 
 
 class RunError(Exception):
@@ -493,7 +494,7 @@ def synthesise(run):
 def read_shard(path, s, check=True):
     """A file of samples, memory-mapped: x0 (n, C, H, W) float16, n captions, the noise's seed."""
     try:
-        if check and not sample.has_its_checksum(path):
+        if check and sample.differs(path):
             raise ValueError("its content is not what was written: the checksum differs")
         shard = sample.mapped(path)
         x0, captions = shard["x0"], [c + "" for c in shard["captions"]]
@@ -662,8 +663,7 @@ def student_rate(s, step):
 def distil(run):
     s = run.settings
     student, ema, student_optimizer = start_student(run)
-    # Frozen, in the precision of the arithmetic: autocast would cast its weights in both passes.
-    teacher = run.load("teacher", sample.arithmetic(run.device, s.precision))
+    teacher = run.load("teacher", frozen=True)
     teacher.checkpointing = s.checkpointing
     heads = run.seeded(Discriminator, **s.head_sizes())
     heads_optimizer = make_optimizers(heads, s.heads_lr, 0.0, s.beta1, s.adam_eps)
@@ -708,8 +708,7 @@ def distil(run):
         parts = cut(draw_batch(run, draw, step), s.accumulate)
         learning, values = step >= s.heads_warmup, {}
         # One pass of the fakes serves both players, unless their graphs would not fit in memory.
-        once = s.shared_pass and s.accumulate == 1
-        kept = [] if learning and once else None
+        kept = None if twice(s) or not learning else []
         losses = heads_losses(parts, values, kept)
         norm_d = update(heads_optimizer, losses, heads, math.inf, min(1.0, (step + 1) / 40))
         values |= dict(grad_norm_heads=norm_d)
@@ -796,7 +795,7 @@ def distil_consistency(run):
     Ours: the average that is the target is the result, too."""
     s, times = run.settings, sample.euler_times(32, run.settings.shift).to(run.device)
     student, ema, optimizer = start_student(run)
-    teacher, uncond = run.load("teacher"), run.text([""])
+    teacher, uncond = run.load("teacher", frozen=True), run.text([""])
     draw = distillation_batches(run)
     loop = Loop(run, "distillation", s.iterations, s.batch)
     loop.resume(dict(student=student, ema=ema), optimizer)
@@ -889,7 +888,7 @@ def match_distributions(run):
     student's own samples (9 units)."""
     s = run.settings
     student, ema, optimizer = start_student(run)
-    teacher, uncond = run.load("teacher"), run.text([""])
+    teacher, uncond = run.load("teacher", frozen=True), run.text([""])
     score = run.load("teacher").requires_grad_(True)  # of the fakes
     score_optimizer = make_optimizers(score, s.student_lr, 0.0, s.beta1, s.adam_eps)
     draw = distillation_batches(run)
@@ -1235,6 +1234,11 @@ def meta_state(s):
     )
 
 
+def twice(s):
+    """Whether an update sends the fakes through student and teacher for each player."""
+    return s.accumulate > 1 or not s.shared_pass
+
+
 def meta_iteration(s, batch, checkpointing):
     """One update of `distil` without data -> the most bytes kept for a backward, FLOPs of one
     forward, and of all. Up to 512 tokens (float32: 128) attention is counted as on a CPU."""
@@ -1261,17 +1265,22 @@ def meta_iteration(s, batch, checkpointing):
             student.joint_blocks[0](*map(cast, tokens), cast(tokens[0][:, 0]))
         block, kept = bytes_of(kept), {}
     with FlopCounterMode(display=False) as flops, saved_tensors_hooks(pack, lambda x: x):
-        x0_hat = student_predict(student, x0, text, t, x0)
-        forward = flops.get_total_flops()
-        fake = teacher_features(teacher, x0_hat, text, t, x0, s.tapped)
+        with torch.set_grad_enabled(not twice(s)):
+            x0_hat = student_predict(student, x0, text, t, x0)
+            forward = flops.get_total_flops()
+            fake = teacher_features(teacher, x0_hat, text, t, x0, s.tapped)
         with torch.no_grad():
             real = teacher_features(teacher, x0, text, t, x0, s.tapped)
         kept |= storages(fake)
-        before = dict(kept)
+        before = {} if twice(s) else dict(kept)
         kept |= storages(real)
         loss = discriminator_loss(heads, real, fake, t, text[1], grid, s.r1)[0]
         most, kept = bytes_of(kept), before
         loss.backward()
+        if twice(s):
+            x0_hat = student_predict(student, x0, text, t, x0)
+            fake = teacher_features(teacher, x0_hat, text, t, x0, s.tapped)
+            kept |= storages(fake)
         loss = generator_loss(heads, fake, t, text[1], grid)
         most = max(most, bytes_of(kept) + block)
         loss.backward()
@@ -1289,20 +1298,24 @@ def plan(s):
     sizes = {k: sum(p.numel() for p in network.parameters()) for k, network in sizes.items()}
     block = max(sum(p.numel() for p in b.parameters()) for b in student.joint_blocks)
     state, images, width = meta_state(s), math.ceil(s.batch / s.gpus), dtype.itemsize
+    part = math.ceil(images / s.accumulate)
     tables = state.pop("tables")
     share = {k: v / s.gpus for k, v in state.items()} | dict(tables=tables)
     gathered = block * (2 * width + 4)  # two blocks, and the gradients of one in float32
     share["gathered"] = gathered if s.gpus > 1 else 0
     # The student is gathered twice and its gradients reduced in float32, the teacher is gathered
-    # for fakes, for reals and for the way back. Traffic and arithmetic overlap.
-    traffic = sizes["student"] * (2 * width + 4 + 3 * width) * (1 - 1 / s.gpus)
+    # for fakes, for reals and for the way back, each once more where the fakes pass twice; all of
+    # it for every part. Traffic and arithmetic overlap.
+    traffic = sizes["student"] * (5 * width + 4 + 2 * width * twice(s)) * (1 - 1 / s.gpus)
+    traffic *= s.accumulate
     ways = {}
     for again in (False, True):
-        kept, forward, flops = meta_iteration(s, images, again)
+        kept, forward, flops = meta_iteration(s, part, again)
+        forward, flops = forward * s.accumulate, flops * s.accumulate
         seconds = max(flops / (s.tflops * 1e12 * s.utilisation), traffic / NETWORK)
         total = sum(share.values()) + kept
         ways[again] = dict(activations=kept, total=total, flops=flops * s.gpus, seconds=seconds)
-    one_image = tables + gathered + ways[True]["activations"] / images
+    one_image = tables + gathered + ways[True]["activations"] / part
     room = {gb: 0.9e9 * gb - one_image for gb in (80, 141)}  # a tenth for what is not counted
     smallest = {gb: math.ceil(sum(state.values()) / r) for gb, r in room.items() if r > 0}
     text = s.text_length * s.text_dim + student.config["pooled_dim"] if s.downscale > 1 else 0
@@ -1526,7 +1539,7 @@ def update(optimizers, losses, model, clip, rate):
         total = total + loss.detach()
     average([total, *(p.grad for p in model.parameters() if p.grad is not None)])
     norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
-    if not (norm + total).isfinite():
+    if not (norm.to(total.device) + total).isfinite():
         return None
     for optimizer in optimizers:
         optimizer.step()
@@ -1607,7 +1620,7 @@ class Run:
         """A fresh network, its weights drawn from the seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
-            return self.divide(module(**arguments)).to(self.device)
+            return self.divide(module(**arguments))
 
     @functools.cached_property
     def mesh(self):
@@ -1619,20 +1632,30 @@ class Run:
         names = ("replicate", "shard")[-len(shape) :]
         return init_device_mesh(self.device.type, shape, mesh_dim_names=names)
 
-    def divide(self, network):
-        """FSDP, with --shard: a process holds a part of every tensor, and gathers block by block.
-        In bf16 it gathers bf16 and adds gradients up in float32; what it holds is float32."""
+    def divide(self, network, learns=True):
+        """The network on its device; with --shard by FSDP: a process holds a part of every tensor,
+        and gathers block by block. In bf16 it gathers bf16 and adds gradients up in float32; what
+        it holds is float32. With --offload the parts of what learns wait in CPU memory."""
         twice = self.settings.r1 and isinstance(network, Discriminator)
-        if self.divided and not twice:  # R1's gradient of a gradient is not for FSDP
-            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        if not self.divided or twice:  # R1's gradient of a gradient is not for FSDP
+            return network.to(self.device)
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-            with self.autocast():
-                bf16 = torch.is_autocast_enabled(self.device.type)
-            types = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
-            policy = MixedPrecisionPolicy(**types, cast_forward_inputs=False)
-            for module in (*getattr(network, "joint_blocks", ()), network):
-                fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
-        return network
+        bf16 = sample.arithmetic(self.device, self.settings.precision) == torch.bfloat16
+        types = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
+        options = dict(mesh=self.mesh, reshard_after_forward=True)
+        options["mp_policy"] = MixedPrecisionPolicy(**types, cast_forward_inputs=False)
+        place = self.device
+        if self.settings.offload and learns:
+            place = torch.device("cpu")
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+        for module in (*getattr(network, "joint_blocks", ()), network):
+            fully_shard(module, **options)
+        if next(network.parameters()).is_meta:
+            network.to_empty(device=place)
+        for name, buffer in network.named_buffers():  # all of them are the network's own
+            setattr(network, name, buffer.to(self.device))
+        return network.to(place) if place == self.device else network
 
     def path(self, kind):
         return self.out / f"{kind}.pt"
@@ -1645,21 +1668,23 @@ class Run:
         if rank() == 0:
             save(checkpoint | dict(settings=settings, step=step, **more), self.path(kind))
 
-    def load(self, kind, dtype=torch.float32):
-        """The finished teacher or student, frozen."""
+    def load(self, kind, frozen=False):
+        """The finished teacher or student, without gradient. One that stays `frozen` is kept in the
+        precision of the arithmetic: autocast would cast its weights in every pass."""
+        dtype = sample.arithmetic(self.device, self.settings.precision) if frozen else torch.float32
         if not self.divided:
             network = sample.build(sample.read_checkpoint(self.path(kind)), self.device)
             return network.to(dtype)
         checkpoint = sample.mapped(self.path(kind))
         with torch.device("meta"):
             network = MMDiT(**checkpoint["model"]).to(dtype)
-        network = self.divide(network).to_empty(device=self.device)
+        network = self.divide(network, learns=not frozen)
         fill(network, checkpoint["weights"])  # tensor by tensor from the mapped file
         return network.eval().requires_grad_(False)
 
     def generator(self, kind, model=None):
         """What samples from the finished teacher or student, or from a network in training."""
-        model = self.load(kind) if model is None else model
+        model = self.load(kind, frozen=self.divided) if model is None else model
         settings = dataclasses.asdict(self.settings)
         made = sample.Generator(model, settings, kind, self.device, self.settings.precision)
         made.text = self.text
@@ -1860,6 +1885,7 @@ class Loop:
         self.run, self.stage, self.total, self.batch = run, stage, total, batch
         self.step, self.sums, self.kept = 0, {}, run.states(stage)[-1:]
         self.skipped = self.in_a_row = 0  # updates that were not applied
+        self.pending = self.group = None  # a save that is not complete; the processes that write it
 
     def resume(self, networks, optimizers):
         """Remembers what a state consists of, and takes it from the last saved one, if any."""
@@ -1879,9 +1905,11 @@ class Loop:
         self.run.forget_log(self.stage, self.step)
         self.rows = [row for row in self.run.rows() if row.get("stage") == self.stage]
         self.warned = {why for _, why, _ in self.signs()}
-        if self.run.settings.compile:
+        if self.run.settings.compile:  # block by block, as most are alike: once for every shape
+            torch._dynamo.config.recompile_limit = 64
             for network in networks.values():
-                network.compile()
+                for module in getattr(network, "joint_blocks", [network]):
+                    module.compile()
 
     def __iter__(self):
         self.start, self.first = time.perf_counter(), self.step
@@ -1894,8 +1922,11 @@ class Loop:
 
     def forget(self):
         """The stage's result is safe: its states are not needed any more."""
+        self.complete()
         for path in self.run.states(self.stage):
             self.run.forget_state(path)
+        for folder in self.run.out.glob(f"{self.stage}-state-*/") if rank() == 0 else ():
+            shutil.rmtree(folder, ignore_errors=True)  # parts of a state that was never complete
 
     def due(self, every):
         """Whether something done every so many updates, and at the end, is due after this one."""
@@ -1992,24 +2023,44 @@ class Loop:
         s, end = self.run.settings, highest(self.run.watch.due())
         late = s.save_minutes and time.perf_counter() - self.saved > 60 * s.save_minutes
         if (self.step + 1) % s.save_every == 0 or highest(late) or end:
-            self.save()
+            self.save(wait=bool(end))
         if end:
             raise Stop(end)
 
     def path(self, step):
         return self.run.out / f"{self.stage}-state-{step:08d}.pt"
 
-    def save(self):
-        """A state: all that the rest of the stage depends on. The last two are kept."""
+    def save(self, wait=True):
+        """A state: all that the rest of the stage depends on. The last two are kept.
+
+        Without `wait` the parts of divided networks may be written while the training goes on; the
+        state counts once they are, at the next save or at the end."""
+        self.complete()
         self.saved = time.perf_counter()
         self.average()
         state = dict(stage=self.stage, step=self.step + 1, sums=self.sums, skipped=self.skipped)
         state |= dict(in_a_row=self.in_a_row, seconds=self.run.earlier + self.saved - self.start)
         state["networks"] = {name: network.state_dict() for name, network in self.networks.items()}
         state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
-        path = self.path(self.step + 1)
+        path, written = self.path(self.step + 1), None
         if self.run.divided:
-            self.write_parts(state, path.with_suffix(""))
+            state, written = self.write_parts(state, path.with_suffix(""))
+        self.pending = state, path, written
+        if wait or not self.asynchronous:
+            self.complete()
+
+    @property
+    def asynchronous(self):
+        """On a CPU the copy would cost as much as the writing."""
+        return self.run.divided and self.run.device.type == "cuda"
+
+    def complete(self):
+        """Ends a save: the state is there once its own file is, after its parts."""
+        if self.pending is None:
+            return
+        (state, path, written), self.pending = self.pending, None
+        if written is not None:
+            state["parts"] = self.sums_of_parts(path.with_suffix(""), written)
         self.kept = [*(p for p in self.kept if p != path), path][-2:]
         if rank() > 0:
             return
@@ -2020,13 +2071,27 @@ class Loop:
             self.run.forget_state(old)
 
     def write_parts(self, state, folder):
-        """Every process writes what it holds of a state's divided tensors into `folder`; None
-        takes their place in the state, which knows the files by their SHA-256."""
+        """Every process writes what it holds of a state's divided tensors into `folder`.
+
+        -> the state with None in their place, and a function that waits for the files"""
         from torch.distributed import checkpoint as dcp
 
         divided = {k: v for k, v in named_parts(state).items() if is_divided(v)}
+        if self.asynchronous:
+            self.group = self.group or dist.new_group(backend="gloo")  # beside the training's own
+            wait = dcp.async_save(divided, checkpoint_id=folder, process_group=self.group).result
+        else:
+            wait = functools.partial(dcp.save, divided, checkpoint_id=folder)
+        rest = lambda x: x.clone() if torch.is_tensor(x) else x  # noqa: E731
+        hide = lambda x: None if is_divided(x) else rest(x)  # noqa: E731
+        return {k: tree_map(hide, v) for k, v in state.items()}, wait
+
+    def sums_of_parts(self, folder, written):
+        """Waits until the parts are `written` -> {name: SHA-256}, by which the state knows them."""
+        from torch.distributed import checkpoint as dcp
+
         try:
-            dcp.save(divided, checkpoint_id=folder)
+            written()
         except dcp.api.CheckpointException as error:
             reason = next(iter(error.failures.values()))[0]
             raise RunError(f"{folder}: the state can't be written ({reason}).") from None
@@ -2035,10 +2100,7 @@ class Loop:
             digests := [None] * world(),
             {p.name: data.sha256(p) for name in names for p in folder.glob(name)},
         )
-        state["parts"] = {name: digest for own in digests for name, digest in own.items()}
-        for key in ("networks", "optimizers"):
-            hide = lambda x: None if is_divided(x) else x  # noqa: E731
-            state[key] = tree_map(hide, state[key])
+        return {name: digest for own in digests for name, digest in own.items()}
 
     def read_parts(self, state):
         """The way back, for any number of processes, divided or not."""
@@ -2282,6 +2344,7 @@ def check(s, error):
     demand(n == 1 or n % s.replicas == 0, "replicas", f"must divide the {n} processes")
     muon = s.shard and n > 1 and s.muon_lr and not s.teacher
     demand(not muon, "muon_lr", "Muon needs whole matrices: --shard takes --muon-lr 0")
+    demand(not s.offload or s.shard, "offload", "is a part of --shard")
     ascending = list(s.taps) == sorted(set(s.taps)) and all(0 <= i < s.depth for i in s.taps)
     demand(ascending, "taps", f"must be ascending block numbers from 0 to {s.depth - 1}")
     try:

@@ -168,18 +168,28 @@ def save(value, path):
         file.write(MARK + summed.digest.hexdigest().encode())
 
 
-def has_its_checksum(path):
-    """Whether the file of `save` is what was written: read once from end to end, and not kept."""
-    left, digest = os.path.getsize(path) - len(MARK) - 64, hashlib.sha256()
+def differs(path):
+    """Whether a file of `save` is not what was written: read from end to end, and not kept. One
+    without a checksum (torch.save's own) can't differ."""
+    left, digest = max(0, os.path.getsize(path) - len(MARK) - 64), hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(min(left, 1 << 20)):
             digest.update(chunk)
             left -= len(chunk)
-        return file.read() == MARK + digest.hexdigest().encode()
+        end = file.read(len(MARK) + 64)
+    return end.startswith(MARK) and end != MARK + digest.hexdigest().encode()
+
+
+def refuse_packed(file):
+    """ValueError where a file of torch.load's is compressed: torch.save packs nothing."""
+    with zipfile.ZipFile(file) as parts:
+        if any(part.compress_type for part in parts.infolist()):
+            raise ValueError("it is compressed")
 
 
 def mapped(path):
     """What `save` wrote, memory-mapped: a tensor is read where it is touched. Runs no code."""
+    refuse_packed(path)
     try:
         str(path).encode()
     except UnicodeEncodeError:  # torch maps no file of such a name
@@ -201,9 +211,7 @@ def read(path, device="cpu"):
                 raise ValueError("its content is not what was written: the checksum differs")
             content = content[:length]
         file = io.BytesIO(content)
-        with zipfile.ZipFile(file) as parts:
-            if any(part.compress_type for part in parts.infolist()):  # torch.save packs nothing
-                raise ValueError("it is compressed")
+        refuse_packed(file)
         file.seek(0)
         return torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError:

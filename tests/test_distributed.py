@@ -19,15 +19,18 @@ RUN = "--size 8 --width 16 --depth 2 --heads 2 --text-dim 8 --text-length 4 --po
 RUN += " --head-width 8 --teacher-batch 8 --batch 8 --teacher-iterations 20 --iterations 20"
 RUN += " --heads-warmup 3 --synthetic 22 --synthetic-steps 2 --teacher-steps 2 --save-every 8"
 RUN += " --precision fp32 --device cpu --log-every 1 --aspects 1:1,2:1 --muon-lr 0"
-DIVIDED, HYBRID = "--shard --checkpointing", "--shard --replicas 2"
+DIVIDED, HYBRID = "--shard --checkpointing --compile", "--shard --replicas 2"
+PARTS = "--accumulate 2 --shard --offload"
 
 # Command lines by one process of many; what stands before a `|` happens in the last, at an update.
 WORK = """
 import json, os, sys
+import torch
 import ladd
 
 ladd.report = lambda run: None
-checkpoint = ladd.Loop.checkpoint
+checkpoint, compiled = ladd.Loop.checkpoint, torch.nn.Module.compile
+torch.nn.Module.compile = lambda module: compiled(module, backend="eager")  # traced, in seconds
 
 def work(commands, ports):
     for i, words in enumerate(commands):
@@ -45,6 +48,7 @@ def work(commands, ports):
             checkpoint(loop)
 
         ladd.Loop.checkpoint = after_update
+        ladd.Loop.asynchronous = "--shard" in words and ladd.world() == 2  # as on a GPU
         if ports:
             os.environ["MASTER_PORT"] = ports[i]
         status = ladd.main(words.split())
@@ -134,7 +138,14 @@ def runs(tmp_path_factory):
         resumed = [cut(6, "4-2-1", HYBRID), cut(11, "1-4-2", "--shard")]
         by(4, command("four"), command("four-hybrid", HYBRID), *resumed)
         resumed = [cut(13, "4-2-1", "--shard"), command("1-4-2")]
-        by(2, command("two"), command("two-divided", DIVIDED), *resumed)
+        cuts = [cut(6, "two-cut", "--stage teacher"), command("two-cut", "--stage synthesis")]
+        cuts = [cuts[0], command("two-cut", "--stage teacher"), cuts[1]]
+        cuts += [cut(11, "two-cut"), command("two-cut")]
+        divided = [f"{PARTS} --stage {stage}" for stage in ("teacher", "synthesis", "distillation")]
+        cuts += [cut(13, "two-parts", divided[0]), *(command("two-parts", d) for d in divided[:2])]
+        cuts += [cut(11, "two-parts", divided[2]), command("two-parts", divided[2])]
+        commands = [command("two"), command("two-divided", DIVIDED)]
+        by(2, *commands, *cuts, command("two-parts-whole", PARTS), *resumed)
         newest = root / "4-2-1" / "distillation-state-00000013"
         part = sorted(newest.glob("__1_*"))[0]
         content = bytearray(part.read_bytes())
@@ -146,7 +157,7 @@ def runs(tmp_path_factory):
     return root
 
 
-MANY = ("two", "two-divided", "four", "four-hybrid", "4-2-1", "1-4-2")
+MANY = ("two", "two-divided", "two-parts", "four", "four-hybrid", "4-2-1", "1-4-2")
 
 
 def worst(a, b, name, key):
@@ -176,7 +187,18 @@ def test_losses_are_those_of_one_process(runs, name):
             assert abs(a[key] - b[key]) < 1e-5
 
 
-@pytest.mark.parametrize("name", MANY[:4])
+@pytest.mark.parametrize(("cut", "whole"), [("two-cut", "two"), ("two-parts", "two-parts-whole")])
+def test_as_many_processes_go_on_bit_for_bit(runs, cut, whole):
+    """Both stages cut and gone on with by two processes: whole networks, and divided ones whose
+    states are written while the training goes on, in parts, waiting in CPU memory."""
+    for file in ("teacher.pt", "heads.pt", "student.pt"):
+        assert worst(runs / whole, runs / cut, file, "weights") == 0
+    logged = [[{k: v for k, v in row.items() if k != "images_per_s"} for row in rows(runs / name)]
+              for name in (cut, whole)]  # fmt: skip
+    assert logged[0] == logged[1]
+
+
+@pytest.mark.parametrize("name", MANY[:5])
 def test_synthesis_leaves_no_gaps_and_makes_nothing_twice(runs, name):
     files = [sorted((runs / run / "synthetic").iterdir()) for run in ("one", name)]
     assert [p.name for p in files[0]] == [p.name for p in files[1]]
@@ -187,7 +209,7 @@ def test_synthesis_leaves_no_gaps_and_makes_nothing_twice(runs, name):
 
 
 def test_a_cut_of_divided_networks_leaves_nothing_behind(runs):
-    for name in MANY[-2:]:
+    for name in (*MANY[-2:], "two-cut", "two-parts"):
         assert not list((runs / name).glob("*state*"))
 
 
