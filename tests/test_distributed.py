@@ -255,3 +255,83 @@ def test_what_can_not_be_divided_is_refused_by_all_and_told_by_one(
         told = capsys.readouterr().err
         assert end.value.code == 2 and (line in told and told.count("\n") == 1) == (rank == 0)
     assert not (tmp_path / "run").exists()
+
+
+# One run of nano, whose process keeps the most bytes that PyTorch's allocator held in `distil`.
+MEASURE = """
+import json, os, sys
+import numpy as np
+import torch
+import ladd
+
+distil = ladd.distil
+
+def measured(run):
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
+        distil(run)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    (run.out / f"held-{ladd.rank()}").write_text(str(held.max()))
+
+def work(commands, ports):
+    os.environ["MASTER_PORT"] = ports[0]
+    ladd.distil, ladd.report = measured, lambda run: None
+    sys.exit(ladd.main(commands[0].split()))
+
+commands, *ports = json.loads(sys.argv[1])
+"""
+
+
+def test_the_plan_of_memory_agrees_with_two_processes(tmp_path, monkeypatch):
+    """nano, divided in two: what either process holds at the most, within 10 %."""
+    words = "--iterations 2 --heads-warmup 0 --synthetic 64 --device cpu --precision fp32 --shard"
+    words += " --muon-lr 0 --teacher-iterations 1 --teacher-batch 2 --synthetic-steps 1"
+    words += " --sample-every 1000"
+    monkeypatch.setattr(sys.modules[__name__], "WORK", MEASURE)
+    status, _ = launch(2, [f"{words} --out {tmp_path / 'run'}"], tmp_path / "errors")
+    assert status == [0, 0]
+    plan = ladd.plan(ladd.parse(f"{words} --gpus 2".split())[0])["ways"][False]["total"]
+    for process in range(2):
+        held = int((tmp_path / "run" / f"held-{process}").read_text())
+        assert plan == pytest.approx(held, rel=0.1)
+
+
+def test_a_plan_of_parts_has_the_memory_of_one_part_and_eight_forwards():
+    """Of a batch in two parts: the activations of half of it, less those of the heads' own turn,
+    for which the students' graph is not kept; 8 forward units instead of 6."""
+    words = "--preset sd3-8b --depth 2 --batch 4"
+    whole, half, parts = (
+        ladd.plan(ladd.parse(f"{words} {more}".split())[0])
+        for more in ("", "--batch 2", "--accumulate 2")
+    )
+    kept = parts["ways"][False]["activations"] / half["ways"][False]["activations"]
+    assert 0.93 < kept < 1
+    assert parts["forward"] == whole["forward"]
+    more = (parts["ways"][False]["flops"] - whole["ways"][False]["flops"]) / whole["forward"]
+    assert more == pytest.approx(2, rel=0.03)
+
+
+def test_under_torchrun_a_run_that_was_asked_to_stop_has_not_failed(monkeypatch):
+    """What --stop-after ends has status 75, which torchrun would take for a failure."""
+    for variable, status in (("", 75), ("TORCHELASTIC_RUN_ID", 0)):
+        if variable:
+            monkeypatch.setenv(variable, "1")
+        with pytest.raises(SystemExit) as end:
+            ladd.leave(75)
+        assert end.value.code == status
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--offload", "--offload True: is a part of --shard"),
+        ("--accumulate 3", "--batch 32: its images can't be divided equally among 1 processes"),
+        ("--accumulate 2 --method dmd", "--accumulate 2: is for LADD alone"),
+        ("--shard --method dmd", "--shard True: only for LADD"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(words, line, capsys):
+    with pytest.raises(SystemExit) as end:
+        ladd.main(words.split())
+    assert end.value.code == 2 and line in capsys.readouterr().err
