@@ -1071,7 +1071,10 @@ def sweep(settings, members, watch):
                 results[j]["runs"].append(member(own[seed], settings.seed, out, watch))
         folder = out / "+".join(members[0][0])
         run = Run(dataclasses.replace(settings, out=str(folder)))
-        result = dict(command=" ".join([run.command(), *map("--sweep {}".format, settings.sweep)]))
+        words = [f"--units {settings.units:g}"] * bool(settings.units)
+        words += [f"--sweep {shlex.quote(axis)}" for axis in settings.sweep]
+        seeds = ",".join(map(str, settings.seeds))
+        result = dict(command=" ".join([run.command(), *words, f"--seeds {seeds}"]))
         result |= dict(seeds=settings.seeds, reference=reference(run, out, watch))
         result |= dict(members=results, **machine())
         write(json.dumps(result, indent=1) + "\n", folder / "sweep.json")

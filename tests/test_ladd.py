@@ -357,12 +357,13 @@ def test_every_setting_has_a_flag_that_sets_it(field):
         pytest.skip("has one possible value")
     value = another(field)
     assert value != field.default
-    settings, _ = ladd.parse(words(field.name, value))
+    beside = ["--shard"] * (field.name == "offload")  # which is a part of it
+    settings, _ = ladd.parse([*words(field.name, value), *beside])
     got = getattr(settings, field.name)
     assert got == value and type(got) is type(value)
     if field.name not in ("preset", "smoke", "steps_scale"):  # these change others by design
         want = dataclasses.asdict(ladd.parse([])[0]) | {field.name: value}
-        want["out"] = settings.out
+        want |= dict(out=settings.out, shard=settings.shard if beside else want["shard"])
         want["iterations"] = 1000 if field.name == "units" else want["iterations"]
         want["level_p"] = settings.level_p if field.name == "levels" else want["level_p"]
         if field.name in ("size", "downscale"):  # the levels follow the resolution

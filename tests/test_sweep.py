@@ -224,6 +224,7 @@ def test_the_table_is_mean_and_deviation_of_the_members_own_scores(swept):
     assert [m["values"]["taps"] for m in result["members"]] == ["0,1", "2", "0,1", "2"]
     table = (swept / "t_hat_mean+taps" / "sweep.md").read_text().splitlines()
     assert len(table) == 2 + 1 + 4 and table[2].startswith("| *untrained*")
+    assert result["command"].endswith(AXES)
     member = result["members"][1]
     scores = [
         row["frechet"] for run in member["runs"] for row in run["rows"]
