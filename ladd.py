@@ -2160,7 +2160,7 @@ SIGNS = {
             lambda r, first: r["grad_norm"] < 0.01 * first["grad_norm"],
             "the student's gradient has vanished",
         ),
-        ("diversity", lambda r, _: r["diversity"] < 0.75, "the student's samples are alike"),
+        ("diversity", lambda r, _: r["diversity"] < 0.7, "the student's samples are alike"),
     ),
 }
 

@@ -352,6 +352,7 @@ def watched(loop):
 ladd.Loop.checkpoint = watched
 flags = "--teacher-iterations 5001 --iterations 5001 --teacher-batch 4 --batch 4 --synthetic 64"
 flags += " --evaluation 8 --judge-steps 20 --out {out} --data-dir {out}"
+flags += " --save-every 60 --sample-every 190"  # the first of each take memory that is kept
 sys.exit(ladd.main(flags.split()))
 """
 

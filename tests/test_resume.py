@@ -13,6 +13,7 @@ import resource
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -390,6 +391,52 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(launch, whole, capsys, 
     assert not [p for p in Path("run").rglob("*") if p.suffix in (".pt", ".tmp")]
     assert launch("--stage teacher") == 0
     assert same("run/teacher.pt", whole / "teacher.pt")
+
+
+FULL = """
+set -e
+mount -t tmpfs -o size={size}k none {disk}
+head -c {filler}k /dev/zero > {disk}/filler
+cd {disk}
+{command} --stage teacher && exit 3 || echo "status $?"
+find run -name '*.pt' -o -name '*.tmp'
+rm filler
+{command} --stage teacher
+cp run/teacher.pt {kept}
+"""
+
+
+def test_a_disk_that_is_really_full_costs_nothing_once_there_is_room(whole, tmp_path):
+    """A small tmpfs: status 1, the file named, nothing half written; then the same command."""
+    (tmp_path / "disk").mkdir()
+    command = shlex.join([sys.executable, str(ROOT / "ladd.py"), *ALL.split(), "--out", "run"])
+    names = dict(disk=tmp_path / "disk", kept=tmp_path / "teacher.pt", command=command)
+    script = FULL.format(size=2000, filler=1980, **names)
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("only root may mount")
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script],
+        env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "status 1" and ".pt\n" not in done.stdout
+    said = done.stderr.splitlines()
+    assert len(said) == 1 and "No space left on device: 'run/" in said[0]
+    assert same(tmp_path / "teacher.pt", whole / "teacher.pt")
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_so_is_the_name(tmp_path, monkeypatch):
+    """What a loss of power leaves is the old file or the new one: synced, renamed, synced."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda *names: done.append("name") or replace(*names))
+    sample.save(dict(a=1), tmp_path / "state.pt")
+    assert done == ["file", "name", "folder"]
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(capsys):
