@@ -20,6 +20,7 @@ optimiser or EMA: those are ours, chosen by the experiments in docs/log.md.
 
     python ladd.py --preset nano                  everything, on a laptop, with built-in data
     python ladd.py --preset tiny                  CIFAR-10 on one GPU
+    python ladd.py --sweep t_hat_mean=-2,0 --seeds 0,1    students that differ, and their table
     python ladd.py --preset sd3-8b --dry-run      what the real size needs: no GPU, no weights
 """
 
