@@ -24,7 +24,7 @@ PARTS = "--accumulate 2 --shard --offload"
 
 # Command lines by one process of many; what stands before a `|` happens in the last, at an update.
 WORK = """
-import json, os, sys
+import json, os, resource, sys
 import torch
 import ladd
 
@@ -43,6 +43,8 @@ def work(commands, ports):
                     loop.run.watch.status = 75
                 if what == "fail":
                     raise OSError("no such luck")
+                if what == "full":  # no file can grow beyond this
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
                 if what == "die" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
                     os.kill(os.getpid(), 9)
             checkpoint(loop)
@@ -218,6 +220,26 @@ def test_the_process_that_fails_tells_why_once_and_all_end(runs, tmp_path):
     command = f"fail 3|{RUN} --out {taught(runs / 'one', tmp_path / 'run')}"
     status, errors = launch(2, [command], tmp_path / "errors")
     assert status == [1, 1] and errors == ["", "ladd.py: no such luck\n"]
+
+
+def test_a_full_disk_ends_all_and_leaves_the_state_before(runs, tmp_path):
+    """Of divided networks: the second state can't be written by one process. One line that names
+    its folder; the first state is whole, and the run goes on from it."""
+    run = taught(runs / "two-divided", tmp_path / "run")
+    flags = f"{RUN} --shard --save-every 4 --out {run}"
+    status, errors = launch(2, [f"full 6|{flags}"], tmp_path / "errors")
+    assert status == [1, 1]
+    (line,) = [e for e in errors if e]
+    assert line.startswith(
+        f"ladd.py: {run}/distillation-state-00000008: the state can't be written"
+    )
+    assert line.count("\n") == 1
+    assert [p.name for p in run.glob("*-state-*.pt")] == ["distillation-state-00000004.pt"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ladd, "report", lambda run: None)
+        assert ladd.main(flags.split()) == 0
+    assert worst(runs / "one", run, "student.pt", "weights") < 1e-5
+    assert not list(run.glob("*state*"))
 
 
 def test_a_killed_process_ends_the_run_and_torchrun_goes_on_from_the_last_state(runs):
