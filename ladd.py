@@ -665,6 +665,7 @@ def distil(run):
     s = run.settings
     student, ema, student_optimizer = start_student(run)
     teacher = run.load("teacher", frozen=True)
+    run.compile(teacher)
     teacher.checkpointing = s.checkpointing
     heads = run.seeded(Discriminator, **s.head_sizes())
     heads_optimizer = make_optimizers(heads, s.heads_lr, 0.0, s.beta1, s.adam_eps)
@@ -1304,14 +1305,17 @@ def plan(s):
     state, images, width = meta_state(s), math.ceil(s.batch / s.gpus), dtype.itemsize
     part = math.ceil(images / s.accumulate)
     tables = state.pop("tables")
-    share = {k: v / s.gpus for k, v in state.items()} | dict(tables=tables)
+    parts = max(1, s.gpus // s.replicas) if s.shard else 1  # that the state is divided into
+    share = {k: v / parts for k, v in state.items()} | dict(tables=tables)
     gathered = block * (2 * width + 4)  # two blocks, and the gradients of one in float32
-    share["gathered"] = gathered if s.gpus > 1 else 0
+    share["gathered"] = gathered if parts > 1 else 0
     # The student is gathered twice and its gradients reduced in float32, the teacher is gathered
     # for fakes, for reals and for the way back, each once more where the fakes pass twice; all of
     # it for every part. Traffic and arithmetic overlap.
-    traffic = sizes["student"] * (5 * width + 4 + 2 * width * twice(s)) * (1 - 1 / s.gpus)
+    traffic = sizes["student"] * (5 * width + 4 + 2 * width * twice(s)) * (1 - 1 / parts)
     traffic *= s.accumulate
+    rows = s.gpus // parts  # that hold the same, and have gradients to exchange
+    traffic += 8 * sizes["student"] / parts * (1 - 1 / rows)
     ways = {}
     for again in (False, True):
         kept, forward, flops = meta_iteration(s, part, again)
@@ -1409,14 +1413,28 @@ def together(s):
         raise
     except Exception as error:
         sys.stdout, sys.stderr = out, err
-        status = 1
-        with contextlib.suppress(RuntimeError):  # the process that keeps the store is gone
-            if store.add("failed", 1) == 1:
-                status = told(error)
+        status, first = 1, False
+        with contextlib.suppress(RuntimeError), quiet():  # where the store's own process is gone
+            first = store.add("failed", 1) == 1
+        if first:
+            status = told(error)
         sys.stderr.flush()
         os._exit(status)  # without waiting for the others
     finally:
         sys.stdout, sys.stderr = out, err
+
+
+@contextlib.contextmanager
+def quiet():
+    """Drops what C++ writes to standard error."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def part():
@@ -1542,8 +1560,8 @@ def update(optimizers, losses, model, clip, rate):
         loss.backward()
         total = total + loss.detach()
     average([total, *(p.grad for p in model.parameters() if p.grad is not None)])
-    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
-    if not (norm.to(total.device) + total).isfinite():
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)).to(total.device)
+    if not (norm + total).isfinite():
         return None
     for optimizer in optimizers:
         optimizer.step()
@@ -1661,6 +1679,13 @@ class Run:
             setattr(network, name, buffer.to(self.device))
         return network.to(place) if place == self.device else network
 
+    def compile(self, network):
+        """With --compile: block by block, as most are alike, once for every shape."""
+        if self.settings.compile:
+            torch._dynamo.config.recompile_limit = 64
+            for module in getattr(network, "joint_blocks", [network]):
+                module.compile()
+
     def path(self, kind):
         return self.out / f"{kind}.pt"
 
@@ -1679,6 +1704,8 @@ class Run:
         if not self.divided:
             network = sample.build(sample.read_checkpoint(self.path(kind)), self.device)
             return network.to(dtype)
+        if rank() == 0 and sample.differs(self.path(kind)):
+            raise sample.CheckpointError(f"{self.path(kind)}: damaged, its checksum differs.")
         checkpoint = sample.mapped(self.path(kind))
         with torch.device("meta"):
             network = MMDiT(**checkpoint["model"]).to(dtype)
@@ -1741,6 +1768,15 @@ class Run:
         if rank() == 0:
             path.unlink()
             shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+
+    def forget_unfinished(self):
+        """What a cut left of files, and of divided states whose own file was not there yet."""
+        if rank() == 0:
+            for file in self.out.rglob(".*.tmp"):
+                file.unlink()
+            for folder in self.out.glob("*-state-*/"):
+                if not folder.with_suffix(".pt").exists():
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def newest_state(self):
         """The state that a cut run goes on from, None if there is none; writes nothing."""
@@ -1902,18 +1938,16 @@ class Loop:
                 fill(network, state["networks"][name])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 fill_optimizer(optimizer, saved)
-            self.step, self.sums, self.run.earlier = state["step"], state["sums"], state["seconds"]
+            self.step, self.run.earlier = state["step"], state["seconds"]
+            self.sums = own_sums(state["sums"])
             self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
             self.kept = [self.path(self.step)]
             print(f"{self.stage}: going on from update {self.step} of {self.total}", flush=True)
         self.run.forget_log(self.stage, self.step)
         self.rows = [row for row in self.run.rows() if row.get("stage") == self.stage]
         self.warned = {why for _, why, _ in self.signs()}
-        if self.run.settings.compile:  # block by block, as most are alike: once for every shape
-            torch._dynamo.config.recompile_limit = 64
-            for network in networks.values():
-                for module in getattr(network, "joint_blocks", [network]):
-                    module.compile()
+        for network in networks.values():
+            self.run.compile(network)
 
     def __iter__(self):
         self.start, self.first = time.perf_counter(), self.step
@@ -1929,8 +1963,7 @@ class Loop:
         self.complete()
         for path in self.run.states(self.stage):
             self.run.forget_state(path)
-        for folder in self.run.out.glob(f"{self.stage}-state-*/") if rank() == 0 else ():
-            shutil.rmtree(folder, ignore_errors=True)  # parts of a state that was never complete
+        self.run.forget_unfinished()
 
     def due(self, every):
         """Whether something done every so many updates, and at the end, is due after this one."""
@@ -1946,7 +1979,8 @@ class Loop:
             self.in_a_row = 0
             for name, value in values.items():
                 total, n = self.sums.get(name, (0, 0))
-                self.sums[name] = (total + value.detach().float(), n + 1)
+                value = value.detach().float()
+                self.sums[name] = (value + torch.as_tensor(total).to(value), n + 1)
         if self.step - self.first == 4:  # the first updates are slower
             self.warm = time.perf_counter()
         if self.step - self.first == 14:
@@ -2041,8 +2075,8 @@ class Loop:
         state counts once they are, at the next save or at the end."""
         self.complete()
         self.saved = time.perf_counter()
-        self.average()
-        state = dict(stage=self.stage, step=self.step + 1, sums=self.sums, skipped=self.skipped)
+        sums = gathered(self.sums)
+        state = dict(stage=self.stage, step=self.step + 1, sums=sums, skipped=self.skipped)
         state |= dict(in_a_row=self.in_a_row, seconds=self.run.earlier + self.saved - self.start)
         state["networks"] = {name: network.state_dict() for name, network in self.networks.items()}
         state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
@@ -2124,6 +2158,23 @@ class Loop:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it tells that one process is one
             dcp.load(wanted, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+
+def gathered(sums):
+    """The sums of the log of every process: [{name: (total, number)}]"""
+    own = {name: (total.cpu(), n) for name, (total, n) in sums.items()}
+    everyone = [own] * world()
+    if dist.is_initialized():
+        dist.all_gather_object(everyone, own)
+    return everyone
+
+
+def own_sums(everyone):
+    """This process's own, or where there are now more or fewer, the mean ones."""
+    if len(everyone) == world():
+        return everyone[rank()]
+    total = lambda name: sum(own[name][0] for own in everyone) / len(everyone)  # noqa: E731
+    return {name: (total(name), n) for name, (_, n) in everyone[0].items()}
 
 
 def check_parts(folder, parts):
@@ -2348,6 +2399,7 @@ def check(s, error):
     demand(n == 1 or n % s.replicas == 0, "replicas", f"must divide the {n} processes")
     muon = s.shard and n > 1 and s.muon_lr and not s.teacher
     demand(not muon, "muon_lr", "Muon needs whole matrices: --shard takes --muon-lr 0")
+    demand(not s.compile or not s.r1, "compile", "not with --r1, a gradient of a gradient")
     demand(not s.offload or s.shard, "offload", "is a part of --shard")
     ascending = list(s.taps) == sorted(set(s.taps)) and all(0 <= i < s.depth for i in s.taps)
     demand(ascending, "taps", f"must be ascending block numbers from 0 to {s.depth - 1}")
@@ -2554,8 +2606,7 @@ def train(settings, given, watch, source=None):
             link(file, run.out / file.relative_to(source))
         shared(None)
         run.state = run.newest_state()
-        for unfinished in run.out.rglob(".*.tmp") if rank() == 0 else ():
-            unfinished.unlink()
+        run.forget_unfinished()
         run.forget_log()
         if note:
             run.notes.append(note)

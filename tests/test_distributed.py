@@ -13,14 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import ladd
 
 RUN = "--size 8 --width 16 --depth 2 --heads 2 --text-dim 8 --text-length 4 --pos-size 6 --taps 0,1"
 RUN += " --head-width 8 --teacher-batch 8 --batch 8 --teacher-iterations 20 --iterations 20"
 RUN += " --heads-warmup 3 --synthetic 22 --synthetic-steps 2 --teacher-steps 2 --save-every 8"
 RUN += " --precision fp32 --device cpu --log-every 1 --aspects 1:1,2:1 --muon-lr 0"
-DIVIDED, HYBRID = "--shard --checkpointing --compile", "--shard --replicas 2"
-PARTS = "--accumulate 2 --shard --offload"
+DIVIDED, HYBRID = "--shard --checkpointing", "--shard --replicas 2"
+PARTS = "--accumulate 2 --shard --offload --log-every 3"
+SHORT = "--teacher-iterations 2 --iterations 2 --heads-warmup 0 --aspects 1:1 --shard"
 
 # Command lines by one process of many; what stands before a `|` happens in the last, at an update.
 WORK = """
@@ -147,6 +149,7 @@ def runs(tmp_path_factory):
         cuts += [cut(13, "two-parts", divided[0]), *(command("two-parts", d) for d in divided[:2])]
         cuts += [cut(11, "two-parts", divided[2]), command("two-parts", divided[2])]
         commands = [command("two"), command("two-divided", DIVIDED)]
+        commands += [command("short", SHORT), command("compiled", f"{SHORT} --compile")]
         by(2, *commands, *cuts, command("two-parts-whole", PARTS), *resumed)
         newest = root / "4-2-1" / "distillation-state-00000013"
         part = sorted(newest.glob("__1_*"))[0]
@@ -180,7 +183,13 @@ def test_weights_are_those_of_one_process(runs, name):
         assert worst(runs / "one", runs / name, file, "weights") < 1e-5
 
 
-@pytest.mark.parametrize("name", MANY)
+def test_compiled_blocks_give_the_weights_of_plain_ones(runs):
+    """Divided in two; traced, and run by PyTorch as it stands."""
+    for file in ("teacher.pt", "heads.pt", "student.pt"):
+        assert worst(runs / "short", runs / "compiled", file, "weights") < 1e-5
+
+
+@pytest.mark.parametrize("name", [n for n in MANY if n != "two-parts"])  # it logs less often
 def test_losses_are_those_of_one_process(runs, name):
     one, many = rows(runs / "one"), rows(runs / name)
     assert [(r["stage"], r["step"]) for r in many] == [(r["stage"], r["step"]) for r in one]
@@ -357,3 +366,39 @@ def test_what_does_not_go_together_is_refused(words, line, capsys):
     with pytest.raises(SystemExit) as end:
         ladd.main(words.split())
     assert end.value.code == 2 and line in capsys.readouterr().err
+
+
+def test_a_plan_divides_by_the_processes_that_share_a_network():
+    """8 GPUs in 2 replicas: a quarter each; without --shard all of it, and gradients to swap."""
+    words = "--preset sd3-8b --depth 2 --batch 8 --gpus 8"
+    whole, hybrid, copies = (
+        ladd.plan(ladd.parse(f"{words} {more}".split())[0])
+        for more in ("", "--replicas 2", "--no-shard")
+    )
+    for name in ("weights", "gradients", "optimiser"):
+        assert hybrid["share"][name] == pytest.approx(2 * whole["share"][name])
+        assert copies["share"][name] == pytest.approx(8 * whole["share"][name])
+    assert copies["share"]["gathered"] == 0
+    assert copies["traffic"] == pytest.approx(8 * copies["parameters"]["student"] * 7 / 8)
+
+
+def test_a_damaged_teacher_is_not_trained_on(runs, tmp_path):
+    """Divided networks read it memory-mapped; its checksum is looked at all the same."""
+    run = taught(runs / "two-divided", tmp_path / "run")
+    content = bytearray((run / "teacher.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (run / "teacher.pt").write_bytes(content)
+    status, errors = launch(2, [f"{RUN} --shard --out {run}"], tmp_path / "errors")
+    assert 0 not in status
+    assert any("teacher.pt" in e and "checksum" in e and e.count("\n") == 1 for e in errors), errors
+
+
+def test_more_processes_than_prompts_are_refused_by_one_line(tmp_path, monkeypatch, capsys):
+    shards = data.Shards.__new__(data.Shards)
+    shards.sets, shards.channels = [type("Bucket", (), dict(train_size=2))()], 3
+    shards.expect, shards.to = lambda *_: None, lambda device: shards
+    monkeypatch.setattr(data, "load", lambda *_, **__: shards)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    settings, given = ladd.parse(["--batch", "9", "--teacher-batch", "9", "--data", "there"])
+    with pytest.raises(data.DataError, match="2 prompts are fewer than the 3 processes"):
+        ladd.load_data(settings, True)
