@@ -252,7 +252,7 @@ class Settings:
             changes["iterations"] = round(self.units / (UNITS[self.method] + more))
         if self.steps_scale != 1:
             for name in SCALED:
-                value = getattr(self, name)
+                value = changes.get(name, getattr(self, name))
                 changes[name] = min(value, 1) and max(1, round(value * self.steps_scale))
         if self.smoke:
             changes |= dict(teacher_iterations=2, iterations=2, synthetic=32, evaluation=32)
@@ -263,8 +263,8 @@ class Settings:
 
 
 # What an update costs in forwards of the whole network; a backward counts two, one through a frozen
-# network one, the heads nothing.
-UNITS = dict(ladd=6, regression=3, consistency=6, add=3, dmd=9)
+# network one, LADD's heads nothing; ADD's, on larger maps, two at nano.
+UNITS = dict(ladd=6, regression=3, consistency=6, add=5, dmd=9)
 
 SCALED = ("teacher_iterations", "heads_warmup", "iterations", "synthetic", "evaluation")
 
@@ -621,7 +621,7 @@ def draw_batch(run, draw, step, turn=0):
     s, device = run.settings, run.device
     random = run.random("distillation", step + (turn << 40))
     x0, text, source = draw(step)
-    t = mine(draw_levels(s, s.batch, step - s.heads_warmup, random)).to(device)
+    t = mine(draw_levels(s, s.batch, step - warmup(s), random)).to(device)
     m = s.m + s.logit_shift(x0.shape[2:])
     t_hat = mine(logit_normal(s.batch, m, s.t_hat_std, random)).to(device)
     noises = torch.randn(3, s.batch, *x0.shape[1:], generator=random)
@@ -655,10 +655,14 @@ def start_student(run):
     return student, ema.requires_grad_(False), optimizer
 
 
+def warmup(s):
+    """The first updates, of the heads alone; a method without heads has none."""
+    return s.heads_warmup if s.method in ("ladd", "add") else 0
+
+
 def student_rate(s, step):
     """The student's learning rate, as a factor: it falls over the last 30 % of the updates."""
-    warmup = s.heads_warmup if s.method in ("ladd", "add") else 0
-    return learning_rate(step - warmup, s.iterations - warmup, 0.3)
+    return learning_rate(step - warmup(s), s.iterations - warmup(s), 0.3)
 
 
 def distil(run):
@@ -707,6 +711,8 @@ def distil(run):
     loop = Loop(run, "distillation", s.iterations, s.batch)
     loop.resume(dict(student=student, ema=ema, heads=heads), student_optimizer + heads_optimizer)
     for step in loop:
+        # Generators: `update` asks for a part's loss (which fills `values` and `kept`), goes back
+        # through it, asks for the next, and steps once. L_D's way back ends at the detached f.
         parts = cut(draw_batch(run, draw, step), s.accumulate)
         learning, values = step >= s.heads_warmup, {}
         # One pass of the fakes serves both players, unless their graphs would not fit in memory.
@@ -829,7 +835,8 @@ def judge_features(judge, x0):
 
 def distil_add(run):
     """Adversarial diffusion distillation (ADD, arXiv 2311.17042): the same heads, on the features
-    of a frozen network of clean pixels, here the judge; the teacher has no part (3 units)."""
+    of a frozen network of clean pixels, here the judge; the teacher has no part (3 units, and at
+    nano 2 of the heads)."""
     s, judge = run.settings, run.judge().requires_grad_(False)
     student, ema, student_optimizer = start_student(run)
     widths = [layer.out_channels for layer in judge.body if isinstance(layer, torch.nn.Conv2d)]
@@ -837,10 +844,10 @@ def distil_add(run):
     heads = torch.nn.ModuleList(made)
     heads_optimizer = make_optimizers(heads, s.heads_lr, 0.0, s.beta1, s.adam_eps)
 
-    def logits(features, b):  # of all maps and positions, (B, …)
+    def logits(features, b):  # of every map, (B, 1, h, w)
         clean = torch.zeros_like(b.t)
         both = zip(heads, features, strict=True)
-        return torch.cat([h([f], clean, b.text[1], *g).flatten(1) for h, (f, g) in both], dim=1)
+        return [h([f], clean, b.text[1], *g) for h, (f, g) in both]
 
     draw = distillation_batches(run)
     loop = Loop(run, "distillation", s.iterations, s.batch)
@@ -853,14 +860,15 @@ def distil_add(run):
             real = judge_features(judge, b.x0)
         with run.autocast():
             on = logits(real, b), logits([(f.detach(), g) for f, g in fake], b)
-            loss_d = hinge_d(*on)
+            loss_d = sum(map(hinge_d, *on)) / len(heads)  # every map counts alike
         norm_d = update(heads_optimizer, loss_d, heads, math.inf, min(1.0, (step + 1) / 40))
-        apart = told_apart(*(x.detach().float() for x in on))
+        means = ([x.detach().float().flatten(1).mean(1) for x in own] for own in on)
+        apart = told_apart(*(torch.stack(own, dim=1) for own in means))
         values = dict(loss_d=loss_d, grad_norm_heads=norm_d, **apart)
         if learning and norm_d is not None:
             heads.requires_grad_(False)
             with run.autocast():
-                loss = hinge_g(logits(fake, b))
+                loss = sum(map(hinge_g, logits(fake, b))) / len(heads)
                 if s.distill_weight:
                     loss = loss + s.distill_weight * distillation_loss(x0_hat, b.x0, b.known)
             heads.requires_grad_(True)
@@ -885,7 +893,8 @@ def matching_gradient(x0_hat, noise, t, velocity, score):
 
 
 def match_distributions(run):
-    """Distribution matching (DMD, arXiv 2311.18828; without its regression, as DMD2): the student
+    """Distribution matching (DMD, arXiv 2311.18828), without its regression; nor is it DMD2, which
+    updates the score five times for each of the student's and has a GAN loss, too. The student
     follows the difference of two scores, of the guided teacher and of a network that learns the
     student's own samples (9 units)."""
     s = run.settings
@@ -961,7 +970,8 @@ def report(run):
 def explain(run):
     """Prints every quantity of an iteration: its shape, range, mean, and who receives gradient.
 
-    Of the run's finished teacher, if there is one; the student is before its first update."""
+    Of the run's finished teacher, if there is one; the student is before its first update. x_0 are
+    real images here, not yet the teacher's samples; always of LADD, whatever --method says."""
     s, device = run.settings, run.device
     taught = run.path("teacher").exists()
     teacher = run.load("teacher") if taught else run.seeded(MMDiT, **s.model())
@@ -1019,7 +1029,8 @@ def explain(run):
     gradients(loss, "L_D")
     with run.autocast():
         loss = generator_loss(heads, fake, t_hat, text[1], grid)
-        show("L_G", loss, "6  -mean logit: the student's loss")
+        more = f"; training adds {s.distill_weight:g}·smooth_l1(x̂_0, x_0)" * bool(s.distill_weight)
+        show("L_G", loss, f"6  -mean logit: the student's loss{more}")
         gradients(loss, "L_G")
     if not taught:
         lines.append(f"The networks are untrained: {run.path('teacher')} is not there yet.")
@@ -1046,8 +1057,10 @@ def parse_sweep(settings, argv, error):
             why = "a setting that changes results, and its values"
             error(f"--sweep {text}: must be {why}: t_hat_mean=-1,0,1 or taps=0,1/1,2")
         axes.append([(name, value) for value in values])
-    if not settings.seeds or settings.channels != 3 or world() > 1:
-        error("--sweep scores images, takes one process, and at least one of --seeds")
+    if not settings.seeds or len(set(settings.seeds)) < len(settings.seeds):
+        error("--sweep takes at least one of --seeds, and none twice")
+    if settings.channels != 3 or world() > 1 or settings.explain:
+        error("--sweep scores images, takes one process, and no --explain")
     members = []
     for values in itertools.product(*axes):
         words = [
@@ -1073,34 +1086,44 @@ def sweep(settings, members, watch):
                 results[j]["runs"].append(member(own[seed], settings.seed, out, watch))
         folder = out / "+".join(members[0][0])
         run = Run(dataclasses.replace(settings, out=str(folder)))
-        words = [f"--units {settings.units:g}"] * bool(settings.units)
+        words = [f"--seed {settings.seed}"] * bool(settings.seed)
+        words += [f"--units {settings.units:g}"] * bool(settings.units)
         words += [f"--sweep {shlex.quote(axis)}" for axis in settings.sweep]
         seeds = ",".join(map(str, settings.seeds))
         result = dict(command=" ".join([run.command(), *words, f"--seeds {seeds}"]))
-        result |= dict(seeds=settings.seeds, reference=reference(run, out, watch))
+        first = dataclasses.replace(next(iter(members[0][1].values())), seed=settings.seed)
+        result |= dict(seeds=settings.seeds, reference=reference(Run(first), out, watch))
         result |= dict(members=results, **machine())
         write(json.dumps(result, indent=1) + "\n", folder / "sweep.json")
         write(sweep_table(result) + "\n", folder / "sweep.md")
+        watch.check()
         sweep_picture(run, [(values, own[settings.seeds[0]]) for values, own in members], out)
     print(f"{sweep_table(result)}\n\n{folder}", flush=True)
 
 
 def member(s, teacher_seed, out, watch):
     """One student with its scores: made in its run folder, if it is not there yet."""
-    folder = out / "members" / member_name(s) / f"seed-{s.seed}"
+    folder = member_folder(s, teacher_seed, out)
     if not sample.read_metrics(folder):
         source = samples_for(s, teacher_seed, out, watch)
         s = dataclasses.replace(s, stage="distillation", out=str(folder), sweep=())
         run = train(s, True, watch, source)
+        watch.patient = False  # scoring saves nothing on its way
+        watch.check()
         rows = sample.evaluate(
             run.dataset, run.judge(), None, run.generator("student"), s.evaluation, s.seed
         )
-        seconds = next(row["seconds"] for row in run.rows() if row.get("finished"))
-        metrics = dict(rows=rows, seconds=dict(distillation=seconds), seed=s.seed, data=s.data)
+        took = [row["seconds"] for row in run.rows() if row.get("finished")]
+        took = took[-1] if took else None  # None: cut between the student and its row
+        metrics = dict(rows=rows, seconds=dict(distillation=took), seed=s.seed, data=s.data)
         metrics |= dict(samples=s.evaluation, checkpoints=sample.fingerprints(folder))
         metrics |= dict(preset=s.preset, command=run.command(), **machine())
         write(json.dumps(metrics, indent=1) + "\n", folder / "metrics.json")
     return sample.read_metrics(folder)
+
+
+def member_folder(s, teacher_seed, out):
+    return out / "members" / f"{member_name(s)}-of-{teacher_seed}" / f"seed-{s.seed}"
 
 
 def member_name(s):
@@ -1124,7 +1147,7 @@ def samples_for(s, seed, out, watch):
         later = names[names.index(after) : names.index("out")]  # what the stage does not depend on
         unread = {k: row[k] for k in later if k not in ("clip", "adam_eps", "levels", "level_p")}
         own = dataclasses.replace(s, **unread, seed=seed, steps_scale=1.0)
-        folder = out / "shared" / f"{stage}-{member_name(own)}"
+        folder = out / "shared" / f"{stage}-{member_name(own)}-seed-{seed}"
         if stage == "teacher" or s.targets == "synthetic":
             train(dataclasses.replace(own, stage=stage, out=str(folder)), True, watch, source)
             source = folder
@@ -1132,12 +1155,13 @@ def samples_for(s, seed, out, watch):
 
 
 def reference(run, out, watch):
-    """The rows of teacher and untrained student, with the sweep's own settings."""
+    """The rows of teacher and untrained student, with the settings of the first value."""
     s = run.settings
-    path = out / "shared" / f"reference-{member_name(s)}.json"
+    path = out / "shared" / f"reference-{member_name(s)}-seed-{s.seed}.json"
     if not path.exists():
         source = samples_for(s, s.seed, out, watch)
         teacher = sample.load_generator(source, True, run.device, s.precision)
+        teacher.settings = dataclasses.asdict(s)
         rows = sample.evaluate(run.dataset, run.judge(), teacher, None, s.evaluation, s.seed)
         write(json.dumps(dict(rows=rows)) + "\n", path)
     return data.read_object(path)["rows"]
@@ -1165,7 +1189,8 @@ def sweep_table(result):
     line(["*untrained*", *[""] * (len(names) - 1)], "untrained", [result["reference"]], "")
     for own in result["members"]:
         runs = own["runs"]
-        seconds = mean_and_deviation([run["seconds"]["distillation"] for run in runs], 0)
+        took = [run["seconds"]["distillation"] for run in runs]
+        seconds = mean_and_deviation([value for value in took if value is not None], 0)
         line(own["values"].values(), "student", [run["rows"] for run in runs], seconds)
     return "\n".join(lines)
 
@@ -1179,11 +1204,11 @@ def mean_and_deviation(values, digits):
 
 def sweep_picture(run, members, out):
     """sweep.png: a row of samples for every value, from the same captions and noise."""
-    parts = sample.held_out_captions(run.dataset, 8)
-    captions = [caption for own, _ in parts for caption in own]
-    rows = []
+    rows, captions = [], []
     for values, s in members:
-        folder, titled = out / "members" / member_name(s) / f"seed-{s.seed}", []
+        parts = sample.held_out_captions(Run(s).dataset, 8)
+        captions += [caption for own, _ in parts for caption in own]
+        folder, titled = member_folder(s, run.settings.seed, out), []
         student = sample.load_generator(folder, False, run.device, s.precision)
         for n in (n for n in STEPS if n <= len(s.levels)):
             made = sample.sample_buckets(student, parts, seed=s.seed + 3, steps=n)
@@ -2375,7 +2400,11 @@ def check(s, error):
     demand(right, "level_p", "must be probabilities")
     warm = min(s.warmup_p) >= 0 and sum(s.warmup_p) > 0
     demand(warm or not s.warmup_iterations, "warmup_p", "must be probabilities")
-    demand(s.heads_warmup < s.iterations, "heads_warmup", f"leaves none of {s.iterations} updates")
+    some = s.heads_warmup < s.iterations or s.method not in ("ladd", "add")
+    demand(some, "heads_warmup", f"leaves none of {s.iterations} updates")
+    demand(s.channels == 3 or s.method != "add", "method", "its judge reads images of 3 channels")
+    demand(s.method == "ladd" or not s.r1, "r1", "is for LADD alone")
+    demand(s.method == "ladd" or not s.discriminator, "discriminator", "is for LADD alone")
     demand(s.evaluation >= 8, "evaluation", "scores need at least 8 samples")
     demand(s.targets in ("synthetic", "real"), "targets", "must be synthetic or real")
     demand(s.stage in ("all", *STAGES), "stage", f"must be all, {', '.join(STAGES)}")
@@ -2387,7 +2416,8 @@ def check(s, error):
     demand(one, "shard", "only for LADD with a student of the teacher's depth")
     demand(not s.student_depth or not s.attn2_blocks, "student_depth", "not with --attn2-blocks")
     demand(s.targets == "synthetic" or s.method != "regression", "targets", "have no paired noise")
-    demand(s.units >= 0, "units", "must not be negative")
+    demand(0 <= s.units < math.inf, "units", "must be finite and not negative")
+    demand(s.steps_scale < math.inf, "steps_scale", "must be finite")
     n = world() * s.accumulate
     parts = f" in {s.accumulate} parts" if s.accumulate > 1 else ""
     share = f"its images can't be divided equally among {world()} processes{parts}"

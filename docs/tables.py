@@ -68,7 +68,7 @@ def results():
 def ablation(name):
     """The table of a sweep kept in docs/results/ablations, with its command and machine."""
     result = json.loads((ROOT / "docs/results/ablations" / f"{name}.json").read_text("utf-8"))
-    commits = {run["commit"] for member in result["members"] for run in member["runs"]}
+    commits = sorted({run["commit"] for member in result["members"] for run in member["runs"]})
     dirty = any(run["dirty"] for member in result["members"] for run in member["runs"])
     seeds = ", ".join(map(str, result["seeds"]))
     lines = ["```", result["command"], "```", "", sweep_table(result), ""]

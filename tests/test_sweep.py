@@ -175,6 +175,7 @@ def test_a_budget_of_units_gives_every_method_the_same_work():
     """Forwards of the network: LADD 6 an update, its two-pass form 8, regression 3."""
     for flags, count in (
         ("", 1000), ("--no-shared-pass", 750), ("--method regression", 2000),
+        ("--method regression --steps-scale 0.5", 1000),
         ("--method dmd", 667),
     ):  # fmt: skip
         assert ladd.parse([*flags.split(), "--units", "6000"])[0].iterations == count
@@ -210,7 +211,7 @@ def test_a_sweep_makes_one_teacher_and_one_set_of_samples(swept):
 
 def test_the_students_noise_is_the_one_that_the_shared_samples_were_made_of(swept):
     """A student of another seed than the teacher's must still start from its sample's own noise."""
-    path = next((swept / "members").glob("*/seed-4/config.json")).parent
+    path = next((swept / "members").glob("*-of-0/seed-4/config.json")).parent
     settings = ladd.parse([*SWEEP.split(), "--seed", "4", "--out", f"{path}"])[0]
     run = ladd.Run(settings)
     _, _, source = ladd.distillation_batches(run)(0)
@@ -283,3 +284,25 @@ def test_a_sweep_that_can_not_be_is_refused_before_anything_is_made(
     said = capsys.readouterr().err
     assert named in said and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_another_teachers_students_are_not_taken_for_this_ones(swept, cache):
+    """--seed is the teacher's: with another one everything is made anew, in folders of its own."""
+    axes = "--sweep taps=0,1 --t-hat-mean 0 --seeds 3 --seed 1"
+    words = [*SWEEP.split(), *axes.split()]
+    assert ladd.main([*words, "--out", f"{swept}", "--data-dir", f"{cache}"]) == 0
+    own = [next((swept / "members").glob(f"*-of-{n}/seed-3/teacher.pt")) for n in (0, 1)]
+    assert own[0].read_bytes() != own[1].read_bytes()
+    result = json.loads((swept / "taps" / "sweep.json").read_text())
+    assert "--seed 1 " in result["command"]
+
+
+def test_a_member_cut_between_its_student_and_the_log_goes_on(swept, cache):
+    """Its seconds are not known any more; its scores are."""
+    folder = next((swept / "members").glob("*-of-0/seed-4"))
+    (folder / "metrics.json").unlink()
+    rows = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+    (folder / "log.jsonl").write_text("".join(r for r in rows if "finished" not in r))
+    words = [*SWEEP.split(), *AXES.split(), "--out", f"{swept}", "--data-dir", f"{cache}"]
+    assert ladd.main(words) == 0
+    assert json.loads((folder / "metrics.json").read_text())["seconds"]["distillation"] is None
