@@ -103,7 +103,7 @@ def launch(n, commands, folder):
     env = os.environ | dict(WORLD_SIZE=f"{n}", MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
     env |= dict(PYTHONPATH=str(Path(ladd.__file__).parent))
     words = [sys.executable, "-c", WORK + FORK, task, str(folder)]
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     errors = [(folder / f"{rank}").read_text() for rank in range(n)]
     return json.loads(done.stdout.splitlines()[-1]), errors
