@@ -2681,7 +2681,7 @@ def given_teacher(s):
     """The checkpoint of --teacher, ours or released, if its network is that of the settings."""
     if Path(s.teacher).is_dir() or s.teacher.endswith(".safetensors"):
         model, weights = open_sd3(s.teacher)
-        checkpoint = dict(format="ladd-1", model=model.config, weights=dict(weights), step=0)
+        checkpoint = dict(format="ladd-1", model=model.config, weights=weights, step=0)
         checkpoint |= dict(settings=dataclasses.asdict(s), ignored=weights.ignored)
     else:
         checkpoint = sample.read_checkpoint(s.teacher)
@@ -2709,7 +2709,9 @@ def execute(run):
     """The stages in order; one that is finished is skipped."""
     s, wanted = run.settings, STAGES if run.settings.stage == "all" else (run.settings.stage,)
     if s.teacher and not run.path("teacher").exists() and rank() == 0:
-        save(given_teacher(s) | dict(kind="teacher"), run.path("teacher"))
+        given = given_teacher(s)  # its tensors are views of the file until here
+        given |= dict(kind="teacher", weights=dict(given["weights"]))
+        save(given, run.path("teacher"))
     done = dict(
         teacher=run.path("teacher").exists(),
         synthesis=s.targets == "real" or len(run.shards()) == len(shard_buckets(run)[0]),
