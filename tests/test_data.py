@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageColor, ImageOps
 
 import data
+import sample
 from data import DataError
 
 # ---------------------------------------------------------------------------------------------
@@ -1132,3 +1133,23 @@ def test_a_data_folder_that_cannot_be_written_is_a_data_error(tmp_path, cifar, s
     with pytest.raises(DataError, match="Permission denied") as error:
         data.load("cifar10", 32, 32, data_dir=tmp_path)
     assert ways_out(error, tmp_path)
+
+
+def test_joined_tensors_are_read_as_one_and_not_before(tmp_path):
+    """Rows in any order are those of the tensors end to end; of mapped files no more memory is
+    taken than the rows asked for (anonymous memory: what is not the files' own)."""
+
+    def anonymous():
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) << 10 for line in file if "RssAnon" in line)
+
+    parts = [torch.randn(n, 3, 64, 64).half() for n in (300, 1, 500)]
+    whole = torch.cat(parts)
+    for i, part in enumerate(parts):
+        sample.save(dict(x0=part), tmp_path / f"{i}.pt")
+    before = anonymous()
+    joined = data.Joined([sample.mapped(tmp_path / f"{i}.pt")["x0"] for i in range(3)])
+    rows = np.array([800, 0, 299, 300, 301, 5, 800])
+    assert torch.equal(joined[rows], whole[rows])
+    assert len(joined) == 801 and joined.shape == whole.shape
+    assert anonymous() - before < whole.nbytes / 4
