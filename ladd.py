@@ -1053,7 +1053,7 @@ def parse_sweep(settings, argv, error):
         name, _, values = text.partition("=")
         name = name.strip().lstrip("-").replace("-", "_")
         values = values.split("/" if isinstance(known.get(name), tuple) else ",")
-        if name not in known or name in FREE | {"preset", "seed"} or not all(values):
+        if name not in known or name in FREE - {"units"} | {"preset", "seed"} or not all(values):
             why = "a setting that changes results, and its values"
             error(f"--sweep {text}: must be {why}: t_hat_mean=-1,0,1 or taps=0,1/1,2")
         axes.append([(name, value) for value in values])
@@ -1143,9 +1143,9 @@ def samples_for(s, seed, out, watch):
     run where no other student has needed them yet, with this seed for all."""
     names, source = [field.name for field in dataclasses.fields(Settings)], None
     row = dataclasses.asdict(Settings(**PRESETS[s.preset]).scaled())
-    for stage, after in (("teacher", "synthetic"), ("synthesis", "iterations")):
+    for stage, after in (("teacher", "teacher_steps"), ("synthesis", "iterations")):
         later = names[names.index(after) : names.index("out")]  # what the stage does not depend on
-        unread = {k: row[k] for k in later if k not in ("clip", "adam_eps", "levels", "level_p")}
+        unread = {k: row[k] for k in later if k not in ("clip", "adam_eps")}
         own = dataclasses.replace(s, **unread, seed=seed, steps_scale=1.0)
         folder = out / "shared" / f"{stage}-{member_name(own)}-seed-{seed}"
         if stage == "teacher" or s.targets == "synthetic":

@@ -209,6 +209,29 @@ def test_a_sweep_makes_one_teacher_and_one_set_of_samples(swept):
     assert len({p.read_bytes() for p in students}) == 8
 
 
+@pytest.mark.parametrize(
+    ("flags", "teachers", "sets"),
+    [
+        ("--levels 1/--levels 1,0.5 --level-p 0.5,0.5/--iterations 9/--method add", 1, 1),
+        ("--units 60/--units 120/--taps 1/--student-depth 1", 1, 1),
+        ("--synthetic 4/--synthetic-cfg 2/--synthetic-steps 2/--shift 2", 1, 4),
+        ("--depth 4/--width 96/--drop 0.2/--teacher-lr 0.01/--clip 2", 5, 5),
+    ],
+)
+def test_teachers_and_samples_are_apart_only_where_they_depend_on_the_setting(
+    tmp_path,
+    monkeypatch,
+    flags,
+    teachers,
+    sets,
+):
+    made = dict(teacher=set(), synthesis=set())
+    monkeypatch.setattr(ladd, "train", lambda s, *_: made[s.stage].add(s.out))
+    for words in flags.split("/"):
+        ladd.samples_for(ladd.parse([*SWEEP.split(), *words.split()])[0], 0, tmp_path, None)
+    assert (len(made["teacher"]), len(made["synthesis"])) == (teachers, sets)
+
+
 def test_the_students_noise_is_the_one_that_the_shared_samples_were_made_of(swept):
     """A student of another seed than the teacher's must still start from its sample's own noise."""
     path = next((swept / "members").glob("*-of-0/seed-4/config.json")).parent
