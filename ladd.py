@@ -972,7 +972,7 @@ def explain(run):
 
     Of the run's finished teacher, if there is one; the student is before its first update. x_0 are
     real images here, not yet the teacher's samples; always of LADD, whatever --method says."""
-    s, device = run.settings, run.device
+    s = run.settings
     taught = run.path("teacher").exists()
     teacher = run.load("teacher") if taught else run.seeded(MMDiT, **s.model())
     student = copy.deepcopy(teacher).requires_grad_(True)
@@ -997,14 +997,11 @@ def explain(run):
             told = "none" if norm is None else f"norm {norm:.3g}"
             lines.append(f"    gradient of {symbol} to the {name}: {told}")
 
-    random = run.random("distillation", 0)
     images, caption = run.bucket("distillation", 0).batch(np.arange(s.batch))
     captions = [run.dataset.captions[i] for i in caption]
-    x0 = data.to_float(images).to(device)
-    text = run.text(captions)
-    t = draw_levels(s, s.batch, s.warmup_iterations, random).to(device)
-    t_hat = logit_normal(s.batch, s.m + s.logit_shift(x0.shape[2:]), s.t_hat_std, random).to(device)
-    noise, noise_fake, noise_real = torch.randn(3, *x0.shape, generator=random).to(device)
+    draw = lambda step: (data.to_float(images).to(run.device), run.text(captions), None)  # noqa: E731
+    b = draw_batch(run, draw, warmup(s) + s.warmup_iterations)
+    x0, text, t, noise, _, t_hat, noise_fake, noise_real = b
     grid = tuple(side // s.patch for side in x0.shape[2:])
     show("x_0", x0, f'images, the first: "{captions[0]}"')
     show("c", text[0], "the captions' features, one row a token")
@@ -1115,10 +1112,7 @@ def member(s, teacher_seed, out, watch):
         )
         took = [row["seconds"] for row in run.rows() if row.get("finished")]
         took = took[-1] if took else None  # None: cut between the student and its row
-        metrics = dict(rows=rows, seconds=dict(distillation=took), seed=s.seed, data=s.data)
-        metrics |= dict(samples=s.evaluation, checkpoints=sample.fingerprints(folder))
-        metrics |= dict(preset=s.preset, command=run.command(), **machine())
-        write(json.dumps(metrics, indent=1) + "\n", folder / "metrics.json")
+        run.write_metrics(rows, dict(distillation=took))
     return sample.read_metrics(folder)
 
 
@@ -1332,8 +1326,8 @@ def plan(s):
     tables = state.pop("tables")
     parts = max(1, s.gpus // s.replicas) if s.shard else 1  # that the state is divided into
     share = {k: v / parts for k, v in state.items()} | dict(tables=tables)
-    gathered = block * (2 * width + 4)  # two blocks, and the gradients of one in float32
-    share["gathered"] = gathered if parts > 1 else 0
+    gather = block * (2 * width + 4)  # two blocks, and the gradients of one in float32
+    share["gathered"] = gather if parts > 1 else 0
     # The student is gathered twice and its gradients reduced in float32, the teacher is gathered
     # for fakes, for reals and for the way back, each once more where the fakes pass twice; all of
     # it for every part. Traffic and arithmetic overlap.
@@ -1348,7 +1342,7 @@ def plan(s):
         seconds = max(flops / (s.tflops * 1e12 * s.utilisation), traffic / NETWORK)
         total = sum(share.values()) + kept
         ways[again] = dict(activations=kept, total=total, flops=flops * s.gpus, seconds=seconds)
-    one_image = tables + gathered + ways[True]["activations"] / part
+    one_image = tables + gather + ways[True]["activations"] / part
     room = {gb: 0.9e9 * gb - one_image for gb in (80, 141)}  # a tenth for what is not counted
     smallest = {gb: math.ceil(sum(state.values()) / r) for gb, r in room.items() if r > 0}
     text = s.text_length * s.text_dim + student.config["pooled_dim"] if s.downscale > 1 else 0
@@ -1868,20 +1862,23 @@ class Run:
                     words.append(f"{flag} {shlex.quote(text)}")
         return " ".join(words)
 
+    def write_metrics(self, rows, seconds, **more):
+        """metrics.json: the scores, and what they are of. -> its content"""
+        s = self.settings
+        metrics = dict(rows=rows, seconds=seconds, seed=s.seed, data=s.data, samples=s.evaluation)
+        metrics |= dict(checkpoints=sample.fingerprints(self.out), **more)
+        metrics |= dict(preset=s.preset, notes=self.notes, command=self.command(), **machine())
+        write(json.dumps(metrics, indent=1) + "\n", self.out / "metrics.json")
+        return metrics
+
     def write_report(self, rows, accuracy, report_seconds):
         """metrics.json and report.md."""
-        s, where, log = self.settings, machine(), list(self.rows())
+        s, log = self.settings, list(self.rows())
         timed = [r for r in log if r.get("stage") in STAGES and isinstance(r.get("seconds"), float)]
         seconds = {row["stage"]: row["seconds"] for row in timed}
         seconds["report"] = report_seconds
         verdicts = judge_stages(s, log, rows)
-        metrics = dict(
-            rows=rows, judge_accuracy=accuracy, seconds=seconds, seed=s.seed, data=s.data
-        )
-        metrics |= dict(samples=s.evaluation, checkpoints=sample.fingerprints(self.out))
-        metrics |= dict(verdicts=verdicts)
-        metrics |= dict(preset=s.preset, notes=self.notes, command=self.command(), **where)
-        write(json.dumps(metrics, indent=1) + "\n", self.out / "metrics.json")
+        where = self.write_metrics(rows, seconds, judge_accuracy=accuracy, verdicts=verdicts)
         judged = sample.accuracy_line(accuracy)
         dirty = " with uncommitted changes" if where["dirty"] else ""
         took = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ladd import sweep_table  # noqa: E402
+from ladd import mean_and_deviation, sweep_table  # noqa: E402
 
 START, END = "<!-- results: docs/tables.py -->", "<!-- end of results -->"
 COLUMNS = (("alignment", 3), ("frechet", 1), ("precision", 2), ("recall", 2))
@@ -22,10 +22,7 @@ COLUMNS = (("alignment", 3), ("frechet", 1), ("precision", 2), ("recall", 2))
 def cell(runs, i, key, digits):
     """mean ± standard deviation over the runs of one row's value."""
     values = [run["rows"][i][key] for run in runs]
-    if any(value is None for value in values):
-        return "–"
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    return mean_and_deviation([value for value in values if value is not None], digits)
 
 
 def table(name, title):
