@@ -621,7 +621,8 @@ def draw_batch(run, draw, step, turn=0):
     s, device = run.settings, run.device
     random = run.random("distillation", step + (turn << 40))
     x0, text, source = draw(step)
-    t = mine(draw_levels(s, s.batch, step - warmup(s), random)).to(device)
+    since = max(0, step - warmup(s))  # the heads, alone, see the student's first levels
+    t = mine(draw_levels(s, s.batch, since, random)).to(device)
     m = s.m + s.logit_shift(x0.shape[2:])
     t_hat = mine(logit_normal(s.batch, m, s.t_hat_std, random)).to(device)
     noises = torch.randn(3, s.batch, *x0.shape[1:], generator=random)
