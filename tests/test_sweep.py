@@ -79,10 +79,13 @@ def test_two_passes_draw_fresh_noise_for_the_student(train):
     assert first[0] == first[1]
 
 
-@pytest.mark.parametrize("flags", ["--level-p 1,0", "--level-p 0,1 --warmup-iterations 1"])
+@pytest.mark.parametrize(
+    "flags",
+    ["--level-p 1,0 --warmup-p 0,1", "--level-p 0,1 --warmup-p 1,0 --warmup-iterations 1"],
+)
 def test_the_heads_learn_alone_on_the_levels_that_the_student_starts_with(whole, flags):
     """By level_p, or where there are first updates with other probabilities, by those."""
-    flags += " --levels 1,0.5 --warmup-p 1,0 --heads-warmup 3"
+    flags += " --levels 1,0.5 --heads-warmup 3"
     run = ladd.Run(ladd.parse([*FEW.split(), *flags.split(), "--out", f"{whole}"])[0])
     draw = ladd.distillation_batches(run)
     assert all((ladd.draw_batch(run, draw, step).t == 1).all() for step in range(4))
