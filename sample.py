@@ -454,8 +454,9 @@ def panels(titled, columns):
 
 
 def stack(pictures):
-    """Pictures one below the other."""
-    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)))
+    """Pictures one below the other, on white."""
+    size = max(p.width for p in pictures), sum(p.height for p in pictures)
+    sheet = Image.new("RGB", size, "white")
     top = 0
     for picture in pictures:
         sheet.paste(picture, (0, top))
