@@ -25,32 +25,34 @@ from torch import nn
 from mmdit import layer_norm, timestep_sinusoid
 
 
+class PerToken(nn.Conv2d):
+    """A 1×1 convolution of tokens, (B, N, D) -> (B, N, F): as a product, faster on a CPU."""
+
+    def forward(self, tokens):
+        return F.linear(tokens, self.weight.flatten(1), self.bias)
+
+
 class Head(nn.Module):
     """Logits per position for the features of one block."""
 
     def __init__(self, width, hidden, cond_dim, proj_dim=64):
         super().__init__()
         groups = max(1, hidden // 16)
-        self.reduce = nn.Conv2d(width, hidden, 1)
+        self.reduce = PerToken(width, hidden, 1)
         self.norm1 = nn.GroupNorm(groups, hidden)
         self.conv = nn.Conv2d(hidden, hidden, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, hidden)
-        self.features = nn.Conv2d(hidden, proj_dim, 1)
+        self.features = PerToken(hidden, proj_dim, 1)
         self.condition = nn.Linear(cond_dim, proj_dim)
 
     def forward(self, tokens, cond, h, w):
         """tokens (B, N, D), cond (B, E) -> logits (B, h, w)"""
-        x = per_token(self.reduce, layer_norm(tokens))  # (B, N, F)
+        x = self.reduce(layer_norm(tokens))  # (B, N, F)
         x = F.leaky_relu(self.norm1(x.transpose(1, 2).unflatten(2, (h, w))), 0.2)  # (B, F, h, w)
         x = (x + F.leaky_relu(self.norm2(self.conv(x)), 0.2)) * 0.5**0.5
-        x = per_token(self.features, x.flatten(2).transpose(1, 2))  # (B, N, P)
+        x = self.features(x.flatten(2).transpose(1, 2))  # (B, N, P)
         logits = torch.einsum("bnp,bp->bn", x, self.condition(cond)) * x.shape[2] ** -0.5
         return logits.unflatten(1, (h, w))
-
-
-def per_token(conv, tokens):
-    """A 1×1 convolution of tokens (B, N, D): one matrix product, the faster form on a CPU."""
-    return F.linear(tokens, conv.weight.flatten(1), conv.bias)
 
 
 class Discriminator(nn.Module):
