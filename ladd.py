@@ -1000,8 +1000,8 @@ def explain(run):
 
     images, caption = run.bucket("distillation", 0).batch(np.arange(s.batch))
     captions = [run.dataset.captions[i] for i in caption]
-    draw = lambda step: (data.to_float(images).to(run.device), run.text(captions), None)  # noqa: E731
-    b = draw_batch(run, draw, warmup(s) + s.warmup_iterations)
+    drawn = data.to_float(images).to(run.device), run.text(captions), None
+    b = draw_batch(run, lambda step: drawn, warmup(s) + s.warmup_iterations)
     x0, text, t, noise, _, t_hat, noise_fake, noise_real = b
     grid = tuple(side // s.patch for side in x0.shape[2:])
     show("x_0", x0, f'images, the first: "{captions[0]}"')
@@ -1178,19 +1178,20 @@ def sweep_table(result):
             for n in STEPS:
                 name = f"{who}, {n} step{'s'[: n > 1]}"
                 found = [r[key] for rows in runs for r in rows if r["name"] == name]
-                cells.append(mean_and_deviation([v for v in found if v is not None], digits))
+                cells.append(mean_and_deviation(found, digits))
         lines.append("| " + " | ".join([*cells, seconds]) + " |")
 
     line(["*untrained*", *[""] * (len(names) - 1)], "untrained", [result["reference"]], "")
     for own in result["members"]:
         runs = own["runs"]
-        took = [run["seconds"]["distillation"] for run in runs]
-        seconds = mean_and_deviation([value for value in took if value is not None], 0)
+        seconds = mean_and_deviation([run["seconds"]["distillation"] for run in runs], 0)
         line(own["values"].values(), "student", [run["rows"] for run in runs], seconds)
     return "\n".join(lines)
 
 
 def mean_and_deviation(values, digits):
+    """Of the values that are known: not None."""
+    values = [value for value in values if value is not None]
     if not values:
         return "–"
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if values[1:] else ""

@@ -21,8 +21,7 @@ COLUMNS = (("alignment", 3), ("frechet", 1), ("precision", 2), ("recall", 2))
 
 def cell(runs, i, key, digits):
     """mean ± standard deviation over the runs of one row's value."""
-    values = [run["rows"][i][key] for run in runs]
-    return mean_and_deviation([value for value in values if value is not None], digits)
+    return mean_and_deviation([run["rows"][i][key] for run in runs], digits)
 
 
 def table(name, title):
