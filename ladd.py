@@ -27,6 +27,7 @@ optimiser or EMA: those are ours, chosen by the experiments in docs/log.md.
 import argparse
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import datetime
 import functools
@@ -2543,6 +2544,16 @@ def machine():
     )
 
 
+def keep_memory():
+    """Has the C library (glibc alone) keep the memory that an update frees: the next takes as much
+    again, and on a CPU having it mapped anew was a twentieth of nano's time, a tenth of tiny's."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # on other systems
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        mallopt(mmap_threshold, 32 << 20)  # the most that it takes
+        mallopt(trim_threshold, 2**31 - 1)
+
+
 def processor():
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -2593,6 +2604,7 @@ def main(argv=None):
     if settings.dry_run:
         print(plan_table(settings))
         return 0
+    keep_memory()
     try:
         with Watch(settings.stop_after) as watch, together(settings):
             if members:

@@ -2,7 +2,11 @@
 
 import dataclasses
 import math
+import platform
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -353,3 +357,26 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path, monkeypatch, ca
     P = sum(p.numel() for p in ladd.meta_networks(parse(SHORT))[0].parameters())
     assert f"{P:,}" in text and "80 GB" in text and "141 GB" in text
     assert not list(tmp_path.iterdir())
+
+
+UPDATES = """
+import resource, torch, ladd
+ladd.train = lambda *arguments: None
+assert ladd.main(["--device", "cpu"]) == 0  # as if it had trained
+
+def update():  # 128 MB in parts
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    activations = [torch.ones(1 << 20) for _ in range(32)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(*(update() for _ in range(4)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator alone is told to")
+def test_an_update_takes_the_memory_of_the_last_one_instead_of_asking_the_system_again():
+    root = Path(ladd.__file__).parent
+    out = subprocess.run([sys.executable, "-c", UPDATES], capture_output=True, text=True, cwd=root)
+    first, *_, last = map(int, out.stdout.split())
+    assert first > 32  # pages, or huge pages of 2 MB
+    assert last < first / 10, out.stdout
