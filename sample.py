@@ -725,7 +725,11 @@ def parse(argv):
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
     add("--prompts", metavar="FILE", help="a file of one prompt a line, or @captions of the data")
     add("--num", type=int, help="images (default: one per prompt; @captions: 16)")
-    add("--steps", type=int, help="network steps (default: as the model was made for)")
+    add(
+        "--steps",
+        type=int,
+        help="network steps (default: as the model was made for; --evaluate: the teacher's)",
+    )
     add("--teacher", action="store_true", help="sample from the teacher instead of the student")
     add("--cfg", type=float, help="guidance scale w (default: the teacher's own; students: 1)")
     add("--sampler", choices=("renoise", "euler"), help="default: renoise, for a teacher euler")
@@ -749,6 +753,13 @@ def parse(argv):
         parser.error(f"--strength {args.strength:g}: must be above 0 and at most 1")
     if args.evaluate and args.decode:
         parser.error("--evaluate scores models of pixels, --decode is for models of latents")
+    if args.evaluate:
+        for name in ("prompt", "prompts", "teacher", "sampler", "size", "trajectory", "init_image"):
+            if getattr(args, name):
+                flag = "--" + name.replace("_", "-")
+                parser.error(
+                    f"{flag}: has no place beside --evaluate, which scores the report's rows"
+                )
     if args.evaluate and args.num is not None and args.num < 8:
         parser.error("--num: scores need at least 8 samples")
     for name in ("num", "steps", "batch"):
@@ -909,16 +920,20 @@ def score_run(args, error):
         steps=s["judge_steps"], width=s["judge_width"], precision=args.precision,
     )  # fmt: skip
     accuracy = judge_accuracy(dataset, judge)
-    count, seed = args.num or s["evaluation"], s["seed"] if args.seed is None else args.seed
-    rows = evaluate(dataset, judge, teacher, student, count, seed)
+    own = {name: s[name] for name in ("evaluation", "seed", "data", "teacher_steps", "cfg")}
+    asked = dict(evaluation=args.num, seed=args.seed, data=args.data)
+    asked |= dict(teacher_steps=args.steps, cfg=args.cfg)
+    scored = own | {name: value for name, value in asked.items() if value is not None}
+    teacher.settings = teacher.settings | scored
+    rows = evaluate(dataset, judge, teacher, student, scored["evaluation"], scored["seed"])
     print(markdown_table(rows))
     print("\nThe judge reads held-out images right: " + accuracy_line(accuracy))
-    own = dict(count=s["evaluation"], seed=s["seed"], data=s["data"])
-    if own != dict(count=count, seed=seed, data=args.data or s["data"]):
-        print(f"Not kept: the run's own metrics.json has {own['count']} samples a row, seed "
-              f"{own['seed']}, of {own['data']}.")  # fmt: skip
+    if scored != own:
+        print(f"Not kept: the run's own metrics.json has {own['evaluation']} samples a row, seed "
+              f"{own['seed']}, of {own['data']}, its teacher in {own['teacher_steps']} steps "
+              f"at CFG {own['cfg']:g}.")  # fmt: skip
         return
-    metrics |= dict(rows=rows, judge_accuracy=accuracy, samples=count)
+    metrics |= dict(rows=rows, judge_accuracy=accuracy, samples=own["evaluation"])
     metrics["checkpoints"] = fingerprints(folder)
     with data.replacing(folder / "metrics.json") as file:
         file.write((json.dumps(metrics, indent=1) + "\n").encode())

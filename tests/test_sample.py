@@ -836,7 +836,7 @@ def test_evaluate_prints_the_table_and_keeps_it(run, tmp_path, capsys):
     assert metrics["samples"] == 32 and metrics["checkpoints"] == made_from
 
 
-@pytest.mark.parametrize("flags", [["--num", 16], ["--seed", 5]])
+@pytest.mark.parametrize("flags", [["--num", 16], ["--seed", 5], ["--steps", 2], ["--cfg", 1.5]])
 def test_a_table_of_other_samples_than_the_runs_own_is_printed_and_not_kept(
     run, tmp_path, capsys, flags
 ):
@@ -845,6 +845,9 @@ def test_a_table_of_other_samples_than_the_runs_own_is_printed_and_not_kept(
     assert cpu(folder, "--evaluate", *flags, "--data-dir", run.parent / "data") == 0
     assert "| student, 1 step |" in (printed := capsys.readouterr().out)
     assert "Not kept" in printed and snapshot(folder) == before
+    name, value = flags
+    steps, cfg = value if name == "--steps" else 4, value if name == "--cfg" else 4
+    assert f"| teacher, {steps} steps, CFG {cfg} |" in printed
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])
@@ -903,6 +906,8 @@ BAD = {
     "stranger's file": ("{run} --prompt x --out {dir}/photo.png", "photo.png"),
     "foreign data": ("{run} --evaluate --data {dir}/gone", "gone"),
     "too few to score": ("{run} --evaluate --num 3", "--num"),
+    "a way to score": ("{run} --evaluate --sampler euler", "--sampler"),
+    "whom to score": ("{run} --evaluate --teacher", "--teacher"),
     "stranger's film": ("{run} --prompt x --trajectory {dir}/photo.png", "photo.png"),
     "no run to score": ("{run}/student.pt --evaluate", "run folder"),
     "abbreviation": ("{run} --prompt x --tea", "--tea"),
