@@ -1,4 +1,4 @@
-"""Rebuilds the tables of README.md and docs/ablations.md from the files kept in docs/results.
+"""Rebuilds the tables of README.md, ablations.md and exercises.md from the files in docs/results.
 
 python docs/tables.py            checks that the texts agree with the files; status 1 if not
 python docs/tables.py --write    writes the tables into the texts
@@ -91,7 +91,7 @@ def filled(text):
 
 def main():
     status = 0
-    for name in ("README.md", "docs/ablations.md"):
+    for name in ("README.md", "docs/ablations.md", "docs/exercises.md"):
         path = ROOT / name
         text = path.read_text(encoding="utf-8")
         wanted = filled(text)
