@@ -538,7 +538,8 @@ def distillation_batches(run):
         images, caption = bucket.batch(mine(np.arange(step * s.batch, (step + 1) * s.batch)))
         x0 = data.to_float(images)
         source = None
-        if s.targets == "synthetic" and (s.distill_weight or s.method == "regression"):
+        held = s.distill_weight and s.method in ("ladd", "add")  # to its sample, from pure noise
+        if s.targets == "synthetic" and (held or s.method == "regression"):
             source = sample.noise_of(seed, caption.tolist(), x0.shape[1:]).to(device)
         return x0.to(device), run.text.features(words[caption].to(device)), source
 
@@ -894,6 +895,11 @@ def matching_gradient(x0_hat, noise, t, velocity, score):
     return (fake - real) / far.clamp(min=1e-3)
 
 
+def matching_loss(x0_hat, gradient):
+    """The scalar whose gradient with respect to x̂_0 is the given one, over its number of values."""
+    return 0.5 * (x0_hat - (x0_hat - gradient).detach()).square().mean()
+
+
 def match_distributions(run):
     """Distribution matching (DMD, arXiv 2311.18828), without its regression; nor is it DMD2, which
     updates the score five times for each of the student's and has a GAN loss, too. The student
@@ -918,7 +924,7 @@ def match_distributions(run):
             )
             fakes = lambda xt, t, text=b.text: score(xt, t, *text)[0]  # noqa: E731
             gradient = matching_gradient(x0_hat, b.noise_fake, t, guided, fakes)
-        loss = 0.5 * (x0_hat - (x0_hat - gradient).detach()).square().mean()
+        loss = matching_loss(x0_hat, gradient)
         norm = update(optimizer, loss, student, s.clip, student_rate(s, step))
         update_ema(ema, student, s.student_ema, step)
         with run.autocast():
@@ -1056,6 +1062,9 @@ def parse_sweep(settings, argv, error):
             why = "a setting that changes results, and its values"
             error(f"--sweep {text}: must be {why}: t_hat_mean=-1,0,1 or taps=0,1/1,2")
         axes.append([(name, value) for value in values])
+    swept = {name for axis in axes for name, _ in axis}
+    if "iterations" in swept and (settings.units or "units" in swept):
+        error("--sweep iterations: --units decides them")
     if not settings.seeds or len(set(settings.seeds)) < len(settings.seeds):
         error("--sweep takes at least one of --seeds, and none twice")
     if settings.channels != 3 or world() > 1 or settings.explain:
@@ -1083,13 +1092,14 @@ def sweep(settings, members, watch):
                 name = ", ".join(f"{k}={v}" for k, v in values.items())
                 print(f"student {i * len(members) + j + 1} of {total}: {name}, seed {seed}")
                 results[j]["runs"].append(member(own[seed], settings.seed, out, watch))
-        folder = out / "+".join(members[0][0])
-        run = Run(dataclasses.replace(settings, out=str(folder)))
         words = [f"--seed {settings.seed}"] * bool(settings.seed)
         words += [f"--units {settings.units:g}"] * bool(settings.units)
         words += [f"--sweep {shlex.quote(axis)}" for axis in settings.sweep]
         seeds = ",".join(map(str, settings.seeds))
-        result = dict(command=" ".join([run.command(), *words, f"--seeds {seeds}"]))
+        words = [Run(settings).command(), *words, f"--seeds {seeds}"]
+        result = dict(command=" ".join(words))
+        folder = sweep_folder(out, members[0][0], result["command"])
+        run = Run(dataclasses.replace(settings, out=str(folder)))
         first = dataclasses.replace(next(iter(members[0][1].values())), seed=settings.seed)
         result |= dict(seeds=settings.seeds, reference=reference(Run(first), out, watch))
         result |= dict(members=results, **machine())
@@ -1098,6 +1108,15 @@ def sweep(settings, members, watch):
         watch.check()
         sweep_picture(run, [(values, own[settings.seeds[0]]) for values, own in members], out)
     print(f"{sweep_table(result)}\n\n{folder}", flush=True)
+
+
+def sweep_folder(out, names, command):
+    """Named by what is swept, and where that is another command's table by a digest, too."""
+    folder = out / "+".join(names)
+    made = folder / "sweep.json"
+    if made.exists() and data.read_object(made).get("command") != command:
+        folder = out / f"{folder.name}.{hashlib.sha256(command.encode()).hexdigest()[:8]}"
+    return folder
 
 
 def member(s, teacher_seed, out, watch):
@@ -1128,7 +1147,8 @@ def member_name(s):
         {k: v for k, v in dataclasses.asdict(x).items() if k not in FREE | {"seed"}}
         for x in (Settings(**PRESETS[s.preset]).scaled(), s)
     )
-    digest = hashlib.sha256(json.dumps(own).encode()).hexdigest()[:8]
+    files = [data.sha256(path) for path in (s.teacher, s.discriminator) if Path(path).is_file()]
+    digest = hashlib.sha256(json.dumps([own, *files] if files else own).encode()).hexdigest()[:8]
     differs = ",".join(f"{k}={v}" for k, v in own.items() if v != row[k])
     name = re.sub(r"[^\w=.,-]+", "", differs.replace(", ", "-"))
     return f"{name[:120] or s.preset}.{digest}"
@@ -1141,6 +1161,7 @@ def samples_for(s, seed, out, watch):
     row = dataclasses.asdict(Settings(**PRESETS[s.preset]).scaled())
     for stage, after in (("teacher", "teacher_steps"), ("synthesis", "iterations")):
         later = names[names.index(after) : names.index("out")]  # what the stage does not depend on
+        later += ["cfg", "teacher_steps", "discriminator"]
         unread = {k: row[k] for k in later if k not in ("clip", "adam_eps")}
         own = dataclasses.replace(s, **unread, seed=seed, steps_scale=1.0)
         folder = out / "shared" / f"{stage}-{member_name(own)}-seed-{seed}"
@@ -2395,7 +2416,8 @@ def check(s, error):
     why = "--levels, --level-p and --warmup-p need the same number of values"
     demand(len(same) == 1, "level_p", why)
     falling = all(a > b for a, b in pairwise((*levels, 0)))
-    demand(levels[0] <= 1 and falling, "levels", "must fall, from at most 1 to above 0")
+    falling &= 0.99 <= levels[0] <= 1
+    demand(falling, "levels", "must fall, from 1 (or .99: samples start from noise) to above 0")
     right = not s.level_p or (min(s.level_p) >= 0 and sum(s.level_p) > 0)
     demand(right, "level_p", "must be probabilities")
     warm = min(s.warmup_p) >= 0 and sum(s.warmup_p) > 0

@@ -668,7 +668,8 @@ def evaluate(dataset, judge, teacher, student, count, seed=0):
     with tqdm(total=total, desc="evaluation", leave=False, disable=not sys.stderr.isatty()) as bar:
         for name, generator, options in planned:
             start = time.perf_counter()
-            images = sample_buckets(generator, parts, seed=seed + 1, progress=bar, **options)
+            noise = seed + 1_000_000  # a sweep's students have learned from that of nearby seeds
+            images = sample_buckets(generator, parts, seed=noise, progress=bar, **options)
             seconds = (time.perf_counter() - start) / count
             evaluations = options["steps"] * (2 if options.get("cfg", 1) != 1 else 1)
             row = score([data.to_uint8(x) for x in images], labels, reference, judge)

@@ -105,7 +105,7 @@ class Constant:
         self.v = v
 
     def __call__(self, x, t, *text):
-        self.x = x
+        self.x, self.t = x, t
         return self.v, []
 
 
@@ -446,6 +446,7 @@ BAD = {
     "ungroupable heads": ("--head-width 56", "--head-width"),
     "levels without probabilities": ("--levels 1,0.5 --level-p 1", "--level-p"),
     "rising levels": ("--levels 0.5,0.75,0.25,0.1", "--levels"),
+    "no level of noise alone": ("--levels 0.9,0.75,0.25,0.1", "--levels"),
     "a level of 0": ("--levels 1,0.75,0.5,0", "--levels"),
     "a level above 1": ("--levels 1.5,0.75,0.5,0.25", "--levels"),
     "negative probability": ("--level-p=-1,1,1,1", "--level-p"),

@@ -3,6 +3,7 @@
 
 import json
 import math
+import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +12,12 @@ from PIL import Image
 from test_ladd import (  # noqa: F401 - fixtures among them
     EXACT,
     FEW,
+    MAKING,
     Constant,
     Setting,
     cache,
     cut_at,
+    flops,
     launch,
     lines,
     randn,
@@ -26,6 +29,7 @@ from test_ladd import (  # noqa: F401 - fixtures among them
     whole,
 )
 
+import data
 import ladd
 import sample
 
@@ -127,14 +131,36 @@ def test_a_student_from_scratch_is_not_the_teacher(whole):
 
 def test_a_consistent_student_has_no_consistency_loss():
     """On straight paths of one velocity v every x_t leads to the same x̂_0 = x_t - t·v; a student
-    that is off by d in v is off by t·d, its average by t'·d."""
+    that is off by d in v is off by t·d, its average that is off by e by t'·e."""
     s, v = Setting(), randn(4, 3, 4, 16, seed=1)
     b = SimpleNamespace(x0=s.x0, noise=s.noise, text=())
     t, t_next = torch.tensor([0.8, 0.5, 0.3, 1.0]), torch.tensor([0.6, 0.4, 0.0, 0.9])
-    true, other = Constant(v), Constant(v + 3)
-    assert ladd.consistency_loss(true, true, lambda x, t: v, b, t, t_next).abs() < 1e-9
-    loss = ladd.consistency_loss(other, other, lambda x, t: v, b, t, t_next)
-    assert loss.item() == pytest.approx(3 * (t - t_next).mean().item(), abs=2e-3)
+    true, student, average = Constant(v), Constant(v + 3), Constant(v + 1)
+    teacher, seen = lambda x, t: seen.append((x, t)) or v, []
+    assert ladd.consistency_loss(true, true, teacher, b, t, t_next).abs() < 1e-9
+    loss = ladd.consistency_loss(student, average, teacher, b, t, t_next)
+    assert loss.item() == pytest.approx((3 * t - t_next).abs().mean().item(), abs=2e-3)
+    xt = sample.add_noise(s.x0, s.noise, t)
+    assert torch.equal(student.x, xt) and torch.equal(student.t, t)
+    assert torch.equal(seen[-1][0], xt) and torch.equal(seen[-1][1], t)
+    x_next = xt + (t_next - t).view(-1, 1, 1, 1) * v  # one Euler step of the teacher
+    torch.testing.assert_close(average.x, x_next)
+    assert torch.equal(average.t, t_next)
+
+
+def test_the_consistent_students_levels_go_down_to_the_image(launch, tmp_path, monkeypatch, whole):
+    """Each to the next lower one of 32, the last to 0."""
+    steps, loss = set(), ladd.consistency_loss
+
+    def watched(student, ema, velocity, b, t, t_next):
+        steps.update(zip((32 * t).tolist(), (32 * t_next).tolist(), strict=True))
+        return loss(student, ema, velocity, b, t, t_next)
+
+    monkeypatch.setattr(ladd, "consistency_loss", watched)
+    flags = f"{FEW} --method consistency --teacher {whole / 'teacher.pt'} --iterations 20"
+    assert all(launch("out", f"{flags} --stage {stage}") == 0 for stage in MAKING[1:])
+    assert len(steps) > 20 and all(a == pytest.approx(b + 1, abs=1e-4) for a, b in steps)
+    assert min(b for _, b in steps) == 0
 
 
 def test_matching_stops_where_the_two_scores_agree():
@@ -160,6 +186,47 @@ def test_the_judges_maps_are_those_that_it_reads_with():
         isinstance(layer, torch.nn.Conv2d) for layer in judge.body
     )
     torch.testing.assert_close(tokens[:, 5 * w + 3], judge.body[0](x)[:, :, 5, 3])
+
+
+def test_a_step_on_the_matching_loss_goes_where_the_gradient_says():
+    """Away from the fakes' prediction, towards the teacher's: against fake - real."""
+    x0_hat = randn(4, 3, 4, 16, seed=1).requires_grad_()
+    gradient = randn(4, 3, 4, 16, seed=2)
+    ladd.matching_loss(x0_hat, gradient).backward()
+    torch.testing.assert_close(x0_hat.grad, gradient / gradient.numel())
+
+
+def test_regression_comes_nearer_to_the_teachers_samples(launch, tmp_path, whole):
+    flags = f"{FEW} --method regression --teacher {whole / 'teacher.pt'} --iterations 60"
+    flags += " --levels 1 --student-lr 2e-3"  # always from pure noise, so that losses compare
+    assert all(launch("out", f"{flags} --stage {stage}") == 0 for stage in MAKING[1:])
+    losses = [row["loss"] for row in updates(tmp_path / "out") if row["stage"] == "distillation"]
+    assert statistics.fmean(losses[-10:]) < 0.8 * statistics.fmean(losses[:10])
+
+
+def test_adds_heads_learn_to_tell_and_its_student_to_please_them(launch, tmp_path, whole):
+    """Heads alone rank real above fake more and more often; to heads that stay as they are the
+    student's samples look more and more real."""
+    flags = f"{FEW} --method add --teacher {whole / 'teacher.pt'} --judge-steps 5 --iterations 60"
+    flags += " --distill-weight 0"
+    for name, own in (("heads", "--heads-warmup 59"), ("student", "--heads-lr 1e-9")):
+        assert all(launch(name, f"{flags} {own} --stage {stage}") == 0 for stage in MAKING[1:])
+    rows = {name: updates(tmp_path / name)[-60:] for name in ("heads", "student")}
+    assert statistics.fmean(row["ranked"] for row in rows["heads"][-15:]) > 0.7
+    early, late = rows["student"][5:15], rows["student"][-10:]
+    assert statistics.fmean(r["d_fake"] for r in late) > statistics.fmean(
+        r["d_fake"] for r in early
+    )
+
+
+@pytest.mark.parametrize(("method", "paired"), [("ladd", 1), ("add", 1), ("regression", 1),
+                                                ("consistency", 0), ("dmd", 0)])  # fmt: skip
+def test_the_samples_own_noise_is_for_those_who_are_held_to_the_sample(whole, method, paired):
+    """Elsewhere x_t must be the sample with fresh noise: on the line to its own noise there is
+    nothing but the teacher's way to it."""
+    flags = [*FEW.split(), "--method", method, "--out", f"{whole}"]
+    run = ladd.Run(ladd.parse(flags)[0])
+    assert (ladd.distillation_batches(run)(0)[2] is not None) == bool(paired)
 
 
 @pytest.mark.parametrize("method", ["regression", "consistency", "add", "dmd"])
@@ -193,9 +260,25 @@ def test_a_budget_of_units_gives_every_method_the_same_work():
     for flags, count in (
         ("", 1000), ("--no-shared-pass", 750), ("--method regression", 2000),
         ("--method regression --steps-scale 0.5", 1000),
-        ("--method dmd", 667),
+        ("--method dmd", 667), ("--method consistency", 1000), ("--method add", 1200),
     ):  # fmt: skip
         assert ladd.parse([*flags.split(), "--units", "6000"])[0].iterations == count
+
+
+@pytest.mark.parametrize("method", ["regression", "consistency", "dmd"])
+def test_a_baselines_update_costs_its_units(train, whole, method):
+    """The loop itself: two more updates cost twice so many forwards of the network more."""
+    cost = {}
+    for n in (1, 3):
+        flags = f"--teacher {whole / 'teacher.pt'} --method {method} --iterations {n}"
+        flags += " --sample-every 100 --log-every 100"
+        train(f"run{n}", flags, ["synthesis"])
+        cost[n] = flops(lambda n=n, flags=flags: train(f"run{n}", flags, ["distillation"]))
+    model = sample.build(sample.read_checkpoint(whole / "teacher.pt"))
+    x, t = torch.randn(4, 3, 12, 12), torch.rand(4)
+    forward = flops(lambda: model(x, t, torch.randn(4, 8, 10), torch.randn(4, 10)))
+    units = (cost[3] - cost[1]) / 2 / forward
+    assert ladd.UNITS[method] - 0.5 < units <= ladd.UNITS[method] + 0.05
 
 
 # ---------------------------------------------------------------------------------------------
@@ -232,6 +315,7 @@ def test_a_sweep_makes_one_teacher_and_one_set_of_samples(swept):
         ("--levels 1/--levels 1,0.5 --level-p 0.5,0.5/--iterations 9/--method add", 1, 1),
         ("--units 60/--units 120/--taps 1/--student-depth 1", 1, 1),
         ("--synthetic 4/--synthetic-cfg 2/--synthetic-steps 2/--shift 2", 1, 4),
+        ("--cfg 2/--teacher-steps 9", 1, 1),
         ("--depth 4/--width 96/--drop 0.2/--teacher-lr 0.01/--clip 2", 5, 5),
     ],
 )
@@ -306,11 +390,38 @@ def test_sweeps_in_one_folder_share_the_members_that_they_have_in_common(
     assert (swept / "taps" / "sweep.json").exists()
 
 
+def test_a_sweep_does_not_overwrite_the_table_of_another_one(swept, cache):
+    """The same setting is swept, with another m beside it."""
+    words = [*SWEEP.split(), "--sweep", "taps=0,1", "--seeds", "3"]
+    commands = []
+    for m in ("0", "-2"):
+        own = [*words, f"--t-hat-mean={m}", "--out", f"{swept}", "--data-dir", f"{cache}"]
+        assert ladd.main(own) == 0
+        tables = [json.loads(p.read_text()) for p in swept.glob("taps*/sweep.json")]
+        commands = [table["command"] for table in tables]
+    assert sum("--t-hat-mean 0" in command for command in commands) == 1
+    assert sum("--t-hat-mean -2" in command for command in commands) == 1
+
+
+def test_no_student_is_scored_from_the_noise_of_what_it_learned_from(monkeypatch):
+    """Samples are made from the noise of the teacher's seed + 2, and students have seeds nearby."""
+    drawn = []
+    monkeypatch.setattr(sample, "sample_buckets", lambda *_, seed, **__: drawn.append(seed) or [])
+    monkeypatch.setattr(sample, "score", lambda *_: {})
+    judge, dataset = SimpleNamespace(read=lambda x: (x, x)), data.load("shapes", 12, 12)
+    student = SimpleNamespace(settings=dict(levels=(1.0,)))
+    monkeypatch.setattr(data, "to_uint8", lambda x: x)
+    for seed in range(20):
+        sample.evaluate(dataset, judge, None, student, 8, seed)
+    assert len(set(drawn)) == 20 and not set(drawn) & {seed + 2 for seed in range(1000)}
+
+
 @pytest.mark.parametrize(
     ("sweep", "named"),
     [
         ("t_hat_mean", "t_hat_mean"), ("colour=1,2", "colour"), ("out=a,b", "out"),
         ("batch=4,x", "--batch"), ("seed=1,2", "seed"), ("taps=0,1/9", "--taps"),
+        ("iterations=1,2 --units 60", "--units"),
     ],
 )  # fmt: skip
 def test_a_sweep_that_can_not_be_is_refused_before_anything_is_made(
@@ -333,8 +444,8 @@ def test_another_teachers_students_are_not_taken_for_this_ones(swept, cache):
     assert ladd.main([*words, "--out", f"{swept}", "--data-dir", f"{cache}"]) == 0
     own = [next((swept / "members").glob(f"*-of-{n}/seed-3/teacher.pt")) for n in (0, 1)]
     assert own[0].read_bytes() != own[1].read_bytes()
-    result = json.loads((swept / "taps" / "sweep.json").read_text())
-    assert "--seed 1 " in result["command"]
+    tables = [json.loads(p.read_text()) for p in swept.glob("taps*/sweep.json")]
+    assert sum("--seed 1 " in table["command"] for table in tables) == 1
 
 
 def test_a_member_cut_between_its_student_and_the_log_goes_on(swept, cache):
