@@ -38,7 +38,13 @@ def table(name, title):
         cells = [row["name"], *(cell(runs, i, key, digits) for key, digits in COLUMNS)]
         lines.append("| " + " | ".join([*cells, str(row.get("evaluations", "–"))]) + " |")
     seeds = ", ".join(str(run["seed"]) for run in runs)
-    minutes = statistics.fmean(sum(run["seconds"].values()) for run in runs) / 60
+    took = {}  # threads -> minutes of every run
+    for run in runs:
+        took.setdefault(run["threads"], []).append(sum(run["seconds"].values()) / 60)
+    minutes = ", ".join(
+        f"{statistics.fmean(own):.1f} minutes on {n} thread{'s' * (n > 1)}"
+        for n, own in sorted(took.items(), reverse=True)
+    )
     commits = ", ".join(sorted({run["commit"][:9] for run in runs}))
     first = runs[0]
     kept = f"docs/results/{name}-*.json"
@@ -46,8 +52,8 @@ def table(name, title):
     lines += [
         "",
         f"Seed{'s' if several else ''} {seeds}{', mean ± standard deviation' if several else ''}; "
-        f"`{first['command']}`; {minutes:.1f} minutes on {first['gpu'] or first['processor']}, "
-        f"{first['threads']} threads, torch {first['torch']}; commit {commits}; {kept}.",
+        f"`{first['command']}`; {minutes}, {first['gpu'] or first['processor']}, "
+        f"torch {first['torch']}; commit {commits}; {kept}.",
     ]
     return "\n".join(lines)
 
