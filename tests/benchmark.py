@@ -497,7 +497,7 @@ def main():
     if args.gpu and not torch.cuda.is_available():
         parser.error("--gpu: no GPU is here")
     ladd.keep_memory()  # as ladd.py does; it serves all contestants
-    lines = ["| what | measured | asked for |", "|---|---|---|"]
+    lines = ["| what | measured | goal |", "|---|---|---|"]
     print(*lines, sep="\n", flush=True)
     whole = (row for rows in (full_size("sd3-2b", 4), large_sample()) for row in rows)
     for row in whole if args.gpu else measure(args.rounds, args.data_dir):
