@@ -403,6 +403,16 @@ def test_a_sweep_does_not_overwrite_the_table_of_another_one(swept, cache):
     assert sum("--t-hat-mean -2" in command for command in commands) == 1
 
 
+@pytest.mark.parametrize("flag", ["--teacher", "--discriminator"])
+def test_a_student_of_a_file_that_was_made_anew_is_another_student(tmp_path, flag):
+    """The name of a member holds the content of what it starts from, not its path alone."""
+    names, file = [], tmp_path / "file.pt"
+    for content in (b"one", b"two", b"two"):
+        file.write_bytes(content)
+        names.append(ladd.member_name(ladd.parse([*SWEEP.split(), flag, f"{file}"])[0]))
+    assert names[0] != names[1] == names[2]
+
+
 def test_no_student_is_scored_from_the_noise_of_what_it_learned_from(monkeypatch):
     """Samples are made from the noise of the teacher's seed + 2, and students have seeds nearby."""
     drawn = []
