@@ -1092,21 +1092,21 @@ def sweep(settings, members, watch):
                 name = ", ".join(f"{k}={v}" for k, v in values.items())
                 print(f"student {i * len(members) + j + 1} of {total}: {name}, seed {seed}")
                 results[j]["runs"].append(member(own[seed], settings.seed, out, watch))
-        words = [f"--seed {settings.seed}"] * bool(settings.seed)
+        run = Run(settings)
+        words = [run.command(), *[f"--seed {settings.seed}"] * bool(settings.seed)]
         words += [f"--units {settings.units:g}"] * bool(settings.units)
         words += [f"--sweep {shlex.quote(axis)}" for axis in settings.sweep]
-        seeds = ",".join(map(str, settings.seeds))
-        words = [Run(settings).command(), *words, f"--seeds {seeds}"]
+        words += [f"--seeds {','.join(map(str, settings.seeds))}"]
         result = dict(command=" ".join(words))
         folder = sweep_folder(out, members[0][0], result["command"])
-        run = Run(dataclasses.replace(settings, out=str(folder)))
         first = dataclasses.replace(next(iter(members[0][1].values())), seed=settings.seed)
         result |= dict(seeds=settings.seeds, reference=reference(Run(first), out, watch))
         result |= dict(members=results, **machine())
         write(json.dumps(result, indent=1) + "\n", folder / "sweep.json")
         write(sweep_table(result) + "\n", folder / "sweep.md")
         watch.check()
-        sweep_picture(run, [(values, own[settings.seeds[0]]) for values, own in members], out)
+        shown = [(values, own[settings.seeds[0]]) for values, own in members]
+        sweep_picture(run, shown, out, folder / "sweep.png")
     print(f"{sweep_table(result)}\n\n{folder}", flush=True)
 
 
@@ -1220,7 +1220,7 @@ def mean_and_deviation(values, digits):
     return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
-def sweep_picture(run, members, out):
+def sweep_picture(run, members, out, path):
     """sweep.png: a row of samples for every value, from the same captions and noise."""
     rows, captions = [], []
     for values, s in members:
@@ -1234,7 +1234,7 @@ def sweep_picture(run, members, out):
             images = [image for part in made for image in data.to_uint8(part)]
             titled.append((f"{name}: {n} step{'s'[: n > 1]}", images))
         rows.append(sample.panels(titled, 8))
-    sample.save_png(sample.stack(rows), run.out / "sweep.png", captions="; ".join(captions))
+    sample.save_png(sample.stack(rows), path, captions="; ".join(captions))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -664,11 +664,11 @@ def evaluate(dataset, judge, teacher, student, count, seed=0):
     reference = torch.cat([r[:n] for n, r in read] + [r[n:] for n, r in read])
     rows = [dict(name="real, held out", **score(real, labels, reference, judge))]
     planned = evaluation_rows(teacher, student)
+    noise = seed + 1_000_000  # a sweep's students have learned from that of nearby seeds
     total = len(planned) * count
     with tqdm(total=total, desc="evaluation", leave=False, disable=not sys.stderr.isatty()) as bar:
         for name, generator, options in planned:
             start = time.perf_counter()
-            noise = seed + 1_000_000  # a sweep's students have learned from that of nearby seeds
             images = sample_buckets(generator, parts, seed=noise, progress=bar, **options)
             seconds = (time.perf_counter() - start) / count
             evaluations = options["steps"] * (2 if options.get("cfg", 1) != 1 else 1)
@@ -752,17 +752,17 @@ def parse(argv):
     args = parser.parse_args(argv)
     if not 0 < args.strength <= 1:
         parser.error(f"--strength {args.strength:g}: must be above 0 and at most 1")
-    if args.evaluate and args.decode:
-        parser.error("--evaluate scores models of pixels, --decode is for models of latents")
     if args.evaluate:
+        if args.decode:
+            parser.error("--evaluate scores models of pixels, --decode is for models of latents")
+        if args.num is not None and args.num < 8:
+            parser.error("--num: scores need at least 8 samples")
         for name in ("prompt", "prompts", "teacher", "sampler", "size", "trajectory", "init_image"):
             if getattr(args, name):
                 flag = "--" + name.replace("_", "-")
                 parser.error(
                     f"{flag}: has no place beside --evaluate, which scores the report's rows"
                 )
-    if args.evaluate and args.num is not None and args.num < 8:
-        parser.error("--num: scores need at least 8 samples")
     for name in ("num", "steps", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name}: must be at least 1")

@@ -375,7 +375,7 @@ def leak():
 
 
 def full_size(preset, batch):
-    """Yields (what, figure, asked for) of a real size with random weights, on one GPU."""
+    """Yields (what, figure, goal) of a real size with random weights, on one GPU."""
     device, s = torch.device("cuda"), settings(preset)
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in "ab")
     rate = 2 * 8192**3 / rounds(dict(product=lambda: a @ b), 20)["product"]
@@ -403,7 +403,7 @@ def full_size(preset, batch):
 
 
 def large_sample(preset="sd3-8b"):
-    """Yields (what, figure, asked for) of one sample in 4 steps on one GPU."""
+    """Yields (what, figure, goal) of one sample in 4 steps on one GPU."""
     s = settings(preset)
     with torch.device("cuda"):
         torch.set_default_dtype(torch.bfloat16)
@@ -450,7 +450,7 @@ def profile(call, most=8):
 
 
 def measure(n, data_dir):
-    """Yields (what, figure, asked for) as they are measured."""
+    """Yields (what, figure, goal) as they are measured."""
     device = torch.device(sample.best_device())
     step = None
     for preset in ("nano", "tiny"):

@@ -1062,25 +1062,30 @@ def test_real_targets_need_no_synthetic_set(train, teacher):
     assert (out / "student.pt").exists() and not (out / "synthetic").exists()
 
 
-def test_a_trainers_iteration_costs_six_forwards(train, teacher, cache):
-    """The loop itself, heads taken off: two more iterations cost twelve forwards more.
+def update_cost(train, teacher, flags):
+    """FLOPs of an update of the loop itself, and of a forward of the network on as many images.
 
     Grids and diversity are made once in either run, so the difference has none of that."""
-    cost = {}
+    flags, cost = f"--teacher {teacher} {flags} --sample-every 100 --log-every 100", {}
     for n in (1, 3):
-        flags = f"--teacher {teacher} --iterations {n} --sample-every 100"
-        flags += " --heads-warmup 0 --taps 0,1,2 --log-every 100"
-        train(f"run{n}", flags, ["synthesis"])
-        cost[n] = flops(lambda n=n, flags=flags: train(f"run{n}", flags, ["distillation"]))
+        own = f"{flags} --iterations {n}"
+        train(f"run{n}", own, ["synthesis"])
+        cost[n] = flops(lambda n=n, own=own: train(f"run{n}", own, ["distillation"]))
     model = sample.build(sample.read_checkpoint(teacher))
     x, t = torch.randn(4, 3, 12, 12), torch.rand(4)
-    text = (torch.randn(4, 8, 10), torch.randn(4, 10))
-    forward = flops(lambda: model(x, t, *text))
+    forward = flops(lambda: model(x, t, torch.randn(4, 8, 10), torch.randn(4, 10)))
+    return (cost[3] - cost[1]) / 2, forward
+
+
+def test_a_trainers_iteration_costs_six_forwards(train, teacher, cache):
+    """The loop itself, heads taken off."""
+    cost, forward = update_cost(train, teacher, "--heads-warmup 0 --taps 0,1,2")
+    t, pooled = torch.rand(4), torch.randn(4, 10)
     heads = Discriminator(width=16, taps=(0, 1, 2), pooled_dim=10, hidden=8)
     tokens = [torch.randn(4, 36, 16) for _ in range(3)]
 
     def heads_alone():
-        arguments = (t, text[1], (6, 6))
+        arguments = (t, pooled, (6, 6))
         ladd.discriminator_loss(heads, tokens, tokens, *arguments, 0.0)[0].backward()
         fake = [f.clone().requires_grad_() for f in tokens]
         ladd.generator_loss(heads, fake, *arguments).backward()
@@ -1088,7 +1093,7 @@ def test_a_trainers_iteration_costs_six_forwards(train, teacher, cache):
     # A narrow network spends much in attention, whose backward costs 2 and not 1 for activations:
     # two products of 2·L²·D in three blocks of the teacher, for 4 fakes of L = 36 + 8 tokens.
     attention = 3 * 2 * (2 * 44**2 * 16) * 4
-    units = ((cost[3] - cost[1]) / 2 - flops(heads_alone) - attention) / forward
+    units = (cost - flops(heads_alone) - attention) / forward
     assert 5.5 < units <= 6.05
 
 

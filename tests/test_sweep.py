@@ -17,13 +17,13 @@ from test_ladd import (  # noqa: F401 - fixtures among them
     Setting,
     cache,
     cut_at,
-    flops,
     launch,
     lines,
     randn,
     same,
     snapshot,
     train,
+    update_cost,
     updates,
     weights,
     whole,
@@ -267,17 +267,9 @@ def test_a_budget_of_units_gives_every_method_the_same_work():
 
 @pytest.mark.parametrize("method", ["regression", "consistency", "dmd"])
 def test_a_baselines_update_costs_its_units(train, whole, method):
-    """The loop itself: two more updates cost twice so many forwards of the network more."""
-    cost = {}
-    for n in (1, 3):
-        flags = f"--teacher {whole / 'teacher.pt'} --method {method} --iterations {n}"
-        flags += " --sample-every 100 --log-every 100"
-        train(f"run{n}", flags, ["synthesis"])
-        cost[n] = flops(lambda n=n, flags=flags: train(f"run{n}", flags, ["distillation"]))
-    model = sample.build(sample.read_checkpoint(whole / "teacher.pt"))
-    x, t = torch.randn(4, 3, 12, 12), torch.rand(4)
-    forward = flops(lambda: model(x, t, torch.randn(4, 8, 10), torch.randn(4, 10)))
-    units = (cost[3] - cost[1]) / 2 / forward
+    """The loop itself, in forwards of the network."""
+    cost, forward = update_cost(train, whole / "teacher.pt", f"--method {method}")
+    units = cost / forward
     assert ladd.UNITS[method] - 0.5 < units <= ladd.UNITS[method] + 0.05
 
 
@@ -393,12 +385,10 @@ def test_sweeps_in_one_folder_share_the_members_that_they_have_in_common(
 def test_a_sweep_does_not_overwrite_the_table_of_another_one(swept, cache):
     """The same setting is swept, with another m beside it."""
     words = [*SWEEP.split(), "--sweep", "taps=0,1", "--seeds", "3"]
-    commands = []
     for m in ("0", "-2"):
         own = [*words, f"--t-hat-mean={m}", "--out", f"{swept}", "--data-dir", f"{cache}"]
         assert ladd.main(own) == 0
-        tables = [json.loads(p.read_text()) for p in swept.glob("taps*/sweep.json")]
-        commands = [table["command"] for table in tables]
+    commands = [json.loads(p.read_text())["command"] for p in swept.glob("taps*/sweep.json")]
     assert sum("--t-hat-mean 0" in command for command in commands) == 1
     assert sum("--t-hat-mean -2" in command for command in commands) == 1
 
