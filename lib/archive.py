@@ -1,0 +1,88 @@
+"""A folder or a zip from a stranger: its files by name, and what reading one may cost.
+
+Nothing is ever extracted; links are not followed out of it, and a bomb is unpacked no further than
+a picture or captions can need.
+"""
+
+import io
+import re
+import stat
+import zipfile
+from pathlib import Path
+
+from lib.errors import DataError
+
+MOST_BYTES = 1 << 26  # of one file, unpacked, or of a zip's list of names: half a million
+
+
+class ZipBytes(io.FileIO):
+    """A zip on disk, whose list of names is not read where it is too long to be honest."""
+
+    def read(self, size=-1):
+        if size > MOST_BYTES + 1:
+            raise zipfile.BadZipFile("too many files; unpack it into a folder")
+        return super().read(size)
+
+
+def check_members(path, members):
+    """Refuses a zip that would not unpack to what it shows, though nothing of it is unpacked."""
+    seen = {}
+    for member in members:
+        name, kind = member.filename.replace("\\", "/"), stat.S_IFMT(member.external_attr >> 16)
+        other, wrong = seen.setdefault(name.casefold(), member), None
+        if not name:
+            wrong = "one of its files has no name"
+        elif re.match("/|[A-Za-z]:", name) or ".." in name.split("/"):
+            wrong = "leads out of its folder"
+        elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            wrong = "is a link or a device"
+        elif other is not member:
+            wrong = "is there twice, perhaps in other case"
+        if wrong:
+            raise DataError(f"{path}: {member.filename} {wrong}. Make the zip anew without it.")
+
+
+class Files:
+    """The files of a folder or of a zip by their relative names; nothing is ever extracted."""
+
+    def __init__(self, path):
+        self.path, self.zip = Path(path), None
+        if self.path.is_dir():
+            found = (p for p in self.path.rglob("*") if p.is_file())
+            self.names = sorted(p.relative_to(self.path).as_posix() for p in found)
+        elif not self.path.is_file():
+            raise DataError(f"{path}: neither a folder nor a file.")
+        else:
+            try:
+                self.zip = zipfile.ZipFile(ZipBytes(self.path))
+            except Exception as error:  # zipfile raises nearly anything on damaged files
+                raise DataError(
+                    f"{path}: not a readable zip ({error}). If it was cut short, copy it again."
+                ) from None
+            check_members(path, self.zip.infolist())
+            self.names = sorted(i.filename for i in self.zip.infolist() if not i.is_dir())
+        hidden = lambda n: any(s.startswith((".", "__MACOSX")) for s in n.split("/"))  # noqa: E731
+        self.names = [n for n in self.names if not hidden(n)]
+
+    def read(self, name):
+        """The bytes of a file, unpacked no further than a picture or captions can need."""
+        most = MOST_BYTES
+        if self.zip is None:
+            file = (self.path / name).open("rb")
+        else:
+            member = self.zip.getinfo(name)
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError("packed by another method than deflate")
+            most = min(most, (1 << 20) + 100 * member.compress_size)
+            file = self.zip.open(member)
+        with file:
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise ValueError(f"more than {most:,} bytes unpacked")
+        return content
+
+    def text(self, name):
+        try:
+            return self.read(name).decode("utf-8-sig")
+        except Exception as error:  # a damaged or encrypted member of a zip raises nearly anything
+            raise DataError(f"{self.path}: {name} can't be read ({error}).") from None

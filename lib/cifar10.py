@@ -1,0 +1,125 @@
+"""CIFAR-10 as plain arrays: from the official archive, a folder of its batches, or the network."""
+
+import io
+import os
+import pickle
+import tarfile
+import urllib.request
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from lib.archive import MOST_BYTES
+from lib.errors import DataError
+from lib.files import sha256
+
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+SIZE = 170_498_071
+SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+CLASSES = [
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+]  # fmt: skip
+
+
+class ArrayUnpickler(pickle._Unpickler):
+    """Reads pickles of plain containers and NumPy arrays, and nothing else.
+
+    Made from pickle's reader in Python: the one in C reserves what a damaged file asks for."""
+
+    ALLOWED = frozenset({("multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")})
+
+    def find_class(self, module, name):
+        if (module.rpartition(".")[2], name) in self.ALLOWED and module.startswith("numpy"):
+            if name == "_reconstruct":
+                return np._core.multiarray._reconstruct
+            return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in old protocols
+            return lambda text, encoding: text.encode("latin1")
+        raise pickle.UnpicklingError(f"a pickle that asks for {module}.{name}")
+
+
+def download(url, path, size):
+    """Fetches url to path with a progress bar; a part from an earlier try is continued."""
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    have = part.stat().st_size if part.exists() else 0
+    have = have if have < size else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        if answer.status != 206:  # the server starts from the beginning
+            have = 0
+        bar = tqdm(None, path.name, size, initial=have, unit="B", unit_scale=True, disable=None)
+        with bar, open(part, "ab" if have else "wb") as out:
+            while out.tell() <= size and (chunk := answer.read(1 << 16)):
+                out.write(chunk)
+                bar.update(len(chunk))
+    if (have := part.stat().st_size) != size:
+        raise OSError(f"{url} gave {have:,} of {size:,} bytes; try again to continue")
+    os.replace(part, path)
+
+
+def cifar_batches(data_dir):
+    """The six batch files of CIFAR-10, {name: bytes}, from the archive, a folder or the network."""
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    folder, archive = data_dir / "cifar-10-batches-py", data_dir / "cifar-10-python.tar.gz"
+    if folder.is_dir() and not archive.exists():
+        return {name: (folder / name).read_bytes() for name in names}
+    if fetch := not archive.exists():
+        download(URL, archive, SIZE)
+    if (found := sha256(archive)) != SHA256:
+        if fetch:
+            archive.unlink()
+        raise DataError(
+            f"{archive}: not the official CIFAR-10 archive (SHA-256 {found[:16]}…, expected "
+            f"{SHA256[:16]}…). {'It was deleted: try' if fetch else 'Delete it to fetch it'} "
+            "again."
+        )
+    batches = {}
+    with tarfile.open(archive) as tar:
+        for name in names:
+            member = tar.getmember(f"cifar-10-batches-py/{name}")
+            if not member.isreg() or member.size > MOST_BYTES:
+                raise DataError(f"{archive}: {name} is a link, a device, or too large.")
+            batches[name] = tar.extractfile(member).read()
+    return batches
+
+
+def read_cifar10(data_dir, height, width):
+    """CIFAR-10's 50,000 training and 10,000 test photographs.
+
+    -> (images (n, 3, H, W) uint8, classes (n,) int64) of each"""
+    try:
+        batches = cifar_batches(data_dir)
+    except DataError:
+        raise
+    except Exception as error:  # a broken connection, a full disk, a damaged archive
+        raise DataError(
+            f"CIFAR-10 can't be had ({error}). Ways out: place cifar-10-python.tar.gz from "
+            f"{URL} in {data_dir}/, point --data-dir at a folder that has it, use a folder "
+            "or zip of images with --data PATH, or the built-in set with --data shapes."
+        ) from None
+    parts = {}
+    for name, data in batches.items():
+        try:
+            batch = ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
+            pixels = batch[b"data"].astype(np.uint8, casting="no").reshape(-1, 3, 32, 32)
+            labels = np.fromiter(batch[b"labels"], np.int64)
+            if len(labels) != len(pixels) or not set(labels) <= set(range(10)):
+                raise ValueError("labels and images don't match")
+            parts[name] = (torch.from_numpy(pixels), torch.from_numpy(labels))
+        except Exception as error:
+            raise DataError(f"{data_dir}: {name} is not a batch of CIFAR-10 ({error}).") from None
+    test = parts.pop("test_batch")
+    train = tuple(torch.cat(column) for column in zip(*parts.values(), strict=True))
+    if (height, width) != (32, 32):
+        train, test = ((resize(x, height, width), y) for x, y in (train, test))
+    return train, test
+
+
+def resize(images, height, width):
+    """(n, 3, H, W) uint8 -> the same cropped at the centre and resized."""
+    pictures = (Image.fromarray(x) for x in images.permute(0, 2, 3, 1).numpy())
+    fitted = [ImageOps.fit(p, (width, height), Image.Resampling.BICUBIC) for p in pictures]
+    return torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,67 @@
+"""Errors for people: exceptions whose message is meant for the user, and how a program says them.
+
+Exit status 2: what was asked for can't be done. 1: a run has failed. 128 + n: ended by signal n,
+75: ended by --stop-after; what is done is then saved.
+"""
+
+import argparse
+import re
+import sys
+import traceback
+
+MOST_CHARACTERS = 1 << 17
+
+
+class UserError(Exception):
+    """Something that the user can mend; the message says what, where and what to do."""
+
+
+class DataError(UserError):
+    """Something is wrong with the user's data."""
+
+
+class CheckpointError(UserError, ValueError):
+    """A file is not a checkpoint that can be used."""
+
+
+class UsageError(UserError):
+    """What the user asked for can't be done."""
+
+
+class RunError(Exception):
+    """The run can't go on; the message says why and what to do."""
+
+
+class Stop(BaseException):
+    """The run was asked to end, and what it has is saved; holds the exit status. Like Ctrl-C's
+    own exception it passes by `except Exception`."""
+
+
+def clean(text, most=MOST_CHARACTERS):
+    """A stranger's text, fit for files and terminals: one line, no control characters, cut."""
+    text = str(text)[:most].encode("utf-8", "replace").decode()  # "?" for halves of characters
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text).strip()
+
+
+def reason(error, most=100):
+    """The first line of an error's text, or its kind where it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0][:most]
+
+
+def exit_status(program, error):
+    """Says why a program ends: in one line if that was foreseen. -> its exit status"""
+    if isinstance(error, (UserError, RunError, OSError)):
+        print(f"{program}: {clean(error, 4000)}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    return 2 if isinstance(error, UserError) else 1
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are one line and status 2; --help shows the rest."""
+
+    def __init__(self, program, description, **options):
+        super().__init__(program, description=description, allow_abbrev=False, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists all options)\n")

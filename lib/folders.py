@@ -1,0 +1,112 @@
+"""Folders and zips of captioned images as plain arrays.
+
+Captions stand in a captions.jsonl, or in a .txt beside each image, or are the names of the class
+folders. What can't be read is left out, counted and named.
+"""
+
+import io
+import json
+import os
+import posixpath
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from tqdm import tqdm
+
+from lib.archive import Files
+from lib.errors import DataError, clean
+from lib.images import SUFFIXES, decode_nearest
+
+
+def caption_file(files, name):
+    """The captions of a captions.jsonl: {image name: caption}."""
+    captions = {}
+    for number, line in enumerate(io.StringIO(files.text(name)), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            file = posixpath.join(posixpath.dirname(name), row["file"])
+            file, caption = posixpath.normpath(file), clean(row["caption"] + "")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise DataError(
+                f'{files.path}: {name} line {number} is not {{"file": "…", "caption": "…"}}.'
+            ) from None
+        if file in captions:
+            raise DataError(f"{files.path}: {name} line {number} names {file} a second time.")
+        captions[file] = caption
+    missing = sorted(set(captions) - set(files.names))
+    if missing:
+        raise DataError(
+            f"{files.path}: {name} names {len(missing)} missing files: {missing[0][:200]} …"
+        )
+    return captions
+
+
+def find_captions(files):
+    """-> {image name: caption}, and whether these are the names of class folders."""
+    images = [n for n in files.names if n.lower().endswith(SUFFIXES)]
+    if not images:
+        raise DataError(
+            f"{files.path}: no images in it. Expected files ending in {', '.join(SUFFIXES)}."
+        )
+    names, captions = set(files.names), {}
+    lists = [n for n in files.names if posixpath.basename(n) == "captions.jsonl"]
+    beside = {n: posixpath.splitext(n)[0] + ".txt" for n in images}
+    if lists:
+        for name in lists:
+            more = caption_file(files, name)
+            if twice := sorted(captions.keys() & more):
+                raise DataError(f"{files.path}: {name} names {twice[0]}, as another list does.")
+            captions |= more
+    elif names.intersection(beside.values()):
+        captions = {n: clean(files.text(t)) for n, t in beside.items() if t in names}
+    elif all("/" in n for n in images):
+        return {n: clean(n.split("/")[-2].replace("_", " ")) for n in images}, True
+    else:
+        raise DataError(
+            f"{files.path}: images without captions. Put them into one folder per class, or add a "
+            'captions.jsonl of {"file": "…", "caption": "…"} lines, or a .txt beside each image.'
+        )
+    if not captions:
+        raise DataError(f"{files.path}: none of its images has a caption.")
+    if without := len(set(images) - set(captions)):
+        print(f"left out {without} of {len(images)} images: no caption", file=sys.stderr)
+    return captions, False
+
+
+def decode_all(files, names, sizes):
+    """Every image as (3, H, W) uint8, and the names that could be read; bad ones are named."""
+
+    def one(name):
+        try:
+            return decode_nearest(files.read(name), sizes)
+        except Exception as error:  # Pillow and zipfile raise nearly anything on damaged files
+            return clean(error) or type(error).__name__  # the error itself would keep the bytes
+
+    quiet = len(names) < 2000 or None  # None: quiet where stderr is not a terminal
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        read = pool.map(one, names)
+        done = list(tqdm(read, "reading images", len(names), disable=quiet, leave=False))
+    bad = [(n, e) for n, e in zip(names, done, strict=True) if isinstance(e, str)]
+    for name, error in bad[:10]:
+        print(clean(f"skipped {files.path}: {name}: {error}", 1000), file=sys.stderr)
+    if bad:
+        print(f"skipped {len(bad)} of {len(names)} images that can't be read", file=sys.stderr)
+    if len(bad) > 0.01 * len(names):
+        raise DataError(
+            f"{files.path}: {len(bad)} of {len(names)} images can't be read, more than 1 %. "
+            f"First: {bad[0][0]}."
+        )
+    good = [(n, d) for n, d in zip(names, done, strict=True) if not isinstance(d, str)]
+    return [d for _, d in good], [n for n, _ in good]
+
+
+def read_folder(path, sizes):
+    """A folder or a zip of images, each cropped to that (H, W) of `sizes` of the nearest aspect.
+
+    -> names, pixels [(3, H, W) uint8], captions, and whether these are the names of classes"""
+    files = Files(path)
+    caption_of, classes = find_captions(files)
+    pixels, names = decode_all(files, sorted(caption_of), sizes)
+    return names, pixels, [caption_of[name] for name in names], classes

@@ -1,0 +1,90 @@
+"""Pictures from strangers: any readable file becomes 8-bit sRGB pixels of the size asked for."""
+
+import contextlib
+import functools
+import io
+import math
+import threading
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from lib.archive import MOST_BYTES
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what a picture may be, whatever its name says
+MOST_PIXELS = 1 << 26  # of one picture: 8192 × 8192
+warnings.filterwarnings("ignore", module="PIL")  # odd metadata; what can't be read raises
+
+MOST_PROFILE = 1 << 22  # bytes of a colour profile; those of printing presses have 2 MB
+PROFILED = {"L": "RGB", "RGB": "RGB", "RGBA": "RGBA", "CMYK": "RGB"}  # mode -> what it becomes
+
+
+@functools.lru_cache(8)  # the pictures of a set have few profiles, and this takes up to 0.1 s
+def srgb_transform(profile, mode):
+    from PIL import ImageCms  # only now: most pictures have no profile
+
+    own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+    flags = ImageCms.Flags.NOCACHE  # several threads use it
+    return ImageCms.buildTransform(own, srgb, mode, PROFILED[mode], flags=flags)
+
+
+def to_srgb(image):
+    """A picture that brings a colour profile, in sRGB; as it is where that can't be applied."""
+    profile = image.info.get("icc_profile") or b""
+    if not 0 < len(profile) <= MOST_PROFILE:
+        return image
+    if image.mode == "P":
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    try:
+        return srgb_transform(profile, image.mode).apply(image)
+    except Exception:  # damaged, for another mode than the picture's, or Pillow is without
+        return image
+
+
+def to_rgb(image):
+    """Any picture as 8-bit sRGB: rotated as its EXIF says, its colour profile applied,
+    transparency on white."""
+    image = to_srgb(ImageOps.exif_transpose(image))
+    if image.mode.startswith(("I", "F")):  # 16-bit grey; Pillow's own conversion would clip it
+        grey = np.asarray(image, np.float64)
+        scale = 1 if grey.max(initial=0) <= 255 and not image.mode.startswith("I;16") else 257
+        return Image.fromarray((grey / scale).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+one_large = threading.Lock()  # pictures above 4 million pixels are decoded one after another
+
+
+def nearest(sizes, height, width):
+    """The one of `sizes` whose aspect ratio is nearest to that of height × width."""
+    ratio = lambda h, w: math.log(w / h)  # noqa: E731
+    return min(sizes, key=lambda size: abs(ratio(*size) - ratio(height, width)))
+
+
+def decode(data, height, width):
+    """The bytes of an image file -> (3, H, W) uint8, cropped at the centre and resized."""
+    return decode_nearest(data, [(height, width)])
+
+
+def decode_nearest(data, sizes):
+    """The same to that (H, W) of `sizes` whose aspect ratio is nearest to the image's."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        pixels = image.width * image.height
+        if pixels > MOST_PIXELS:
+            raise ValueError(f"{image.width} × {image.height} pixels, more than {MOST_PIXELS:,}")
+        with one_large if pixels > 1 << 22 else contextlib.nullcontext():
+            image = to_rgb(image)
+            height, width = nearest(sizes, image.height, image.width)
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def decode_file(path, height, width):
+    """An image file by its path -> (3, H, W) uint8"""
+    with open(path, "rb") as file:
+        return decode(file.read(MOST_BYTES), height, width)

@@ -1,0 +1,229 @@
+"""The loop of a stage: its steps, and around them resuming, logging, progress, states, signals."""
+
+import math
+import os
+import signal
+import sys
+import threading
+import time
+
+from tqdm import tqdm
+
+from lib.errors import RunError, Stop
+from lib.health import symptoms
+from lib.parallel import average, highest
+from lib.states import Saver, forget_states, load_state, newest_state
+
+
+def progress(name, total, initial=0):
+    """A progress bar, where standard error is a terminal."""
+    hidden = not sys.stderr.isatty()
+    return tqdm(total=total, initial=initial, desc=name, disable=hidden, dynamic_ncols=True)
+
+
+class Watch:
+    """Whether a run should end: SIGINT or SIGTERM came, or --stop-after is over."""
+
+    def __init__(self, minutes, program):
+        self.end = time.perf_counter() + 60 * minutes if minutes else math.inf
+        self.program = program
+        self.status = 0
+        self.patient = False  # whether a stage is at work that saves before it ends
+        self.before = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # others can't hear signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self.hear)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def hear(self, number, frame):
+        """The first signal waits for what can be saved, where a stage is `patient` for it; the
+        second ends the process at once."""
+        for each in self.before:
+            signal.signal(each, signal.SIG_DFL)
+        self.status = 128 + number
+        if not self.patient:
+            raise Stop(self.status)
+        message = f"\n{self.program}: one moment, saving; a second signal ends at once\n"
+        os.write(2, message.encode())
+
+    def due(self):
+        """The exit status to end with, or 0 to go on."""
+        return self.status or (75 if time.perf_counter() > self.end else 0)
+
+    def check(self):
+        if end := highest(self.due()):
+            raise Stop(end)
+
+
+class Loop:
+    """Iterate over it for the steps of a stage, from where a cut run goes on; call `log` and then
+    `checkpoint` in each.
+
+    networks {name: module} and optimizers are all that the stage changes. options: log_every,
+    save_every, save_minutes. signs: see lib/health.py; shown: the numbers of the progress bar."""
+
+    def __init__(
+        self, out, stage, total, networks, optimizers, *, batch, device, log, watch, options,
+        divided=False, signs=(), shown=("loss",),
+    ):  # fmt: skip
+        self.out, self.stage, self.total, self.batch = out, stage, total, batch
+        self.networks, self.optimizers, self.device = networks, optimizers, device
+        self.log_file, self.watch, self.options = log, watch, options
+        self.signs, self.shown = signs, shown
+        self.saver = Saver(out, stage, device, divided)
+        self.step = self.skipped = self.in_a_row = 0
+        self.earlier = 0.0  # seconds that earlier processes worked at the stage
+        self.sums, self.parts = {}, []
+        if state := newest_state(out, stage):
+            folder, facts = state
+            load_state(folder, networks, optimizers)
+            self.step, self.earlier = facts["step"], facts["seconds"]
+            self.skipped, self.in_a_row = facts["skipped"], facts["in_a_row"]
+            print(f"{stage}: going on from update {self.step} of {total}", flush=True)
+        self.first = self.step
+        log.forget(stage, self.step)
+        self.rows = [row for row in log.rows() if row.get("stage") == stage]
+        self.warned = {why for _, why, _ in self.symptoms()}
+
+    def __iter__(self):
+        self.start = self.last_line = self.saved = time.perf_counter()
+        with progress(self.stage, self.total, self.step) as self.bar:
+            while self.step < self.total:
+                yield self.step
+                self.step += 1
+                self.bar.update()
+
+    def seconds(self):
+        return self.earlier + time.perf_counter() - self.start
+
+    def due(self, every):
+        """Whether something done every so many updates, and at the end, is due after this one."""
+        return (self.step + 1) % every == 0 or self.step + 1 == self.total
+
+    def finish(self):
+        """The stage's result is safe: its states are not needed any more."""
+        self.saver.complete()
+        forget_states(self.out, self.stage)
+
+    # ----------------------------------------------------------------------------------------
+    # Logging
+    # ----------------------------------------------------------------------------------------
+
+    def add(self, **values):
+        """Notes numbers of a part of this update's batch."""
+        self.parts.append(values)
+
+    def log(self, **values):
+        """Ends an update: adds up its numbers; at every log line writes their means.
+
+        None among them: an update that was not applied, which is counted and told instead."""
+        parts, self.parts = [*self.parts, values], []
+        if any(value is None for part in parts for value in part.values()):
+            self.skip(parts)
+        else:
+            self.in_a_row = 0
+            for part in parts:
+                for name, value in part.items():
+                    total, n = self.sums.get(name, (0, 0))
+                    self.sums[name] = (total + value.detach().float(), n + 1)
+        if self.step - self.first == 4:  # the first updates are slower
+            self.warm = time.perf_counter()
+        if self.step - self.first == 14:
+            self.warn_if_hours()
+        if self.due(self.options.log_every) and self.sums:
+            average([total for total, _ in self.sums.values()])
+            means = {name: (total / n).item() for name, (total, n) in self.sums.items()}
+            self.sums = {}
+            self.tell(means)
+
+    def tell(self, means):
+        """One row: to log.jsonl, tensorboard and the progress bar, with warnings of bad signs."""
+        now = time.perf_counter()
+        speed = (self.step + 1 - self.first) / (now - self.start)  # updates per second
+        means["images_per_s"] = speed * self.batch
+        row = dict(stage=self.stage, step=self.step + 1, **means)
+        self.rows.append(row)
+        self.log_file.write(**row)
+        self.log_file.show(self.stage, self.step + 1, means)
+        self.warn_of_signs()
+        shown = {name: f"{means[name]:.3f}" for name in self.shown if name in means}
+        images = f"{means['images_per_s']:.0f}"
+        self.bar.set_postfix(shown | {"img/s": images})
+        if self.bar.disable and (now - self.last_line > 15 or self.due(self.total)):
+            self.last_line = now
+            line = ", ".join(f"{name} {value}" for name, value in shown.items())
+            left = (self.total - self.step - 1) / speed / 60
+            place = f"{self.stage} {self.step + 1}/{self.total}"
+            print(f"{place}: {line}, {images} images/s, {left:.1f} min left", flush=True)
+
+    def symptoms(self):
+        return symptoms(self.rows, self.signs, self.total // self.options.log_every)
+
+    def warn_of_signs(self):
+        for _, why, figure in self.symptoms():
+            if why not in self.warned:
+                self.warned.add(why)
+                where = "docs/faults.md: If a run goes wrong"
+                print(f"\n{self.stage}: {why} ({figure}). {where}", file=sys.stderr, flush=True)
+
+    def warn_if_hours(self):
+        """After the first updates: on a CPU a preset made for a GPU takes days."""
+        left = (self.total - self.step - 1) * (time.perf_counter() - self.warm) / 10
+        if self.device.type == "cpu" and left > 3600:
+            print(
+                f"The {self.stage} alone needs about {left / 3600:.0f} hours on this CPU. "
+                "`--preset nano` is made for a CPU: minutes in all.",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def skip(self, parts):
+        """Tells of an update that was not applied; five in a row end the run."""
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        found = [(k, v) for part in parts for k, v in part.items()]
+        names = list(dict.fromkeys(k for k, v in found if v is None or not v.isfinite()))
+        row = dict(stage=self.stage, step=self.step + 1, skipped=self.skipped, not_finite=names)
+        self.log_file.write(**row)
+        self.rows.append(row)
+        if self.in_a_row == 5:
+            self.in_a_row = 0
+            self.save(wait=True)
+            rate = "--teacher-lr" if self.stage == "teacher" else "--student-lr"
+            raise RunError(
+                f"{self.stage}: the loss or the gradient was not finite at update {self.step + 1} "
+                f"and the 4 before it ({', '.join(names)}). None of them was applied; the weights "
+                "are saved as they were before. The same command tries the next batches; if that "
+                f"does not help, train in another folder (--out) with --precision fp32 or a lower "
+                f"{rate}."
+            )
+
+    # ----------------------------------------------------------------------------------------
+    # States
+    # ----------------------------------------------------------------------------------------
+
+    def checkpoint(self):
+        """At a log line: saves a state every so many updates or minutes, and when the run is asked
+        to end, which it then does."""
+        if not self.due(self.options.log_every) or self.step + 1 == self.total:
+            return  # between log lines there are sums that a state does not hold
+        end = highest(self.watch.due())
+        minutes = self.options.save_minutes
+        late = minutes and time.perf_counter() - self.saved > 60 * minutes
+        passed = (self.step + 1) % self.options.save_every < self.options.log_every
+        if passed or highest(late) or end:
+            self.save(wait=bool(end))
+        if end:
+            raise Stop(end)
+
+    def save(self, wait=False):
+        self.log_file.sync()
+        self.saved = time.perf_counter()
+        facts = dict(stage=self.stage, step=self.step + 1, seconds=self.seconds())
+        facts |= dict(skipped=self.skipped, in_a_row=self.in_a_row)
+        self.saver.save(self.step + 1, self.networks, self.optimizers, facts, wait)

@@ -1,0 +1,107 @@
+"""The machine: which device, which arithmetic, and what a log says about where it was made."""
+
+import contextlib
+import ctypes
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib.errors import UsageError
+from lib.parallel import world
+
+
+def device_of(name):
+    """--device as torch.device; `auto` is a GPU where there is one. Of many processes each has its
+    own GPU. UsageError where there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and world() > 1:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
+
+
+def arithmetic(device, precision):
+    """The dtype of products: `auto` is bf16 where the hardware has it, float32 elsewhere."""
+    bf16 = has_bf16(torch.device(device)) if precision == "auto" else precision == "bf16"
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def autocast(device, precision):
+    bf16 = arithmetic(device, precision) == torch.bfloat16
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
+
+
+def has_bf16(device):
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+@contextlib.contextmanager
+def deterministic(wanted):
+    """Asks for deterministic kernels; torch warns where none exists."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def keep_memory():
+    """Has the C library (glibc alone) keep the memory that an update frees: the next takes as much
+    again, and on a CPU having it mapped anew was a twentieth of nano's time, a tenth of tiny's."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # on other systems
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        mallopt(mmap_threshold, 32 << 20)  # the most that it takes
+        mallopt(trim_threshold, 2**31 - 1)
+
+
+def facts():
+    """Commit, versions and machine, as a log's first row and metrics.json have them."""
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return dict(
+        commit=git("rev-parse", "HEAD"),
+        dirty=None if changed is None else bool(changed),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        numpy=np.__version__,
+        machine=platform.machine(),
+        processor=processor(),
+        threads=torch.get_num_threads(),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    )
+
+
+def git(*words):
+    """What git says of this checkout; None where it is none."""
+    options = dict(cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    try:
+        answer = subprocess.run(["git", *words], **options)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor()

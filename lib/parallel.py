@@ -1,0 +1,248 @@
+"""Many processes, as torchrun starts them; on one of them all of this does nothing.
+
+Every process draws a batch's randomness as one process would and takes its share of it, so results
+do not depend on their number. Small networks are copied to all, and their gradients averaged;
+`shard` divides large ones by FSDP2. Rank 0 alone writes and speaks. What this takes of PyTorch is
+imported where it is used: importing it takes longer than all the rest.
+"""
+
+import contextlib
+import datetime
+import functools
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+from lib.errors import RunError, Stop, exit_status
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def my_share(batch):
+    """This process's rows of a batch that all have drawn alike."""
+    return batch[rank() :: world()]
+
+
+# ---------------------------------------------------------------------------------------------
+# Starting, waiting, stopping
+# ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def processes(device, program):
+    """Joins the processes, and has all but rank 0 be quiet. The first to fail tells why."""
+    if world() == 1:
+        yield
+        return
+    out, err = sys.stdout, sys.stderr
+    if rank() > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # without it, old addresses
+    store = dist.PrefixStore(f"attempt {attempt}", next(dist.rendezvous("env://"))[0])
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=store,
+        rank=rank(),
+        world_size=world(),
+        timeout=datetime.timedelta(minutes=10),
+    )
+    try:
+        yield
+        stop_processes()
+    except Stop:
+        stop_processes()
+        raise
+    except Exception as error:
+        sys.stdout, sys.stderr = out, err
+        status, first = 1, False
+        with contextlib.suppress(RuntimeError), quiet():  # where the store's own process is gone
+            first = store.add("failed", 1) == 1
+        if first:
+            status = exit_status(program, lost_process(error))
+        sys.stderr.flush()
+        os._exit(status)  # without waiting for the others
+    finally:
+        sys.stdout, sys.stderr = out, err
+
+
+def lost_process(error):
+    """An error of the connection as one for people; any other as it is."""
+    lost = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    if lost or isinstance(error, dist.DistError):
+        why = str(error).splitlines()[0]
+        return RunError(f"process {rank()} of {world()} has lost another ({why}).")
+    return error
+
+
+@contextlib.contextmanager
+def quiet():
+    """Drops what C++ writes to standard error."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+def stop_processes():
+    """Ends the common work; after this each process is alone."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def leave(status):
+    """Ends the process; one of many without its destructors, in which gloo's threads may abort.
+
+    Under torchrun what --stop-after ended is no failure: with 75 it would start it again."""
+    if status == 75 and "TORCHELASTIC_RUN_ID" in os.environ:
+        status = 0
+    if world() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+# ---------------------------------------------------------------------------------------------
+# Values in all processes
+# ---------------------------------------------------------------------------------------------
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def broadcast(value):
+    """Rank 0's value, in all processes."""
+    if dist.is_initialized():
+        dist.broadcast_object_list(box := [value])
+        return box[0]
+    return value
+
+
+def gather(value):
+    """Every process's value, in all of them. -> a list"""
+    values = [value] * world()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def highest(value):
+    """The highest of all processes' numbers."""
+    if dist.is_initialized():
+        dist.all_reduce(value := torch.tensor(float(value)), dist.ReduceOp.MAX)
+    return int(value)
+
+
+def average(tensors):
+    """Makes every tensor its mean over the processes. FSDP has done it for those it divides."""
+    tensors = [t for t in tensors if not is_sharded(t)]
+    if dist.is_initialized() and tensors:
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        flat /= world()
+        for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+# ---------------------------------------------------------------------------------------------
+# Sharded networks
+# ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def mesh(device_type, replicas, group):
+    """The processes of a group, in rows that hold all of a network each."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shape = (replicas, world() // replicas) if replicas > 1 else (world(),)
+    return init_device_mesh(
+        device_type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]
+    )
+
+
+def shard(network, blocks, device, dtype, *, replicas=1, offload=False):
+    """Divides a network by FSDP2: a process holds a part of every tensor, in float32, and gathers
+    it block by block in `dtype`; gradients are added up in float32.
+
+    replicas: how many times the parts are held. offload: they wait in CPU memory."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    types = {}
+    if dtype == torch.bfloat16:
+        types = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    options = dict(
+        mesh=mesh(device.type, replicas, dist.group.WORLD),
+        mp_policy=MixedPrecisionPolicy(**types, cast_forward_inputs=False),
+        reshard_after_forward=True,
+    )
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    place = torch.device("cpu") if offload else device
+    for module in (*blocks, network):
+        fully_shard(module, **options)
+    if next(network.parameters()).is_meta:
+        network.to_empty(device=place)
+    for name, buffer in network.named_buffers():  # all of them are the network's own
+        setattr(network, name, buffer.to(device))
+    return network if offload else network.to(place)
+
+
+def is_sharded(tensor):
+    return hasattr(tensor, "full_tensor")
+
+
+def full_tensor(tensor):
+    """A sharded tensor put together, in all processes."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def to_rank0(value):
+    """A full tensor in rank 0's CPU memory; in the others, which help, nothing."""
+    if not torch.is_tensor(value):
+        return value
+    value = full_tensor(value.detach())
+    return value.cpu() if rank() == 0 else None
+
+
+def shard_as(tensor, other):
+    """This process's part of a full tensor that stands for `other`, if that is sharded."""
+    if not is_sharded(other) or is_sharded(tensor) or tensor.ndim == 0:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    tensor = tensor.to(other.device)
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def fill(network, weights):
+    """Loads a state dict of full tensors into a network, sharded or not."""
+    own = network.state_dict()
+    network.load_state_dict({k: shard_as(v, own.get(k)) for k, v in weights.items()})
+
+
+def fill_optimizer(optimizer, saved):
+    """The same for an optimiser."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        i: {k: shard_as(v, parameters[i]) for k, v in moments.items()}
+        for i, moments in saved["state"].items()
+    }
+    optimizer.load_state_dict(saved | dict(state=state))

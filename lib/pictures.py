@@ -1,0 +1,98 @@
+"""Pictures that a run writes: grids of samples, side by side, as PNG and GIF.
+
+A file that this program did not make is never replaced.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, PngImagePlugin
+
+from lib.errors import clean
+from lib.files import replacing
+
+
+def grid(images, columns, scale=None):
+    """Images (3, H, W) uint8 -> one picture, small images enlarged without smoothing.
+
+    Smaller ones stand in the middle of a place that has room for the largest."""
+    H, W = (max(image.shape[k] for image in images) for k in (1, 2))
+    rows, scale = math.ceil(len(images) / columns), scale or max(1, 64 // max(H, W))
+    sheet = np.full((rows, H + 2, columns, W + 2, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        _, h, w = image.shape
+        top, left = 1 + (H - h) // 2, 1 + (W - w) // 2
+        place = sheet[i // columns, top : top + h, i % columns, left : left + w]
+        place[:] = image.permute(1, 2, 0).numpy()
+    picture = Image.fromarray(sheet.reshape(rows * (H + 2), columns * (W + 2), 3))
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def panels(titled, columns):
+    """[(title, images)] -> the grids side by side under their titles."""
+    grids = [(title, grid(images, columns)) for title, images in titled]
+    width = sum(g.width for _, g in grids) + 16 * (len(grids) - 1)
+    sheet = Image.new("RGB", (width, grids[0][1].height + 24), "white")
+    draw, x = ImageDraw.Draw(sheet), 0
+    for title, picture in grids:
+        draw.text((x + 4, 4), title, fill="black", font_size=14)
+        sheet.paste(picture, (x, 24))
+        x += picture.width + 16
+    return sheet
+
+
+def stack(pictures):
+    """Pictures one below the other, on white."""
+    size = max(p.width for p in pictures), sum(p.height for p in pictures)
+    sheet = Image.new("RGB", size, "white")
+    top = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height
+    return sheet
+
+
+def refuse_strangers(path):
+    """Raises FileExistsError where a file is that this program did not make."""
+    try:
+        with Image.open(path, formats=("PNG", "GIF")) as old:
+            ours = old.info.get("Software") == "LADD" or old.info.get("comment") == b"LADD"
+    except FileNotFoundError:
+        return
+    except Exception:  # Pillow raises nearly anything on damaged files
+        ours = False
+    if not ours:
+        raise FileExistsError(f"{path} exists and was not made by this program; choose another")
+
+
+def save_png(picture, path, **notes):
+    """Writes a PNG that carries the notes; an existing picture is replaced only if this made it."""
+    path = Path(path)
+    refuse_strangers(path)
+    info = PngImagePlugin.PngInfo()
+    for key, value in {"Software": "LADD", **notes}.items():
+        info.add_itxt(key, clean(value))
+    with replacing(path) as file:
+        picture.save(file, "PNG", pnginfo=info)
+
+
+def save_pictures(images, out, prompts, notes):
+    """Images (n, 3, H, W) uint8 as one grid, where `out` ends in .png, or as a folder of one PNG
+    each with its own prompt."""
+    out = Path(out)
+    if out.suffix.lower() == ".png":
+        text = "; ".join(dict.fromkeys(prompts))
+        save_png(grid(images, math.ceil(math.sqrt(len(images)))), out, prompt=text, **notes)
+        return
+    for i, image in enumerate(images):
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        save_png(picture, out / f"{i:05d}.png", prompt=prompts[i], index=i, **notes)
+
+
+def save_gif(pictures, path, pauses):
+    """An animation; pauses: milliseconds of every picture."""
+    refuse_strangers(path)
+    moving = dict(save_all=True, append_images=pictures[1:], duration=pauses, loop=0)
+    with replacing(path) as file:
+        pictures[0].save(file, "GIF", comment=b"LADD", optimize=True, **moving)

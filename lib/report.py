@@ -1,0 +1,90 @@
+"""What a run leaves to be read: metrics.json and report.md."""
+
+from pathlib import Path
+
+from lib.errors import CheckpointError
+from lib.files import read_object, sha256, write_json, write_text
+from lib.machine import facts
+from lib.settings import command_of
+
+COLUMNS = (
+    ("alignment", ".3f"), ("frechet", ".2f"), ("precision", ".2f"), ("recall", ".2f"),
+    ("evaluations", "d"), ("seconds", ".4f"),
+)  # fmt: skip
+
+
+def markdown_table(rows):
+    lines = ["| samples | alignment | Fréchet | precision | recall | evaluations | s / image |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for row in rows:
+        known = ("–" if row.get(key) is None else format(row[key], form) for key, form in COLUMNS)
+        lines.append(f"| {row['name']} | {' | '.join(known)} |")
+    return "\n".join(lines)
+
+
+def accuracy_line(accuracy):
+    return ", ".join(f"{name} {value:.3f}" for name, value in accuracy.items())
+
+
+def fingerprints(folder):
+    """The SHA-256 of a run's checkpoints, which say what a metrics.json was made from."""
+    return {kind: sha256(Path(folder) / f"{kind}.pt") for kind in ("teacher", "student")}
+
+
+def read_metrics(folder):
+    """A run's metrics.json, {} if there is none. CheckpointError: not of its checkpoints."""
+    path = Path(folder) / "metrics.json"
+    metrics = read_object(path) if path.exists() else {}
+    if metrics and metrics.get("checkpoints") != fingerprints(folder):
+        raise CheckpointError(
+            f"{path}: not made from the teacher.pt and student.pt beside it (or by an older "
+            "version). Delete it and report.md to have both made again."
+        )
+    return metrics
+
+
+def write_metrics(run, rows, seconds, **more):
+    """metrics.json: the scores, and what they are of. -> its content"""
+    s = run.settings
+    program = "ladd.py" if run.method == "ladd" else f"-m methods.{run.method}"
+    command = command_of(s, run.base, ["python", *program.split(), "--preset", s.preset])
+    metrics = dict(rows=rows, seconds=seconds, seed=s.seed, data=s.data, samples=s.evaluation)
+    metrics |= dict(method=run.method, checkpoints=fingerprints(run.out), **more)
+    metrics |= dict(preset=s.preset, notes=run.notes, command=command, **facts())
+    write_json(metrics, run.out / "metrics.json")
+    return metrics
+
+
+def write_report(run, rows, accuracy, verdicts, report_seconds):
+    """metrics.json and report.md, and prints the table."""
+    s, seconds = run.settings, {}
+    for row in run.log.rows():
+        if row.get("finished") and isinstance(row.get("seconds"), float):
+            seconds[row["stage"]] = row["seconds"]
+    seconds["report"] = report_seconds
+    where = write_metrics(run, rows, seconds, judge_accuracy=accuracy, verdicts=verdicts)
+    table, judged = markdown_table(rows), accuracy_line(accuracy)
+    dirty = " with uncommitted changes" if where["dirty"] else ""
+    took = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
+    lines = [
+        f"# {s.preset} on {s.data}, seed {s.seed}",
+        *run.notes,
+        "",
+        "![samples](samples.png)",
+        "",
+        table,
+        "",
+        f"{s.evaluation} samples per row, captions of held-out images. Fréchet distance, "
+        "precision and recall in the judge's features. *untrained* is the student before "
+        "distillation: the teacher, sampled as the student is.",
+        "",
+        f"The judge reads held-out images right: {judged}.",
+        "",
+        *(f"- {stage}: {verdict}" for stage, verdict in verdicts.items()),
+        "",
+        f"Time: {took}. Commit {where['commit']}{dirty}, torch {where['torch']}, "
+        f"{where['gpu'] or where['processor']}, {where['threads']} threads.",
+    ]
+    write_text("\n".join(lines) + "\n", run.out / "report.md")
+    print(table, flush=True)
+    print(f"The judge reads held-out images right: {judged}", flush=True)

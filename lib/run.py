@@ -1,0 +1,160 @@
+"""One run of a training program: its folder and what the stages share.
+
+A run folder holds config.json (the settings it is bound to), log.jsonl, a KIND.pt for every
+finished network, and the states of the stage at work.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from lib.errors import UsageError
+from lib.files import save
+from lib.log import Log
+from lib.loop import Loop
+from lib.machine import arithmetic, autocast, deterministic, device_of, facts
+from lib.parallel import barrier, fill, rank, shard, stop_processes, to_rank0, world
+from lib.settings import bound, locked, open_folder
+from lib.states import forget_states, forget_unfinished
+
+
+class Run:
+    """settings: a HowToRun with a `seed`; dataset, text: what the stages read; watch: see Watch."""
+
+    def __init__(self, settings, dataset, text, watch):
+        self.settings, self.dataset, self.watch = settings, dataset, watch
+        self.out = Path(settings.out)
+        self.device = device_of(settings.device)
+        self.text = text.to(self.device)
+        self.divided = settings.shard and world() > 1
+        self.log = Log(self.out, settings.tensorboard)
+        self.notes = []  # lines that the report must repeat
+        self.earlier = 0.0  # seconds that earlier processes worked at the stage
+
+    def alone(self):
+        """This run for one process, after the others have gone."""
+        one = copy.copy(self)
+        one.divided = False
+        return one
+
+    def autocast(self):
+        return autocast(self.device, self.settings.precision)
+
+    # networks
+
+    def make(self, module, **arguments):
+        """A fresh network, its weights drawn from the seed, on its device."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed)
+            return self.place(module(**arguments))
+
+    def place(self, network, learns=True):
+        """The network on its device, or divided among the processes with --shard."""
+        s = self.settings
+        if not self.divided:
+            return network.to(self.device)
+        blocks = getattr(network, "joint_blocks", ())
+        dtype = arithmetic(self.device, s.precision)
+        offload = s.offload and learns
+        return shard(network, blocks, self.device, dtype, replicas=s.replicas, offload=offload)
+
+    def compile(self, network):
+        """With --compile: block by block, as most are alike, once for every shape."""
+        if self.settings.compile:
+            torch._dynamo.config.recompile_limit = 64
+            for module in getattr(network, "joint_blocks", [network]):
+                module.compile()
+
+    def path(self, kind):
+        return self.out / f"{kind}.pt"
+
+    def save(self, kind, network, step, optimizer=None):
+        """Writes KIND.pt: weights, and what is needed to rebuild the network."""
+        weights = {k: to_rank0(v) for k, v in network.state_dict().items()}
+        checkpoint = dict(format="ladd-1", kind=kind, model=network.config, weights=weights)
+        checkpoint |= dict(settings=dataclasses.asdict(self.settings), step=step)
+        if optimizer is not None:
+            state = optimizer.state_dict()
+            moments = {
+                i: {k: to_rank0(v) for k, v in own.items()} for i, own in state["state"].items()
+            }
+            checkpoint["optimizer"] = state | dict(state=moments)
+        if rank() == 0:
+            save(checkpoint, self.path(kind))
+
+    def load(self, checkpoint, module, frozen=False):
+        """The network module(**arguments) of a checkpoint, without gradient.
+
+        One that stays `frozen` is kept in the precision of the arithmetic: autocast would cast its
+        weights in every pass."""
+        dtype = arithmetic(self.device, self.settings.precision) if frozen else torch.float32
+        with torch.device("meta" if self.divided else "cpu"):
+            network = module(**checkpoint["model"]).to(dtype)
+        network = self.place(network, learns=not frozen)
+        fill(network, checkpoint["weights"])
+        return network.eval().requires_grad_(False)
+
+    # stages
+
+    @contextlib.contextmanager
+    def opened(self, method, base, note):
+        """The run folder, held for this run alone: signed with the settings and the method, or
+        found made with the same. base: the preset's settings; note: a line for the user."""
+        s = self.settings
+        self.base, self.method = base, method
+        with locked(self.out), deterministic(s.deterministic):
+            open_folder(self.out, bound(s) | dict(method=method), bound(base) | dict(method="ladd"))
+            barrier()
+            forget_unfinished(self.out)
+            self.log.forget()
+            if note:
+                self.notes.append(note)
+                print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
+            where = facts() if rank() == 0 else {}
+            self.log.write(settings=dataclasses.asdict(s), method=method, note=note, **where)
+            yield
+            if note:
+                print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
+
+    def stages(self, work, done, wanted):
+        """Goes through the stages in order, or through the one that is wanted; those that are done
+        are skipped. work {name: function of the run}, done {name: bool}"""
+        names = list(work)
+        for i, stage in enumerate(names):
+            if wanted not in ("all", stage):
+                continue
+            missing = [before for before in names[:i] if not done[before]]
+            if missing:
+                raise UsageError(f"--stage {stage} needs the stage {missing[0]} first.")
+            if done[stage]:
+                forget_states(self.out, stage)  # where the process ended between result and this
+                print(f"{stage}: done before", flush=True)
+                continue
+            last = i == len(names) - 1
+            self.watch.patient = not last  # which saves nothing on its way
+            self.watch.check()
+            if last:
+                stop_processes()
+                if rank() > 0:
+                    return
+            start, self.earlier = time.perf_counter(), 0.0
+            work[stage](self)
+            barrier()
+            seconds = self.earlier + time.perf_counter() - start
+            self.log.write(stage=stage, finished=True, seconds=seconds)
+            print(f"{stage}: {seconds:.0f} s", flush=True)
+            done[stage] = True
+
+    def loop(self, stage, total, batch, networks, optimizers, **options):
+        """The steps of a stage, from where a cut run goes on; see Loop."""
+        loop = Loop(
+            self.out, stage, total, networks, optimizers, batch=batch, device=self.device,
+            log=self.log, watch=self.watch, options=self.settings, divided=self.divided, **options,
+        )  # fmt: skip
+        self.earlier = loop.earlier
+        return loop

@@ -1,0 +1,59 @@
+"""The teacher's samples on disk: files of one size each, memory-mapped when they are read."""
+
+import numpy as np
+import torch
+
+from lib.errors import RunError, reason
+from lib.files import differs, mapped
+from lib.parallel import my_share
+
+
+class Joined:
+    """Tensors of samples of one shape one after the other, as one tensor (n, …). Nothing is copied
+    before rows are asked for: what is memory-mapped stays on disk."""
+
+    def __init__(self, tensors):
+        self.tensors, self.ends = tensors, np.cumsum([len(t) for t in tensors])
+        self.shape = (int(self.ends[-1]), *tensors[0].shape[1:])
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        which = np.searchsorted(self.ends, rows, side="right").tolist()
+        behind = (np.asarray(rows) - self.ends[which]).tolist()  # counted from its tensor's end
+        return torch.stack([self.tensors[i][k] for i, k in zip(which, behind, strict=True)])
+
+
+def read_file(path, channels, patch, check):
+    """x0 (n, C, H, W) float16, n captions, the noise's seed. check: whether the checksum is."""
+    try:
+        if check and differs(path):
+            raise ValueError("its content is not what was written: the checksum differs")
+        content = mapped(path)
+        x0, captions = content["x0"], [c + "" for c in content["captions"]]
+        n, C, H, W = x0.shape
+        if (n, C) != (len(captions), channels) or H % patch or W % patch:
+            raise ValueError("samples and captions don't match")
+        return x0, captions, int(content["seed"])
+    except Exception as error:  # a damaged file raises nearly anything
+        raise RunError(
+            f"{path} is damaged ({reason(error)}). Delete it and give the command again."
+        ) from None
+
+
+def read_samples(folder, channels, patch):
+    """All samples of a folder, sorted by size, nothing of them in memory.
+
+    -> [(x0 (n, C, H, W), caption (n,) rows of the captions)], captions, the seed of their noise"""
+    paths = sorted(folder.glob("*.pt"))
+    mine = set(my_share(paths))  # the processes share the work of checking
+    parts, texts = {}, []
+    for path in paths:
+        x0, captions, seed = read_file(path, channels, patch, path in mine)
+        rows = torch.arange(len(texts), len(texts) + len(captions))
+        tensors, captions_of = parts.setdefault(x0.shape[1:], ([], []))
+        tensors.append(x0)
+        captions_of.append(rows)
+        texts += captions
+    return [(Joined(x0), torch.cat(rows)) for x0, rows in parts.values()], texts, seed

@@ -1,0 +1,177 @@
+"""Scores: a judge reads the caption's attributes back from a picture, and compares distributions.
+
+Alignment is the share of pictures of which every attribute is read right. Fréchet distance
+(arXiv 1706.08500), precision and recall (arXiv 1904.06991) are taken in the judge's features.
+"""
+
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from lib.errors import CheckpointError
+from lib.files import read, save
+from lib.machine import autocast
+
+
+class Judge(torch.nn.Module):
+    """A small classifier: images to one answer per attribute, by way of 64 features."""
+
+    def __init__(self, answers, width=32, size=(16, 16), channels=3):
+        super().__init__()
+        self.config = dict(answers=list(answers), width=width, size=list(size), channels=channels)
+        layers, side, channels = [torch.nn.Conv2d(channels, width, 3, padding=1)], min(size), width
+        while side > 4:
+            out = min(2 * channels, 8 * width)
+            for stride in (2, 1) if side <= 8 or width > 32 else (2,):
+                layers += [torch.nn.GroupNorm(4, channels), torch.nn.GELU()]
+                layers += [torch.nn.Conv2d(channels, out, 3, padding=1, stride=stride)]
+                channels = out
+            side = (side + 1) // 2
+        layers += [torch.nn.GroupNorm(4, channels), torch.nn.GELU()]
+        layers += [torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten()]
+        layers += [torch.nn.Linear(16 * channels, 64), torch.nn.GELU()]
+        self.body = torch.nn.Sequential(*layers)
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(64, n) for n in answers)
+
+    def forward(self, x):
+        """x (B, C, H, W) in [-1, 1] -> features (B, 64), answers: list of logits (B, n)"""
+        features = self.body(x)
+        return features, [head(features) for head in self.heads]
+
+    @torch.no_grad()
+    def read(self, images, batch=500):
+        """images (n, C, H, W) uint8 -> features (n, 64) float64, answers (n, A) int64, on CPU"""
+        device = next(self.parameters()).device
+        features, answers = [], []
+        for part in images.split(batch):
+            f, logits = self(part.to(device).float() / 127.5 - 1)
+            features.append(f.double().cpu())
+            read = [a.argmax(1) for a in logits]
+            answers.append(torch.stack(read, 1).cpu() if read else torch.empty(len(f), 0).long())
+        return torch.cat(features), torch.cat(answers)
+
+
+def train_judge(judge, draw, steps, precision="auto", batch=128):
+    """Trains a judge on real images: draw(step, n) -> images (n, C, H, W) uint8, labels (n, A)"""
+    device = next(judge.parameters()).device
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for step in tqdm(range(steps), "judge", leave=False, disable=not sys.stderr.isatty()):
+        images, labels = draw(step, batch)
+        labels = labels.to(device)
+        with autocast(device, precision):
+            _, answers = judge(images.to(device).float() / 127.5 - 1)
+        losses = [F.cross_entropy(a.float(), labels[:, k]) for k, a in enumerate(answers)]
+        optimizer.zero_grad()
+        sum(losses).backward()
+        optimizer.step()
+        schedule.step()
+
+
+def get_judge(
+    draw, attributes, size, channels, device, *, data_dir="data", steps=1000, width=32,
+    precision="auto",
+):  # fmt: skip
+    """The judge of a data set, trained once, always from the same seed, and kept in data_dir.
+
+    draw: see `train_judge`, attributes {question: answers}. One judge reads all sizes of images: it
+    pools its features to 4 × 4. Where there is nothing to learn, its random features still tell
+    images apart."""
+    images, labels = draw(0, 64)
+    key = hashlib.sha256(repr((attributes, size, steps, width)).encode())
+    key.update(images.numpy().tobytes() + labels.numpy().tobytes())
+    path = Path(data_dir) / f"judge-{key.hexdigest()[:16]}.pt"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        answers = [len(values) for values in attributes.values()]
+        judge = Judge(answers, width, size, channels).to(device)
+    if path.exists():
+        try:
+            judge.load_state_dict(read(path, device)["weights"])
+        except (CheckpointError, KeyError, TypeError, RuntimeError):
+            raise CheckpointError(
+                f"{path}: damaged. Delete it and give the command again: it is made anew."
+            ) from None
+        return judge.eval()
+    if attributes:
+        train_judge(judge, draw, steps, precision)
+    save({"config": judge.config, "weights": judge.state_dict()}, path)
+    return judge.eval()
+
+
+def frechet_distance(a, b):
+    """‖μ_a - μ_b‖² + tr(Σ_a + Σ_b - 2·(Σ_a Σ_b)^½) of two sets of features (n, d), in float64."""
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # Σ_a^½
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    return distance.item()
+
+
+def precision_recall(real, fake, k=3):
+    """Share of fakes in the reals' k-NN manifold, of reals in the fakes' (arXiv 1904.06991)."""
+
+    def covered(points, manifold):
+        radius = torch.cdist(manifold, manifold).kthvalue(k + 1, dim=1).values
+        return torch.cat(
+            [(torch.cdist(part, manifold) <= radius).any(dim=1) for part in points.split(1000)]
+        )
+
+    return covered(fake, real).double().mean().item(), covered(real, fake).double().mean().item()
+
+
+def score(images, labels, reference, judge):
+    """One row of the table: alignment, Fréchet distance, precision, recall.
+
+    images (n, 3, H, W) uint8, or a list of such; labels (n, A); reference: features of held-out
+    images (m, 64), the first n of them of the same shapes"""
+    parts = [images] if torch.is_tensor(images) else images
+    features, answers = (torch.cat(x) for x in zip(*map(judge.read, parts), strict=True))
+    precision, recall = precision_recall(reference[: len(features)], features)
+    aligned = (answers == labels).all(dim=1).double().mean().item() if labels.shape[1] else None
+    return dict(
+        alignment=aligned,
+        frechet=frechet_distance(reference, features),
+        precision=precision,
+        recall=recall,
+    )
+
+
+def score_table(held_out, labels, judge, compared, seed, to_uint8):
+    """The table of a run: a list of dicts, the real images first.
+
+    held_out: of each size `images` (n, C, H, W) uint8, their `caption` rows and `captions`, and
+    `reference` images to compare with; labels: of all captions. compared: (name, generator,
+    options) of the other rows, where generator.sample_parts makes the samples. Of several sizes
+    each has its share, and a row scores all of them together."""
+    count = sum(len(part.images) for part in held_out)
+    parts = [(part.captions, part.size) for part in held_out]
+    labels = labels[torch.cat([part.caption for part in held_out])]
+    reference = [judge.read(part.reference)[0] for part in held_out]
+    pairs = [(r, len(part.images)) for r, part in zip(reference, held_out, strict=True)]
+    reference = torch.cat([r[:n] for r, n in pairs] + [r[n:] for r, n in pairs])
+    images = [part.images for part in held_out]
+    rows = [dict(name="real, held out", **score(images, labels, reference, judge))]
+    total, hidden = len(compared) * count, not sys.stderr.isatty()
+    with tqdm(total=total, desc="evaluation", leave=False, disable=hidden) as bar:
+        for name, generator, options in compared:
+            start = time.perf_counter()
+            images = generator.sample_parts(parts, seed=seed, progress=bar, **options)
+            seconds = (time.perf_counter() - start) / count
+            evaluations = options["steps"] * (2 if options.get("cfg", 1) != 1 else 1)
+            row = score([to_uint8(x) for x in images], labels, reference, judge)
+            rows.append(dict(name=name, **row, evaluations=evaluations, seconds=seconds))
+    return rows
+
+
+def judge_accuracy(held_out, labels, attributes, judge):
+    """Share of held-out images whose attributes the judge reads right, for each attribute."""
+    right = [(judge.read(part.images)[1] == labels[part.caption]).double() for part in held_out]
+    return dict(zip(attributes, torch.cat(right).mean(dim=0).tolist(), strict=True))

@@ -1,0 +1,219 @@
+"""Settings: a frozen dataclass is the command line, the checks, and a run folder's config.json.
+
+A field says all of itself: `size: int = setting(16, "side of the images", low=1)`. A preset is a
+dict of fields. `free` fields may differ between two commands of the same run.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shlex
+import sys
+
+from lib.errors import Parser, UsageError
+from lib.files import read_object, write_json
+from lib.parallel import rank
+
+
+def setting(
+    default, help, *, low=None, above=None, below=None, choices=None, kind=None, parse=None,
+    free=False, flag="",
+):  # fmt: skip
+    """A field with its meaning and bounds, for every value of a tuple.
+
+    low ≤ value; above < value < below. kind: of a tuple's values, or where the default is None.
+    parse: text -> value, in place of kind."""
+    rules = dict(help=help, low=low, above=above, below=below, choices=choices)
+    rules |= dict(kind=kind, parse=parse, free=free, flag=flag)
+    return dataclasses.field(default=default, metadata=rules)
+
+
+def flag_of(field):
+    return field.metadata["flag"] or "--" + field.name.replace("_", "-")
+
+
+def refuse(settings, name, why):
+    """Raises the UsageError of a field."""
+    (field,) = (f for f in dataclasses.fields(settings) if f.name == name)
+    raise UsageError(f"{flag_of(field)} {text_of(getattr(settings, name))}: {why}")
+
+
+def text_of(value):
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def check_fields(settings):
+    """Refuses values outside their own field's bounds, and numbers that are not finite."""
+    for field in dataclasses.fields(settings):
+        value, rule = getattr(settings, field.name), field.metadata
+        low, above, below, choices = (rule[k] for k in ("low", "above", "below", "choices"))
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, float) and not math.isfinite(each):
+                refuse(settings, field.name, "must be finite")
+            if choices and each not in choices:
+                refuse(settings, field.name, f"must be one of {', '.join(choices)}")
+            if each is None:
+                continue
+            if low is not None and each < low:
+                refuse(settings, field.name, f"must be at least {low}")
+            if above is not None and each <= above:
+                refuse(settings, field.name, f"must be above {above}")
+            if below is not None and each >= below:
+                refuse(settings, field.name, f"must be below {below}")
+
+
+@dataclasses.dataclass(frozen=True)
+class HowToRun:
+    """Settings of any training program; none of them changes a result on the same machine, but
+    `precision` and `deterministic`, which say so."""
+
+    out: str = setting("", "run folder (default: runs/PRESET)", free=True)
+    data_dir: str = setting("data", "where downloads and judges are kept", free=True)
+    device: str = setting("auto", "cpu, cuda, …", free=True)
+    precision: str = setting(
+        "auto",
+        "bf16, fp32, or auto: bf16 where the hardware has it",
+        choices=("auto", "bf16", "fp32"),
+    )
+    deterministic: bool = setting(False, "only kernels that give the same bits every time")
+    compile: bool = setting(False, "torch.compile the networks", free=True)
+    checkpointing: bool = setting(
+        False, "less memory: a backward computes the blocks again", free=True
+    )
+    accumulate: int = setting(
+        1, "parts that a process's share of a batch is worked through in", low=1, free=True
+    )
+    shard: bool = setting(
+        False, "of many processes each holds a part of the networks (FSDP)", free=True
+    )
+    offload: bool = setting(
+        False, "--shard: weights and moments of what learns wait on the CPU", free=True
+    )
+    replicas: int = setting(
+        1, "--shard: parts are held so many times (hybrid: once per node)", low=1, free=True
+    )
+    save_every: int = setting(
+        500, "updates between states from which a cut run goes on", low=1, free=True
+    )
+    save_minutes: float = setting(
+        10.0, "minutes after which a state is due anyway; 0: never", low=0, free=True
+    )
+    stop_after: float = setting(
+        0.0, "minutes after which to save and exit with 75; 0: never", low=0, free=True
+    )
+    sample_every: int = setting(1000, "updates between sample grids", low=1, free=True)
+    log_every: int = setting(20, "updates between lines of log.jsonl", low=1, free=True)
+    tensorboard: bool = setting(False, "also write logs for tensorboard", free=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------
+
+
+def numbers(text, kind):
+    return tuple(kind(part) for part in text.split(",") if part)
+
+
+def make_parser(kind, program, description, **options):
+    """A parser with a flag for every field of the dataclass `kind`."""
+    parser = Parser(program, description, **options)
+    for field in dataclasses.fields(kind):
+        flag, rule, default = flag_of(field), field.metadata, field.default
+        # an argument that was not given leaves no trace: the preset's value stands
+        common = dict(dest=field.name, default=argparse.SUPPRESS, help=rule["help"])
+        if isinstance(default, bool):
+            parser.add_argument(flag, **common, action=argparse.BooleanOptionalAction)
+        elif rule["parse"]:
+            parser.add_argument(flag, **common, type=rule["parse"], metavar="X")
+        elif isinstance(default, tuple):
+            kind = rule["kind"] or float
+            read = lambda text, kind=kind: numbers(text, kind)  # noqa: E731
+            parser.add_argument(flag, **common, type=read, metavar="A,B,…")
+        else:
+            parser.add_argument(flag, **common, type=rule["kind"] or type(default), metavar="X")
+    if rank() > 0:  # rank 0 says it
+        parser.error = lambda _: sys.exit(2)
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------
+# The run folder
+# ---------------------------------------------------------------------------------------------
+
+
+def bound(settings):
+    """The settings that a run folder is bound to, as its config.json has them."""
+    values = {
+        field.name: getattr(settings, field.name)
+        for field in dataclasses.fields(settings)
+        if not field.metadata["free"]
+    }
+    return json.loads(json.dumps(values))
+
+
+def command_of(settings, base, words, without=("seed",)):
+    """The words of a command line, then the flags by which `settings` differ from `base`."""
+    for field in dataclasses.fields(settings):
+        value, flag = getattr(settings, field.name), flag_of(field)
+        if value == getattr(base, field.name) or field.metadata["free"] or field.name in without:
+            continue
+        if isinstance(value, bool):
+            words = [*words, flag if value else "--no-" + flag[2:]]
+        else:
+            words = [*words, flag, shlex.quote(text_of(value))]
+    return " ".join(words)
+
+
+@contextlib.contextmanager
+def locked(out):
+    """Makes the run folder and holds it for this process alone, until it ends, however it ends."""
+    if rank() > 0:  # rank 0 does it for all
+        yield
+        return
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file: choose another folder with --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    handle = None
+    try:
+        import fcntl
+
+        handle = os.open(out, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UsageError(f"{out}: another process is at work in this run folder.") from None
+    except (ImportError, OSError):
+        print(f"{out} can't be locked here: take care that one process uses it", file=sys.stderr)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def open_folder(out, mine, defaults):
+    """Signs a run folder, if it is empty, with its settings, or finds it made with the same.
+
+    mine, defaults: dicts as `bound` makes them; a folder that is older than a setting has its
+    default."""
+    if rank() > 0:
+        return
+    path = out / "config.json"
+    if path.exists():
+        theirs = read_object(path)
+        theirs = defaults | theirs
+        names = [k for k in {**theirs, **mine} if theirs.get(k) != mine.get(k)]
+        if names:
+            different = ", ".join(f"{k} {theirs.get(k)} → {mine.get(k)}" for k in names)
+            raise UsageError(
+                f"{out} was made with other settings ({different}). "
+                f"Choose another folder with --out, or give the same settings to go on."
+            )
+    elif any(not p.name.startswith(".config.json.") for p in out.iterdir()):
+        raise UsageError(f"{out} is not empty and not a run folder: choose another with --out.")
+    else:
+        write_json(mine, path)

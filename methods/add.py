@@ -1,0 +1,97 @@
+"""Adversarial diffusion distillation (ADD, arXiv 2311.17042), the method before LADD: the same
+heads, on the features of a frozen network of clean pixels. One iteration:
+
+    1  x̂_0  = the student's prediction, as in LADD
+    2  f, r = the judge's maps of x̂_0 and x_0, without noise; the teacher has no part
+    3  L_D  = the hinge loss of the heads on every map, each map counting alike
+    4  L_G  = -E[D(f)] + λ·smooth_l1(x̂_0, x_0)
+
+ADD reads DINO's features; the judge, which also scores, stands in for it here.
+
+    python -m methods.add --preset nano --from runs/nano
+"""
+
+import math
+
+import torch
+from torch import nn
+
+import ladd
+import sample
+from discriminator import Discriminator, hinge_d, hinge_g
+from ladd import distillation_loss, draw_batch, student_predict, told_apart
+from lib.optim import make_optimizers, step_all, update_ema
+from lib.parallel import leave
+
+UNITS = 5  # forwards of the network, an update: student 1 + 2, and at nano 2 of the heads
+
+
+def judge_features(judge, x0):
+    """Box 2: the maps after the judge's convolutions. -> [(tokens (B, h·w, C), (h, w))]"""
+    found, x = [], x0
+    for layer in judge.body:
+        x = layer(x)
+        if isinstance(layer, nn.Conv2d):
+            found.append((x.flatten(2).transpose(1, 2), tuple(x.shape[2:])))
+    return found
+
+
+def logits_of(heads, features, b):
+    """Of every map, (B, 1, h, w)."""
+    clean = torch.zeros_like(b.t)
+    pairs = zip(heads, features, strict=True)
+    return [head([tokens], clean, b.text.pooled, *size) for head, (tokens, size) in pairs]
+
+
+def distil(run):
+    s = run.settings
+    if s.is_latent:
+        raise ladd.UsageError("methods/add.py: its judge reads pixels, not latents")
+    judge = sample.judge_of(run.dataset, s, run.device, s.data_dir, s.precision)
+    judge.requires_grad_(False)
+    student, ema = ladd.start_student(run)
+    student_optimizers = make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
+    widths = [layer.out_channels for layer in judge.body if isinstance(layer, nn.Conv2d)]
+    sizes = [s.head_sizes() | dict(width=width, taps=(0,)) for width in widths]
+    heads = nn.ModuleList(run.make(Discriminator, **own) for own in sizes)
+    heads_optimizers = make_optimizers(heads, s.heads_lr, 0.0, s.beta1, s.adam_eps)
+    samples = ladd.distillation_samples(run)
+    networks = dict(student=student, ema=ema, heads=heads)
+    optimizers = student_optimizers + heads_optimizers
+    loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers,
+                    shown=("loss_d", "loss_g"))  # fmt: skip
+    for step in loop:
+        learning = step >= s.heads_warmup
+        b = draw_batch(run, samples, step, s.heads_warmup, own_noise=bool(s.distill_weight))
+        with run.autocast(), torch.set_grad_enabled(learning):
+            x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)  # box 1
+            fake, real = judge_features(judge, x0_hat), judge_features(judge, b.x0)
+        with run.autocast():
+            detached = [(tokens.detach(), size) for tokens, size in fake]
+            on_real, on_fake = logits_of(heads, real, b), logits_of(heads, detached, b)
+            loss_d = sum(map(hinge_d, on_real, on_fake)) / len(heads)  # box 3
+        loss_d.backward()
+        norm_d = step_all(heads_optimizers, heads, math.inf, min(1.0, (step + 1) / 40))
+        means = [torch.stack([x.detach().float().flatten(1).mean(1) for x in own], dim=1)
+                 for own in (on_real, on_fake)]  # fmt: skip
+        values = dict(loss_d=loss_d, grad_norm_heads=norm_d, **told_apart(*means))
+        if learning and norm_d is not None:
+            heads.requires_grad_(False)
+            with run.autocast():
+                loss = sum(map(hinge_g, logits_of(heads, fake, b))) / len(heads)  # box 4
+                if s.distill_weight:
+                    loss = loss + s.distill_weight * distillation_loss(x0_hat, b.x0, b.paired)
+            heads.requires_grad_(True)
+            loss.backward()
+            rate = ladd.student_rate(s, step, s.heads_warmup)
+            norm = step_all(student_optimizers, student, s.clip, rate)
+            update_ema(ema, student, s.student_ema, step - s.heads_warmup)
+            values |= dict(loss_g=loss, grad_norm=norm)
+        loop.log(**values)
+        loop.checkpoint()
+    run.save("student", ema, s.iterations)
+    loop.finish()
+
+
+if __name__ == "__main__":
+    leave(ladd.main(distil=distil, method="add"))

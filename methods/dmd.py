@@ -1,0 +1,80 @@
+"""Distribution matching distillation (DMD, arXiv 2311.18828), without its regression. Nor is it
+DMD2, which updates the score five times for each of the student's and has a GAN loss, too.
+
+The student follows the difference of two scores: the guided teacher's, and that of a network which
+learns the student's own samples. One iteration:
+
+    1  x̂_0  = the student's prediction, as in LADD
+    2  x_t  = x̂_0 noised to t ~ U(.02, .98)
+    3  g    = (x̂_0(x_t; fake score) - x̂_0(x_t; teacher)) / mean|x̂_0 - x̂_0(x_t; teacher)|
+    4  the student steps along g, by a loss whose gradient it is
+    5  the fake score learns the velocity of sg x̂_0, as the teacher learnt that of images
+
+    python -m methods.dmd --preset nano --from runs/nano
+"""
+
+import torch
+
+import ladd
+from ladd import draw_batch, student_predict, teacher_loss
+from lib.optim import make_optimizers, step_all, update_ema
+from lib.parallel import leave, my_share
+from lib.streams import rng
+from sample import add_noise, guided_velocity, predict_x0
+
+UNITS = 9  # forwards of the network, an update: student 1 + 2, teacher 2, fake score 1, and 1 + 2
+
+
+@torch.no_grad()
+def matching_gradient(x0_hat, noise, t, velocity, score):
+    """Boxes 2 and 3. velocity(x_t, t), the guided teacher's, and score(x_t, t) -> v. -> as x̂_0"""
+    xt = add_noise(x0_hat, noise, t)
+    real, fake = (predict_x0(xt, v(xt, t), t) for v in (velocity, score))
+    far = (x0_hat - real).abs().mean((1, 2, 3), keepdim=True)
+    return (fake - real) / far.clamp(min=1e-3)
+
+
+def matching_loss(x0_hat, gradient):
+    """Box 4: the scalar whose gradient by x̂_0 is the given one, over its number of values."""
+    return 0.5 * (x0_hat - (x0_hat - gradient).detach()).square().mean()
+
+
+def distil(run):
+    s = run.settings
+    student, ema = ladd.start_student(run)
+    optimizers = make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
+    teacher, uncond = ladd.load(run, "teacher", frozen=True), run.text([""])
+    fake_score = ladd.load(run, "teacher").requires_grad_(True)
+    score_optimizers = make_optimizers(fake_score, s.student_lr, 0.0, s.beta1, s.adam_eps)
+    samples = ladd.distillation_samples(run)
+    networks = dict(student=student, ema=ema, score=fake_score)
+    optimizers_of_both = optimizers + score_optimizers
+    loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers_of_both)
+    for step in loop:
+        b = draw_batch(run, samples, step, own_noise=False)
+        random = rng(s.seed, "distillation", step + (1 << 41))
+        t, t_score = (0.02 + 0.96 * my_share(torch.rand(2, s.batch, generator=random).T).T).to(b.t)
+
+        def guided(xt, t, text=b.text):
+            return guided_velocity(teacher, xt, t, text, uncond, s.synthetic_cfg)
+
+        def fakes(xt, t, text=b.text):
+            return fake_score(xt, t, *text)[0]
+
+        with run.autocast():
+            x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
+            gradient = matching_gradient(x0_hat, b.noise_fake, t, guided, fakes)
+            loss_score = teacher_loss(fake_score, x0_hat.detach(), b.text, t_score, b.noise_real)
+        loss = matching_loss(x0_hat, gradient)
+        (loss + loss_score).backward()
+        norm = step_all(optimizers, student, s.clip, ladd.student_rate(s, step))
+        norm_score = step_all(score_optimizers, fake_score, s.clip, 1.0)
+        update_ema(ema, student, s.student_ema, step)
+        loop.log(loss=loss, grad_norm=norm, loss_score=loss_score, grad_norm_score=norm_score)
+        loop.checkpoint()
+    run.save("student", ema, s.iterations)
+    loop.finish()
+
+
+if __name__ == "__main__":
+    leave(ladd.main(distil=distil, method="dmd"))

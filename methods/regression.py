@@ -1,0 +1,45 @@
+"""Regression to the teacher's samples, from the noise that they were made of.
+
+The simplest distillation, and what LADD has to beat: where a picture is uncertain it gives the
+mean. One iteration:
+
+    1  x_t  = (1 - t)·x_0 + t·ε        at t = 1 ε is the teacher's own noise of x_0
+    2  x̂_0  = x_t - t·v_θ(x_t, t, c)
+    3  L    = smooth_l1(x̂_0, x_0)
+
+    python -m methods.regression --preset nano --from runs/nano
+"""
+
+import ladd
+from ladd import distillation_loss, draw_batch, student_predict
+from lib.optim import make_optimizers, step_all, update_ema
+from lib.parallel import leave
+
+UNITS = 3  # forwards of the network, an update: student 1 + 2
+
+
+def distil(run):
+    s = run.settings
+    student, ema = ladd.start_student(run)
+    optimizers = make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
+    samples = ladd.distillation_samples(run)
+    if samples.seed is None:
+        raise ladd.UsageError("--targets real: real images have no noise that they were made of")
+    networks = dict(student=student, ema=ema)
+    loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers)
+    for step in loop:
+        b = draw_batch(run, samples, step)
+        with run.autocast():
+            x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)  # boxes 1, 2
+            loss = distillation_loss(x0_hat, b.x0, b.paired)  # box 3
+        loss.backward()
+        norm = step_all(optimizers, student, s.clip, ladd.student_rate(s, step))
+        update_ema(ema, student, s.student_ema, step)
+        loop.log(loss=loss, grad_norm=norm)
+        loop.checkpoint()
+    run.save("student", ema, s.iterations)
+    loop.finish()
+
+
+if __name__ == "__main__":
+    leave(ladd.main(distil=distil, method="regression"))

@@ -1,0 +1,209 @@
+"""The features and latents of SD3's frozen encoders, computed once, into shards.
+
+python -m sd3.encode --model SD3_DIR --prompts prompts.txt --out shards/
+python -m sd3.encode --model SD3_DIR --images PATH --out shards/        latents as well
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from data import bucket_sizes
+from lib.archive import Files
+from lib.errors import DataError, Parser, clean
+from lib.files import read_lines, replacing
+from lib.folders import find_captions
+from lib.images import FORMATS, decode, nearest
+from sd3.encoders import NEEDS, Encoders
+from sd3.shards import SHARDS, shard_note
+
+
+def by_bucket(files, sizes):
+    """Images by the size of nearest aspect, from their headers: {(H, W): [(name, caption)]}."""
+    caption_of, classes = find_captions(files)
+    names = sorted(caption_of)
+
+    def size(name):
+        try:
+            with (
+                files.zip.open(name) if files.zip else open(files.path / name, "rb") as file,
+                Image.open(file, formats=FORMATS) as image,
+            ):
+                turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation
+                return nearest(sizes, *(image.size if turned else image.size[::-1]))
+        except Exception:  # said when the image itself is read
+            return sizes[0]
+
+    groups = {}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for name, bucket in zip(names, pool.map(size, names), strict=True):
+            caption = f"a photo of a {caption_of[name]}" if classes else caption_of[name]
+            groups.setdefault(bucket, []).append((name, caption))
+    return groups
+
+
+def encode(encoders, out, *, prompts="", images="", sizes=(), shard=256, part=(0, 1)):
+    """Writes the shards i of a prompts file or of images for which i mod world is this rank.
+
+    sizes: the (H, W) in pixels of images; each is cropped to that of the nearest aspect ratio.
+    NNNNNN.safetensors holds bf16 tensors of samples of one size: context, pooled, and of images
+    latents. Beside it NNNNNN.json has its captions, its length in bytes and its SHA-256, and is
+    written last: a shard with it is finished, and not made again. Shard 0 is the empty caption
+    alone. shards.json says of what the folder is made. part: (rank, world)."""
+    try:
+        from safetensors.torch import save
+    except ImportError:
+        raise DataError(NEEDS) from None
+    files = Files(images) if images else None
+    if files:
+        groups = by_bucket(files, sizes)
+    else:
+        groups = {(0, 0): [("", prompt) for prompt in read_lines(prompts, "--prompts")]}
+    plan = [((0, 0), [("", "")])]
+    for bucket, rows in sorted(groups.items()):
+        plan += [(bucket, rows[i : i + shard]) for i in range(0, len(rows), shard)]
+    source = hashlib.sha256(repr(plan).encode("utf-8", "surrogatepass")).hexdigest()
+    made_of = dict(format=SHARDS, shards=len(plan), samples=sum(len(rows) for _, rows in plan))
+    made_of |= dict(source=source, model=encoders.identity(), t5=encoders.t5)
+    out, (rank, world) = Path(out), part
+    claim(out, made_of, rank)
+
+    bad = []
+    for i, (bucket, rows) in tqdm(list(enumerate(plan))[rank::world], "shards", disable=None):
+        path, pixels = out / f"{i:06d}.safetensors", None
+        if path.exists() and path.stat().st_size == shard_note(path).get("bytes"):
+            continue
+        if bucket != (0, 0):
+            rows, pixels = decode_rows(files, rows, bucket, bad)
+            if len(bad) > 0.01 * made_of["samples"]:
+                raise DataError(
+                    f"{images}: {len(bad)} of {made_of['samples']} images can't be read, more "
+                    f"than 1 %. First: {bad[0]}."
+                )
+        captions = [caption for _, caption in rows]
+        tensors = features_of(encoders, captions, pixels) if rows else {}
+        content = save(tensors)
+        note = dict(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        note |= dict(latents=list(tensors["latents"].shape[1:]) if "latents" in tensors else None)
+        with replacing(path) as file:
+            file.write(content)
+        with replacing(path.with_suffix(".json")) as file:
+            file.write(json.dumps(note | dict(captions=captions)).encode())
+    mine = len(range(rank, len(plan), world))
+    print(f"{mine} of {len(plan)} shards: {out}" + f", by process {rank} of {world}" * (world > 1))
+
+
+def features_of(encoders, captions, pixels):
+    """The bf16 tensors of a shard: context, pooled, and of pixels (n, 3, H, W) uint8 latents."""
+    distinct = list(dict.fromkeys(captions))
+    row = {caption: k for k, caption in enumerate(distinct)}
+    where = [row[caption] for caption in captions]
+    tensors = {
+        k: x[where] for k, x in zip(("context", "pooled"), encoders.text(distinct), strict=True)
+    }
+    if pixels is not None:
+        tensors["latents"] = encoders.encode(pixels)
+    for name, x in tensors.items():
+        if not x.isfinite().all():
+            raise DataError(f"{encoders.folder}: its {name} of {captions[0]!r} … are not finite.")
+    return {name: x.bfloat16().contiguous() for name, x in tensors.items()}
+
+
+def decode_rows(files, rows, size, bad):
+    """-> those (name, caption) that can be read, pixels (n, 3, H, W); others go to `bad`."""
+
+    def one(row):
+        try:
+            return decode(files.read(row[0]), *size)
+        except Exception as error:  # Pillow and zipfile raise nearly anything on damaged files
+            return error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        done = list(zip(rows, pool.map(one, rows), strict=True))
+    for (name, _), error in done:
+        if isinstance(error, Exception):
+            print(clean(f"skipped {files.path}: {name}: {error}", 1000), file=sys.stderr)
+            bad.append(name)
+    good = [(row, x) for row, x in done if not isinstance(x, Exception)]
+    return [row for row, _ in good], torch.from_numpy(np.array([x for _, x in good]))
+
+
+def claim(out, made_of, rank):
+    """Signs the folder, if it is empty, or finds it made of the same."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"--out {out}: is a file; choose another name.")
+    out.mkdir(parents=True, exist_ok=True)
+    signing = re.compile(r"\..*\.tmp|shards\.\d+\.json")  # by processes that started with this one
+    strangers = [path.name for path in out.iterdir() if not signing.fullmatch(path.name)]
+    signed = shard_note(out / "shards")
+    if strangers and not signed:
+        raise DataError(f"--out {out}: has {strangers[0]} and is no shard folder; choose another.")
+    if signed and (differing := [k for k in made_of if signed.get(k) != made_of[k]]):
+        raise DataError(
+            f"--out {out}: was made with another {', '.join(differing)}; choose "
+            "another, or give the same prompts or images, model and options to go on."
+        )
+    own = out / f"shards.{rank}.json"
+    with replacing(own) as file:
+        file.write((json.dumps(made_of, indent=1) + "\n").encode())
+    os.replace(own, out / "shards.json")
+
+
+ASPECTS = "1:1,5:4,4:5,3:2,2:3,16:9,9:16"
+
+
+def main(argv=None):
+    parser = Parser("sd3/encode.py", "Computes text features, and latents of images.")
+    add, env = parser.add_argument, os.environ
+    add("--model", required=True, metavar="SD3_DIR", help="a local SD3 folder, diffusers' layout")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompts", default="", metavar="FILE", help="one prompt a line")
+    source.add_argument(
+        "--images", default="", metavar="PATH", help="a folder or zip with captions"
+    )
+    add("--out", required=True, metavar="FOLDER", help="where shards are written, or gone on with")
+    add("--size", type=int, default=1024, help="images get this area, ² pixels …")
+    add("--multiple", type=int, default=64, help="… sides that are multiples of this, and …")
+    add("--aspects", default=ASPECTS, metavar="W:H,…", help="… the nearest of these aspect ratios")
+    add("--no-t5", action="store_true", help="zeros for T5's tokens")
+    add("--shard", type=int, default=256, help="samples of a file; 1.8 MB each at 1024²")
+    add("--rank", type=int, default=int(env.get("RANK", 0)), help="this process of …")
+    add("--world", type=int, default=int(env.get("WORLD_SIZE", 1)), help="… so many that share")
+    cuda = f"cuda:{env.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    add("--device", default=cuda)
+    args = parser.parse_args(argv)
+    if not 0 <= args.rank < args.world:
+        parser.error(f"--rank {args.rank}: must be from 0 to below --world {args.world}")
+    if args.shard < 1 or args.multiple < 8 or args.multiple % 8 or args.size < args.multiple:
+        parser.error("--shard: at least 1; --multiple: a multiple of 8; --size: at least that")
+    if not re.fullmatch(r"[1-9]\d*:[1-9]\d*(,[1-9]\d*:[1-9]\d*)*", args.aspects):
+        parser.error(f"--aspects {args.aspects}: must look like 1:1,3:2,2:3")
+    sizes = bucket_sizes((args.size, args.size), args.multiple, args.aspects.split(","))
+    try:
+        encoders = Encoders(args.model, args.device, not args.no_t5, vae=bool(args.images))
+        encode(
+            encoders, args.out, prompts=args.prompts, images=args.images, sizes=sizes,
+            shard=args.shard, part=(args.rank, args.world),
+        )  # fmt: skip
+    except DataError as error:
+        print(f"sd3/encode.py: {clean(error, 4000)}", file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        kept = f"what is finished in {args.out} is kept, the same command goes on"
+        print(f"sd3/encode.py: {clean(reason, 1000)}; {kept}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""SD3's frozen text encoders and VAE, from a local folder in diffusers' layout; no network."""
+
+import contextlib
+import hashlib
+import importlib
+import json
+from pathlib import Path
+
+import torch
+
+from data import Text, to_float, to_uint8
+from lib.errors import DataError
+
+TOKENS = 77  # of CLIP, and as many of T5 after them
+SD3_PARTS = dict(
+    tokenizer="CLIPTokenizer",
+    tokenizer_2="CLIPTokenizer",
+    tokenizer_3="T5TokenizerFast",
+    text_encoder="CLIPTextModelWithProjection",
+    text_encoder_2="CLIPTextModelWithProjection",
+    text_encoder_3="T5EncoderModel",
+    vae="AutoencoderKL",
+)
+NEEDS = "SD3's encoders and shards need: pip install diffusers transformers safetensors"
+
+
+class Encoders:
+    """The text encoders and the VAE of a local SD3 folder in diffusers' layout; no network.
+
+    Each is loaded when first asked for and on the device only while it works. In float32; T5, with
+    4.7 G parameters, in bf16 on a GPU. Without T5 its tokens are zeros, as SD3 allows."""
+
+    def __init__(self, folder, device="cpu", t5=True, vae=False):
+        self.folder, self.device, self.t5 = Path(folder), torch.device(device), t5
+        self.loaded, self.known = {}, {}
+        wanted = dict(tokenizer_3=t5, text_encoder_3=t5, vae=vae)
+        self.parts = [part for part in SD3_PARTS if wanted.get(part, True)]
+        if missing := [part for part in self.parts if not (self.folder / part).is_dir()]:
+            raise DataError(
+                f"{folder}: not a whole SD3 folder of diffusers' layout, it lacks "
+                f"{', '.join(part + '/' for part in missing)}."
+            )
+
+    def identity(self):
+        """A hash of the names and sizes of the encoders' files."""
+        files = [f for part in self.parts for f in (self.folder / part).iterdir() if f.is_file()]
+        sizes = sorted((f.relative_to(self.folder).as_posix(), f.stat().st_size) for f in files)
+        return hashlib.sha256(repr(sizes).encode()).hexdigest()
+
+    def part(self, name):
+        """A tokenizer, an encoder or the VAE, on the CPU."""
+        if name in self.loaded:
+            return self.loaded[name]
+        folder, options = self.folder / name, dict(local_files_only=True)
+        try:
+            library = importlib.import_module("diffusers" if name == "vae" else "transformers")
+            library.utils.logging.disable_progress_bar()
+            kind = getattr(library, SD3_PARTS[name])
+            if name.startswith("tokenizer"):
+                part = kind.from_pretrained(folder, **options)
+            else:
+                options |= dict(low_cpu_mem_usage=False) if name == "vae" else {}
+                part, info = kind.from_pretrained(folder, **options, output_loading_info=True)
+                if absent := sorted(info["missing_keys"]):
+                    raise ValueError(f"{len(absent)} tensors are missing: {absent[0]} …")
+                part.eval()
+                if name != "vae":  # which is float32 from the start
+                    half = name == "text_encoder_3" and self.device.type == "cuda"
+                    part.to(torch.bfloat16 if half else torch.float32)
+        except ImportError:
+            raise DataError(NEEDS) from None
+        except Exception as error:  # these libraries raise nearly anything on damaged folders
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise DataError(f"{folder} can't be loaded: {reason}") from None
+        self.loaded[name] = part
+        return part
+
+    @contextlib.contextmanager
+    def at_work(self, name):
+        model = self.part(name)
+        yield model.to(self.device)
+        model.to("cpu")
+
+    @torch.no_grad()
+    def read(self, n, captions, outputs):
+        """outputs(answer) of text encoder n on the captions, 32 at a time; float32 on the CPU."""
+        tokens = self.part("tokenizer" + n)(
+            captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids
+        with self.at_work("text_encoder" + n) as model:
+            answers = (
+                outputs(model(part.to(self.device), output_hidden_states=True))
+                for part in tokens.split(32)
+            )
+            rows = [[x.float().cpu() for x in answer] for answer in answers]
+        return [torch.cat(column) for column in zip(*rows, strict=True)]
+
+    def text(self, captions):
+        """captions -> context (n, 77 + 77, 4096), pooled (n, 768 + 1280), float32 on the CPU.
+
+        As SD3 has it (arXiv 2403.03206, appendix B): the last hidden states but one of both CLIPs
+        side by side, padded with zeros to T5's width, then T5's tokens; both CLIPs' pooled ones."""
+        both = lambda answer: (answer.hidden_states[-2], answer.text_embeds)  # noqa: E731
+        (l_states, l_pooled), (g_states, g_pooled) = (
+            self.read(n, captions, both) for n in ("", "_2")
+        )
+        clip = torch.cat([l_states, g_states], dim=2)  # (n, 77, 768 + 1280)
+        if self.t5:
+            (t5,) = self.read("_3", captions, lambda answer: (answer.last_hidden_state,))
+        else:
+            t5 = torch.zeros(len(captions), TOKENS, self.t5_width())
+        clip = torch.nn.functional.pad(clip, (0, t5.shape[2] - clip.shape[2]))
+        return torch.cat([clip, t5], dim=1), torch.cat([l_pooled, g_pooled], dim=1)
+
+    def t5_width(self):
+        path = self.folder / "text_encoder_3" / "config.json"
+        return json.loads(path.read_text(encoding="utf-8"))["d_model"] if path.exists() else 4096
+
+    def learn(self, captions):
+        """Encodes those captions that are new, and keeps their features on the CPU."""
+        if new := [caption for caption in dict.fromkeys(captions) if caption not in self.known]:
+            self.known |= zip(new, zip(*self.text(new), strict=True), strict=True)
+
+    def __call__(self, captions):
+        """captions -> context (B, M, D_c), pooled (B, D_p), float32 on the device."""
+        self.learn(captions)
+        columns = zip(*(self.known[caption] for caption in captions), strict=True)
+        return Text(*(torch.stack(column).to(self.device) for column in columns))
+
+    def scale(self):
+        """SD3's scale and shift of latents, or what the VAE says of itself."""
+        config = self.part("vae").config
+        if config.shift_factor is None:
+            return 1.5305, 0.0609
+        return config.scaling_factor, config.shift_factor
+
+    @property
+    def unit(self):
+        """Pixels per position of latents, along a side."""
+        return 2 ** (len(self.part("vae").config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def encode(self, images):
+        """images (n, 3, H, W) uint8 -> x_0 = (mean - shift)·scale (n, 16, H/8, W/8), on the CPU."""
+        scale, shift = self.scale()
+        with self.at_work("vae") as vae:
+            parts = (to_float(part.to(self.device)) for part in images.split(4))
+            means = [vae.encode(part).latent_dist.mean.cpu() for part in parts]
+        return (torch.cat(means) - shift) * scale
+
+    @torch.no_grad()
+    def decode(self, x0):
+        """x_0 (n, 16, h, w) -> images (n, 3, 8·h, 8·w) uint8 on the CPU."""
+        scale, shift = self.scale()
+        with self.at_work("vae") as vae:
+            parts = ((part.to(self.device) / scale + shift) for part in x0.split(4))
+            return torch.cat([to_uint8(vae.decode(part).sample).cpu() for part in parts])
+
+
+def codec_of(folder, generator):
+    """SD3's encoders and VAE, which also replace the text features that a model is sampled with."""
+    encoders, config = Encoders(folder, generator.device, vae=True), generator.model.config
+    context, pooled = encoders([""])
+    mine = context.shape[2], pooled.shape[1], encoders.part("vae").config.latent_channels
+    wanted = config["context_dim"], config["pooled_dim"], config["channels"]
+    if mine != wanted:
+        names = "widths of text and pooled text, and channels of latents"
+        raise DataError(f"--decode {folder}: {names} are {mine}, but the model has {wanted}")
+    generator.text = encoders
+    return encoders

@@ -1,0 +1,233 @@
+"""Released weights in and out: SD3-medium, SD3.5-medium, SD3.5-large, and diffusers' folders.
+
+Our parameters carry the names and shapes of the released files, so that they load as they are.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from lib.errors import CheckpointError, UsageError
+from lib.files import replacing
+from mmdit import MMDiT
+
+PREFIX = "model.diffusion_model."  # of the network's tensors inside released single files
+EXPORTS = dict(fp32="F32", bf16="BF16", fp16="F16")  # as safetensors names them
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# The layers of diffusers' SD3Transformer2DModel and ours; some of ours are several of theirs.
+DIFFUSERS = {
+    "pos_embed.pos_embed": "pos_embed",
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "context_embedder": "context_embedder",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+    # after transformer_blocks.0. and joint_blocks.0.
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "attn.to_q attn.to_k attn.to_v": "x_block.attn.qkv",
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn2.to_q attn2.to_k attn2.to_v": "x_block.attn2.qkv",
+    "attn2.norm_q": "x_block.attn2.ln_q",
+    "attn2.norm_k": "x_block.attn2.ln_k",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "attn.add_q_proj attn.add_k_proj attn.add_v_proj": "context_block.attn.qkv",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn.to_add_out": "context_block.attn.proj",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+
+
+class Weights(Mapping):
+    """The network's tensors in a file, {official name: tensor}; `ignored` others were beside them.
+
+    Each is a view of the memory-mapped file, read where it is touched; what the file has in parts
+    (diffusers' q, k, v) is joined at every access."""
+
+    def __init__(self, parts, ignored=0):
+        self.parts, self.ignored = parts, ignored
+        self.shapes = {
+            name: (sum(map(len, p)), *p[0].shape[1:]) if len(p) > 1 else tuple(p[0].shape)
+            for name, p in parts.items()
+        }
+
+    def __getitem__(self, name):
+        parts = self.parts[name]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def __iter__(self):
+        return iter(self.parts)
+
+    def __len__(self):
+        return len(self.parts)
+
+
+def strip_prefix(state_dict):
+    """The network's tensors of a released file, their prefix removed (all, if none has it)."""
+    own = {k.removeprefix(PREFIX): v for k, v in state_dict.items() if k.startswith(PREFIX)}
+    others = ("first_stage_model.", "text_encoders.")
+    return own or {k: v for k, v in state_dict.items() if not k.startswith(others)}
+
+
+def config_from_sd3(shapes, heads=None):
+    """MMDiT's arguments, read off the names and shapes of an official state dict.
+
+    Without QK-norm no shape tells the number of heads: it is `heads`, or one per 64 channels."""
+    width, channels, patch, _ = shapes["x_embedder.proj.weight"]
+    ln_k = shapes.get("joint_blocks.0.x_block.attn.ln_k.weight")
+    return dict(
+        depth=len({k.split(".")[1] for k in shapes if k.startswith("joint_blocks.")}),
+        width=width,
+        heads=width // ln_k[0] if ln_k else heads or width // 64,
+        patch=patch,
+        channels=channels,
+        context_dim=shapes["context_embedder.weight"][1],
+        pooled_dim=shapes["y_embedder.mlp.0.weight"][1],
+        pos_size=math.isqrt(shapes["pos_embed"][1]),
+        qk_norm=ln_k is not None,
+        attn2_blocks=sum(".x_block.attn2.qkv.weight" in k for k in shapes),
+    )
+
+
+def meta_sd3(shapes, heads=None):
+    """The network of these official names and shapes {name: (…)}, on the meta device.
+
+    Raises CheckpointError that lists the tensors that are missing, surplus or misshapen."""
+    try:
+        config = config_from_sd3(shapes, heads)
+        if config["depth"] > 100 or config["heads"] < 1:  # names alone could ask for a million
+            raise ValueError(f"{config['depth']} blocks of {config['heads']} heads")
+        with torch.device("meta"):
+            model = MMDiT(**config)
+    except KeyError as missing:
+        raise CheckpointError(f"not an SD3 checkpoint: it has no tensor {missing}") from None
+    except Exception as error:  # no network has such sizes
+        raise CheckpointError(f"not an SD3 checkpoint: {error}") from None
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    both = wanted.keys() & shapes.keys()
+    wrong = dict(
+        missing=[f"{k}" for k in wanted if k not in both],
+        surplus=[f"{k!r:.90}" for k in shapes if k not in both],
+        misshapen=[f"{k} {shapes[k]} for {wanted[k]}" for k in both if wanted[k] != shapes[k]],
+    )
+    told = [
+        f"{len(names)} {kind}: {', '.join(sorted(names)[:12])}{', …' * (len(names) > 12)}"
+        for kind, names in wrong.items()
+        if names
+    ]
+    if told:
+        raise CheckpointError(f"not an SD3 checkpoint: {'; '.join(told)}")
+    return model
+
+
+def from_sd3(state_dict):
+    """The network of an official state dict: SD3-medium, SD3.5-medium, SD3.5-large.
+
+    The tensors are used as they are: no second copy, their dtype and device kept."""
+    state_dict = strip_prefix(state_dict)
+    model = meta_sd3({name: tuple(tensor.shape) for name, tensor in state_dict.items()})
+    model.load_state_dict(state_dict, assign=True)
+    return model
+
+
+def from_diffusers(tensors):
+    """diffusers' {name: tensor} -> {official name: [parts to be joined]}; views, no copies."""
+    places = {t: (o, i) for ts, o in DIFFUSERS.items() for i, t in enumerate(ts.split())}
+    width, found = len(tensors.get("pos_embed.proj.bias", ())), {}
+    for name, tensor in tensors.items():
+        pattern = r"(transformer_blocks\.\d+\.)?(.*?)(\.weight|\.bias)?"
+        block, layer, kind = re.fullmatch(pattern, name, re.DOTALL).groups("")
+        official, place = places.get(layer, (layer, 0))
+        official = block.replace("transformer", "joint") + official + kind
+        parts = found.setdefault(official, {})
+        if "adaLN" in official and len(tensor) == 2 * width:  # theirs is (scale, shift)
+            parts.update(enumerate(tensor.chunk(2)[::-1]))
+        else:
+            parts[place] = tensor
+    return {name: [parts[i] for i in sorted(parts)] for name, parts in found.items()}
+
+
+def files_of(path):
+    """The safetensors files of `path`, and the number of heads if the path says it."""
+    if not path.is_dir():
+        return [path], None
+    heads = json.loads((path / "config.json").read_text("utf-8"))["num_attention_heads"]
+    for pattern in ("*.index*.json", "*.safetensors"):  # the shortest name: no variant like .fp16
+        found = sorted(path.glob(f"diffusion_pytorch_model{pattern}"), key=lambda p: len(p.name))
+        if found and pattern.endswith("json"):
+            shards = json.loads(found[0].read_text("utf-8"))["weight_map"].values()
+            return [path / Path(shard).name for shard in sorted(set(shards))], heads
+    return found[:1], heads
+
+
+def open_sd3(path):
+    """A released single file (.safetensors), or a folder with a transformer of diffusers.
+
+    -> the network on the meta device, its Weights. `model.load_state_dict(weights, assign=True)`
+    brings them together without a copy. CheckpointError names the path and what is wrong."""
+    try:
+        from safetensors import safe_open
+    except ImportError:
+        raise CheckpointError(f"{path}: reading it needs: pip install safetensors") from None
+    tensors, ignored = {}, 0
+    try:
+        files, heads = files_of(Path(path))
+        for file in files:
+            with safe_open(file, "pt") as opened:
+                names = strip_prefix({name: name for name in opened.keys()})  # noqa: SIM118
+                ignored += len(opened.keys()) - len(names)
+                heads = heads or (opened.metadata() or {}).get("heads")
+                for name, stored in names.items():
+                    if (dtype := opened.get_slice(stored).get_dtype()) not in DTYPES:
+                        raise ValueError(f"{name!r:.90} is {dtype}, not one of {', '.join(DTYPES)}")
+                    tensors[name] = opened.get_tensor(stored)
+        theirs = any(name.startswith("transformer_blocks.") for name in tensors)
+        parts = from_diffusers(tensors) if theirs else {k: [v] for k, v in tensors.items()}
+        weights = Weights(parts, ignored)
+        return meta_sd3(weights.shapes, heads and int(heads)), weights
+    except Exception as error:  # a damaged file or folder raises nearly anything
+        reason = (str(error) or type(error).__name__).splitlines()[0][:4000]
+        raise CheckpointError(f"{path}: can't be read as SD3 weights ({reason}).") from None
+
+
+def write_sd3(path, weights, heads, dtype):
+    """Writes {official name: tensor} as safetensors, whole or not at all.
+
+    `dtype` is a key of DTYPES. ValueError if a number is not finite in it."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise CheckpointError(f"{path}: writing it needs: pip install safetensors") from None
+    tensors = {}
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().to(DTYPES[dtype]).contiguous()
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds numbers that {dtype} can't; choose a wider type")
+        tensors[PREFIX + name] = tensor
+    with replacing(path) as file:
+        save_file(tensors, file.name, metadata={"format": "pt", "heads": str(heads)})
+
+
+def export(run, out, dtype="bf16", teacher=False):
+    """Writes a run's student (or teacher) for other programs, under the released files' names."""
+    from sample import checkpoint_of, read_checkpoint
+
+    out = Path(out)
+    if out.exists():
+        raise UsageError(f"--export {out}: exists; choose another name")
+    checkpoint = read_checkpoint(checkpoint_of(run, teacher))
+    write_sd3(out, checkpoint["weights"], checkpoint["model"]["heads"], EXPORTS[dtype])
+    print(f"{checkpoint['kind']}, {dtype}: {out}")
