@@ -56,14 +56,12 @@ class Head(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """One head per tapped block, each conditioned on t̂ and the pooled text by projection.
+    """One head per tapped block, each conditioned on t̂ and the pooled text by projection."""
 
-    Not `conditional`, each projects on one learned vector instead."""
-
-    def __init__(self, *, width, taps, pooled_dim, hidden=64, cond_dim=64, conditional=True):
+    def __init__(self, *, width, taps, pooled_dim, hidden=64, cond_dim=64):
         super().__init__()
         self.config = dict(width=width, taps=tuple(taps), pooled_dim=pooled_dim)
-        self.config |= dict(hidden=hidden, cond_dim=cond_dim, conditional=conditional)
+        self.config |= dict(hidden=hidden, cond_dim=cond_dim)
         self.taps = tuple(taps)
         self.embed_t = nn.Linear(256, cond_dim)
         self.embed_y = nn.Linear(pooled_dim, cond_dim)
@@ -72,7 +70,7 @@ class Discriminator(nn.Module):
     def forward(self, features, t_hat, pooled, h, w):
         """features: K tensors (B, N, D) -> logits (B, K, h, w)"""
         t = timestep_sinusoid(t_hat).to(pooled.dtype)
-        cond = F.silu(self.embed_t(t) + self.embed_y(pooled)) * self.config["conditional"]
+        cond = F.silu(self.embed_t(t) + self.embed_y(pooled))
         logits = [
             head(tokens, cond, h, w) for head, tokens in zip(self.heads, features, strict=True)
         ]

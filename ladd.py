@@ -386,12 +386,12 @@ def teacher_features(teacher, x0, text, t_hat, noise, taps):
 def discriminator_loss(heads, real, fake, t_hat, pooled, grid, gamma):
     """Box 5. The heads alone receive gradient. -> L_D, logits of reals, logits of fakes"""
     real = [f.detach().requires_grad_(gamma > 0) for f in real]
-    real_logits = heads(real, t_hat, pooled, *grid)
-    fake_logits = heads([f.detach() for f in fake], t_hat, pooled, *grid)
-    loss = hinge_d(real_logits, fake_logits)
+    on_real = heads(real, t_hat, pooled, *grid)
+    on_fake = heads([f.detach() for f in fake], t_hat, pooled, *grid)
+    loss = hinge_d(on_real, on_fake)
     if gamma > 0:
-        loss = loss + gamma * r1(real_logits, real)
-    return loss, real_logits.detach().float(), fake_logits.detach().float()
+        loss = loss + gamma * r1(on_real, real)
+    return loss, on_real.detach().float(), on_fake.detach().float()
 
 
 def generator_loss(heads, fake, t_hat, pooled, grid):
@@ -448,7 +448,7 @@ def train_teacher(run):
             (loss / s.accumulate).backward()
             loop.add(loss=loss)
         rate = learning_rate(step, loop.total, 0.6)
-        norm = step_all(optimizers, model, s.clip, rate)
+        (norm,) = step_all((optimizers, model, s.clip, rate))
         update_ema(ema, model, s.teacher_ema, step)
         loop.log(grad_norm=norm)
         if loop.due(s.sample_every):
@@ -583,7 +583,7 @@ def start_student(run):
 def start_heads(run):
     """The discriminator's heads and their optimisers, afresh or from --discriminator."""
     s = run.settings
-    heads = run.make(Discriminator, **s.head_sizes())
+    heads = run.alone().make(Discriminator, **s.head_sizes())  # small: every process holds them
     optimizers = make_optimizers(heads, s.heads_lr, 0.0, s.beta1, s.adam_eps)
     if s.discriminator:
         start = given_heads(s)
@@ -598,6 +598,32 @@ def student_rate(s, step, heads_warmup=0):
     return learning_rate(step - heads_warmup, s.iterations - heads_warmup, 0.3)
 
 
+class Losses(NamedTuple):
+    """What both players learn from, of one batch."""
+
+    d: torch.Tensor  # L_D, whose gradient goes to the heads alone
+    g: torch.Tensor  # L_G, whose gradient goes to the student alone
+    distill: torch.Tensor  # the distillation loss: to the student, too
+    on_real: torch.Tensor  # (B, K, h, w) logits, without gradient
+    on_fake: torch.Tensor
+
+
+def losses(student, teacher, heads, b, s, learning=True):
+    """An iteration up to its losses, in the order of the box at the top of this file.
+
+    learning: whether the student learns; at first the heads learn alone."""
+    h, w = b.x0.shape[2] // s.patch, b.x0.shape[3] // s.patch
+    condition = b.t_hat, b.text.pooled, (h, w)
+    with torch.set_grad_enabled(learning):
+        x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)  # 1, 2
+        fake = teacher_features(teacher, x0_hat, b.text, b.t_hat, b.noise_fake, s.tapped)  # 3, 4
+    with torch.no_grad():
+        real = teacher_features(teacher, b.x0, b.text, b.t_hat, b.noise_real, s.tapped)
+    loss_d, on_real, on_fake = discriminator_loss(heads, real, fake, *condition, s.r1)  # 5
+    loss_g = generator_loss(heads, fake, *condition)  # 6
+    return Losses(loss_d, loss_g, distillation_loss(x0_hat, b.x0, b.paired), on_real, on_fake)
+
+
 def distil(run):
     s = run.settings
     student, ema = start_student(run)
@@ -606,8 +632,7 @@ def distil(run):
     teacher.checkpointing = s.checkpointing
     heads, heads_optimizers = start_heads(run)
     samples = distillation_samples(run)
-    draw = lambda step: draw_batch(run, samples, step, s.heads_warmup, bool(s.distill_weight))  # noqa: E731
-    probe = diversity_probe(run, teacher, draw)
+    probe = diversity_probe(run, teacher, samples)
     networks = dict(student=student, ema=ema, heads=heads)
     loop = run.loop("distillation", s.iterations, s.batch, networks,
                     student_optimizers + heads_optimizers, signs=SIGNS["distillation"],
@@ -615,52 +640,35 @@ def distil(run):
     for network in (teacher, student, heads):
         run.compile(network)
     for step in loop:
-        parts, learning, norm_g = split(draw(step), s.accumulate), step >= s.heads_warmup, None
-        for b in parts:
-            with run.autocast(), torch.set_grad_enabled(learning and s.accumulate == 1):
-                x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
-                fake = teacher_features(teacher, x0_hat, b.text, b.t_hat, b.noise_fake, s.tapped)
-            with run.autocast(), torch.no_grad():
-                real = teacher_features(teacher, b.x0, b.text, b.t_hat, b.noise_real, s.tapped)
+        learning = step >= s.heads_warmup
+        batch = draw_batch(run, samples, step, s.heads_warmup, own_noise=bool(s.distill_weight))
+        for b in split(batch, s.accumulate):
             with run.autocast():
-                loss_d, on_real, on_fake = discriminator_loss(
-                    heads, real, fake, b.t_hat, b.text.pooled, patches(b, s), s.r1
-                )
-            (loss_d / s.accumulate).backward()
-            loop.add(loss_d=loss_d, **told_apart(on_real, on_fake))
-        norm_d = step_all(heads_optimizers, heads, math.inf, min(1.0, (step + 1) / 40))
-        more = dict(grad_norm_heads=norm_d)
-        if loop.due(s.log_every):
-            more["diversity"] = probe(student)
-        if learning and norm_d is not None:
-            for b in parts:
-                with run.autocast():
-                    if s.accumulate > 1:
-                        x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
-                        fake = teacher_features(
-                            teacher, x0_hat, b.text, b.t_hat, b.noise_fake, s.tapped
-                        )
-                    loss = generator_loss(heads, fake, b.t_hat, b.text.pooled, patches(b, s))
-                    if s.distill_weight:
-                        loss = loss + s.distill_weight * distillation_loss(x0_hat, b.x0, b.paired)
-                (loss / s.accumulate).backward()
-                loop.add(loss_g=loss)
-            rate = student_rate(s, step, s.heads_warmup)
-            norm_g = step_all(student_optimizers, student, s.clip, rate)
+                L = losses(student, teacher, heads, b, s, learning)
+            loss = L.d + L.g + s.distill_weight * L.distill
+            (loss / s.accumulate).backward()
+            loop.add(loss_d=L.d, **told_apart(L.on_real, L.on_fake))
+            if learning:
+                loop.add(loss_g=L.g, loss_distill=L.distill)
+        rate_d, rate_g = min(1.0, (step + 1) / 40), student_rate(s, step, s.heads_warmup)
+        if learning:
+            norm_d, norm_g = step_all(
+                (heads_optimizers, heads, math.inf, rate_d),
+                (student_optimizers, student, s.clip, rate_g),
+            )
             update_ema(ema, student, s.student_ema, step - s.heads_warmup)
-            more["grad_norm"] = norm_g
-        loop.log(**more)
+            loop.add(grad_norm=norm_g)
+        else:
+            (norm_d,) = step_all((heads_optimizers, heads, math.inf, rate_d))
+        if loop.due(s.log_every):
+            loop.add(diversity=probe(student))
+        loop.log(grad_norm_heads=norm_d)
         if loop.due(s.sample_every):
             show(run, "student", step + 1, ema)
         loop.checkpoint()
     run.save("heads", heads, s.iterations, optimizer=heads_optimizers[0])
     run.save("student", ema, s.iterations)
     loop.finish()
-
-
-def patches(b, s):
-    """(h, w), the grid of patches of a batch."""
-    return b.x0.shape[2] // s.patch, b.x0.shape[3] // s.patch
 
 
 def told_apart(real, fake):
@@ -670,18 +678,18 @@ def told_apart(real, fake):
 
 
 @torch.no_grad()
-def diversity_probe(run, teacher, draw):
+def diversity_probe(run, teacher, samples):
     """A function student -> diversity of what it makes of pure noise, at always the same captions:
     of some 2,000 samples the commonest, 32 in all (or as many as are worked on at once).
 
     The distance of a sample's features to the nearest other one's, over that of real samples. All
     are noised alike for the teacher, so that only their images differ."""
     s = run.settings
-    first = draw(0)
-    batches = [draw(step) for step in range(min(64, math.ceil(2048 / len(first.x0))))]
-    batches = [b for b in batches if b.x0.shape == first.x0.shape]
+    steps = min(64, math.ceil(2048 * world() / s.batch))
+    batches = [draw_batch(run, samples, step) for step in range(steps)]
+    batches = [b for b in batches if b.x0.shape == batches[0].x0.shape]
     b = tree_map(lambda *parts: torch.cat(parts), *batches)
-    rows = commonest(b.x0, b.text.pooled, min(32, len(first.x0) // s.accumulate))
+    rows = commonest(b.x0, b.text.pooled, min(32, len(batches[0].x0) // s.accumulate))
     b = tree_map(lambda x: x[rows], b)
     t, m = torch.full_like(b.t, s.levels[0]), s.m + s.logit_shift(b.x0.shape[2:])
     t_hat = torch.full_like(t, m).sigmoid()
@@ -811,6 +819,7 @@ def given_teacher(s):
         checkpoint |= dict(settings=dataclasses.asdict(s), ignored=weights.ignored)
     else:
         checkpoint = sample.read_checkpoint(s.teacher)
+        checkpoint["settings"] = vars(checkpoint["settings"])  # a plain dict, to be saved again
     with torch.device("meta"):
         same_network("teacher", s.teacher, checkpoint["model"], MMDiT(**s.model()).config)
     return checkpoint

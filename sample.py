@@ -23,18 +23,18 @@ import math
 import sys
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
 import data
-from lib.errors import CheckpointError, Parser, UserError, clean, exit_status, reason
-from lib.files import differs, mapped, read, read_lines
+from lib import checkpoints
+from lib.errors import Parser, UsageError, UserError, clean, exit_status
+from lib.files import read_lines
 from lib.images import decode_file
 from lib.machine import autocast, device_of
-from lib.pictures import grid, refuse_strangers, save_gif, save_pictures
-from lib.scores import get_judge, score_table
+from lib.pictures import refuse_strangers, save_gif, save_pictures
+from lib.scores import compared, get_judge, score_table
 from lib.streams import noise_of
 from mmdit import MMDiT
 
@@ -72,11 +72,6 @@ def shift_t(t, alpha):
 def euler_times(steps, alpha=1.0):
     """The steps + 1 noise levels from 1 to 0 of an Euler sampler, shifted by α. -> (steps + 1,)"""
     return shift_t(torch.linspace(1, 0, steps + 1, dtype=torch.float64), alpha).float()
-
-
-def few_steps(levels):
-    """The numbers of steps that are reported of a student of these levels."""
-    return [n for n in (4, 2, 1) if n <= len(levels)]
 
 
 def student_levels(levels, steps):
@@ -132,63 +127,7 @@ def renoise(model, x, levels, text, fresh_noise):
 def read_checkpoint(path, kinds=("teacher", "student"), check=True):
     """A checkpoint's dict: kind, model (arguments), weights (memory-mapped), settings (read as
     attributes), step. Runs no code. check: whether its checksum is."""
-    if not Path(path).is_file() or (check and differs(path)):
-        read(path)  # says what is wrong
-    try:
-        checkpoint = mapped(path)
-    except Exception:  # a damaged file raises nearly anything
-        checkpoint = read(path)
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "ladd-1":
-        raise CheckpointError(f"{path}: not a checkpoint of this program.")
-    if checkpoint.get("kind") not in kinds:
-        raise CheckpointError(f"{path}: holds {checkpoint.get('kind')}, not {' or '.join(kinds)}.")
-    try:
-        checkpoint["settings"] = settings_of(checkpoint)
-        if checkpoint["kind"] != "heads":
-            check_parts(checkpoint, Path(path).stat().st_size)
-    except Exception as error:
-        raise CheckpointError(f"{path}: its parts don't fit together ({reason(error)}).") from None
-    return checkpoint
-
-
-def settings_of(checkpoint):
-    """A checkpoint's settings, read as attributes. An older version's size is one side."""
-    s = SimpleNamespace(**dict(downscale=1, pooled_dim=0, aspects=()) | checkpoint["settings"])
-    if isinstance(s.size, int):
-        s.size = (s.size, s.size)
-    return s
-
-
-def check_parts(checkpoint, size):
-    """Raises where a checkpoint's parts can't be used, or claim more than its `size` in bytes."""
-    weights, s = checkpoint["weights"], checkpoint["settings"]
-    if any(type(w) is not torch.Tensor or w.is_meta or w.is_sparse for w in weights.values()):
-        raise ValueError("weights that are no plain tensors")
-    if sum(w.numel() * w.element_size() for w in weights.values()) > size:
-        raise ValueError("it claims more weights than it holds")
-    if checkpoint["model"]["depth"] > len(weights):
-        raise ValueError("fewer weights than blocks")
-    with torch.device("meta"):  # no memory for what the arguments claim
-        model = MMDiT(**checkpoint["model"])
-    model.load_state_dict(weights, assign=True)
-    most = model.config["patch"] * model.config["pos_size"] * s.downscale
-    limits = (
-        (s.size[0], most),
-        (s.size[1], most),
-        (s.text_length, 4096),
-        (s.teacher_steps, 10_000),
-    )
-    for value, most in limits:
-        if type(value) is not int or not 1 <= value <= most:
-            raise ValueError(f"size, text_length or teacher_steps {value}")
-    if (s.text_dim, s.pooled_dim or s.text_dim) != (
-        model.config["context_dim"],
-        model.config["pooled_dim"],
-    ):
-        raise ValueError(f"text_dim {s.text_dim}")
-    numbers = torch.tensor([s.cfg, s.shift, *s.levels])
-    if not numbers.isfinite().all() or s.shift <= 0 or not all(s.levels):
-        raise ValueError("cfg, shift or levels")
+    return checkpoints.read_checkpoint(path, kinds, MMDiT, check)
 
 
 def latent_sizes(s):
@@ -212,13 +151,17 @@ class Generator:
         text = text or data.HashedText(settings.text_dim, settings.text_length)
         self.text = text.to(self.device)
 
-    def steps_or_default(self, steps, cfg, sampler=None):
-        """The steps and the guidance that sampling will use. Re-noising has no guidance."""
-        s, renoises = self.settings, self.kind == "student" or sampler == "renoise"
-        steps = steps or (len(s.levels) if renoises else s.teacher_steps)
+    def way(self, steps=None, cfg=None, sampler=None):
+        """How it samples: what is not given is as the network was made for.
+        -> steps, guidance scale, sampler. Re-noising has no guidance: ValueError."""
+        sampler = sampler or ("renoise" if self.kind == "student" else "euler")
+        few = self.kind == "student" or sampler == "renoise"
+        steps = steps or (len(self.settings.levels) if few else self.settings.teacher_steps)
         if cfg is None:
-            cfg = 1.0 if renoises else s.cfg
-        return steps, cfg
+            cfg = 1.0 if few else self.settings.cfg
+        if cfg != 1 and sampler == "renoise":
+            raise ValueError(f"cfg {cfg:g}: re-noising has no guidance; add --sampler euler")
+        return steps, cfg, sampler
 
     def network(self, *arguments):
         with autocast(self.device, self.precision):
@@ -237,8 +180,7 @@ class Generator:
         indices: the number of every image, which with the seed decides its noise.
         start: (x0, strength), to begin at an image noised to that level, not at pure noise."""
         s = self.settings
-        steps, cfg = self.steps_or_default(steps, cfg, sampler)
-        sampler = sampler or ("renoise" if self.kind == "student" else "euler")
+        steps, cfg, sampler = self.way(steps, cfg, sampler)
         shape = (self.model.config["channels"], *(size or self.size))
         fresh = lambda step: noise_of(seed, indices, shape, step).to(self.device)  # noqa: E731
         x, level = fresh(0), 1.0
@@ -299,23 +241,6 @@ def load_generator(run, teacher=False, device="auto", precision="auto"):
     return Generator(model, checkpoint["settings"], kind, device_of(device), precision)
 
 
-def compared(teacher, student):
-    """(name, generator, options) of all that a run compares, of those of both that are there.
-
-    *Untrained* is the teacher sampled as the student is: the student before distillation, the
-    number to beat."""
-    rows = []
-    few = few_steps((teacher or student).settings.levels)
-    if teacher is not None:
-        steps, cfg = teacher.settings.teacher_steps, teacher.settings.cfg
-        rows.append((f"teacher, {steps} steps, CFG {cfg:g}", teacher, dict(steps=steps, cfg=cfg)))
-    for name, generator in (("untrained", teacher), ("student", student)):
-        for n in few if generator is not None else ():
-            options = dict(steps=n, cfg=1.0, sampler="renoise")
-            rows.append((f"{name}, {n} step" + ("s" if n > 1 else ""), generator, options))
-    return rows
-
-
 def judge_of(dataset, s, device, data_dir, precision):
     """The judge that a run's samples are scored by."""
     return get_judge(
@@ -348,7 +273,7 @@ def parse(argv):
     add("--cfg", type=float, help="guidance scale w (default: the teacher's own; students: 1)")
     add("--sampler", choices=("renoise", "euler"), help="default: renoise, for a teacher euler")
     add("--seed", type=int, default=0, help="of the noise")
-    add("--size", metavar="HxW", help="another size than the model was trained at")
+    add("--size", type=data.parse_size, metavar="HxW", help="pixels (default: as it was trained)")
     add("--out", default="samples.png", help="a grid as .png, or a folder for one PNG per image")
     add("--trajectory", metavar="FILE.gif", help="x̂_0 along the steps, as an animation")
     add("--init-image", metavar="FILE", help="start from this image instead of noise …")
@@ -368,10 +293,16 @@ def parse(argv):
     for name in ("num", "steps", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name}: must be at least 1")
-    return args, parser.error
+    return args
 
 
-def read_prompts(args, generator, error):
+def data_of(generator, args):
+    """The data set that a model was trained on, or --data."""
+    s = generator.settings
+    return data.load(args.data or s.data, latent_sizes(s), data_dir=args.data_dir, seed=s.seed)
+
+
+def read_prompts(args, generator):
     """The prompt of every image."""
     prompts = list(args.prompt)
     if args.prompts == "@captions":
@@ -380,7 +311,7 @@ def read_prompts(args, generator, error):
     elif args.prompts:
         prompts += read_lines(args.prompts, "--prompts")
     if not prompts:
-        error("no prompt: give --prompt TEXT, --prompts FILE, or --prompts @captions")
+        raise UsageError("no prompt: give --prompt TEXT, --prompts FILE, or --prompts @captions")
     length = math.inf if args.decode else generator.settings.text_length
     for prompt in dict.fromkeys(prompts):
         if len(data.split_words(prompt)) > length:
@@ -388,62 +319,49 @@ def read_prompts(args, generator, error):
     return [prompts[i % len(prompts)] for i in range(args.num or len(prompts))]
 
 
-def data_of(generator, args):
-    """The data set that a model was trained on, or --data."""
-    s = generator.settings
-    name = args.data or s.data
-    if type(s.seed) is not int or not isinstance(name, str):
-        raise CheckpointError(f"{args.run}: its settings can't be used: seed or data.")
-    return data.load(name, latent_sizes(s), data_dir=args.data_dir, seed=s.seed)
+def latent_size(pixels, s, unit):
+    """--size as the (H, W) of x_0, whose positions are `unit` pixels a side."""
+    side = s.patch * unit  # of a patch
+    if any(value < side or value % side or value > side * s.pos_size for value in pixels):
+        raise UsageError(
+            f"--size {pixels[0]}x{pixels[1]}: both must be multiples of the patch, {side} pixels, "
+            f"and at most {side * s.pos_size}"
+        )
+    return pixels[0] // unit, pixels[1] // unit
 
 
-def parse_size(text, generator, error, unit):
-    """--size, which is in pixels, in the model's own positions of `unit` pixels a side."""
-    if text is None:
-        return None
-    patch, most = generator.settings.patch, generator.settings.pos_size
-    side = patch * unit  # of a patch, pixels
+def read_start(args, size, codec):
+    """--init-image as x_0 (1, C, H, W), and its level."""
     try:
-        size = data.parse_size(text)
-    except ValueError:
-        error(f"--size {text}: must look like 24x16, height x width")
-    if any(value < 1 or value % side for value in size):
-        error(f"--size {text}: both must be multiples of the patch, {side}")
-    if max(size) > side * most:
-        error(f"--size {text}: the model's positions end at {side * most} pixels")
-    return size[0] // unit, size[1] // unit
+        pixels = decode_file(args.init_image, *(side * codec.unit for side in size))
+    except Exception as why:  # Pillow raises nearly anything on damaged files
+        raise UsageError(
+            f"--init-image {args.init_image}: can't be read ({clean(why, 200)})"
+        ) from None
+    return codec.encode(torch.from_numpy(pixels.copy())[None]), args.strength
 
 
-def draw(args, error):
+def draw(args):
     """Samples as asked for, and writes them."""
     generator = load_generator(args.run, args.teacher, args.device, args.precision)
-    s = generator.settings
+    codec = data.Pixels()
     if args.decode:
         from sd3.encoders import codec_of
 
         codec = codec_of(args.decode, generator)
-    elif s.downscale > 1:
-        error(f"{args.run} makes latents: add --decode SD3_DIR")
-    else:
-        codec = data.Pixels()
-    prompts = read_prompts(args, generator, error)
+    elif generator.settings.downscale > 1:
+        raise UsageError(f"{args.run} makes latents: add --decode SD3_DIR")
+    prompts = read_prompts(args, generator)
     if args.decode:
         codec.learn([*prompts, ""])  # all at once: every encoder moves to the device one time
-    options = dict(seed=args.seed, steps=args.steps, cfg=args.cfg, sampler=args.sampler)
-    options["size"] = size = parse_size(args.size, generator, error, codec.unit)
-    steps, cfg = generator.steps_or_default(args.steps, args.cfg, args.sampler)
-    sampler = args.sampler or ("renoise" if generator.kind == "student" else "euler")
-    if cfg != 1 and sampler == "renoise":
-        error(f"--cfg {cfg:g}: predicting and re-noising has no guidance; add --sampler euler")
+    steps, cfg, sampler = generator.way(args.steps, args.cfg, args.sampler)
+    options = dict(seed=args.seed, steps=steps, cfg=cfg, sampler=sampler)
+    if args.size:
+        options["size"] = latent_size(args.size, generator.settings, codec.unit)
+    if args.init_image:
+        options["start"] = read_start(args, options.get("size", generator.size), codec)
     if args.trajectory:
         refuse_strangers(args.trajectory)
-    if args.init_image:
-        height, width = size or generator.size
-        try:
-            pixels = decode_file(args.init_image, height * codec.unit, width * codec.unit)
-        except Exception as why:  # Pillow raises nearly anything on damaged files
-            error(f"--init-image {args.init_image}: can't be read ({clean(why, 200)})")
-        options["start"] = (codec.encode(torch.from_numpy(pixels.copy())[None]), args.strength)
 
     notes = dict(seed=args.seed, steps=steps, cfg=cfg, model=f"{generator.kind} of {args.run}")
     with tqdm(total=len(prompts), desc="sampling", disable=not sys.stderr.isatty()) as bar:
@@ -452,11 +370,10 @@ def draw(args, error):
     print(f"{len(x0)} images, {steps} steps: {args.out}")
     if args.trajectory:
         first = prompts[:64]
-        frames = generator.trajectory(first, range(len(first)), **options)
-        columns = math.ceil(len(first) ** 0.5)
-        pictures = [grid(codec.decode(x), columns) for x in frames]
-        save_gif(pictures, args.trajectory, [150] * (len(pictures) - 1) + [1500])
-        print(f"{len(pictures)} frames: {args.trajectory}")
+        path = generator.trajectory(first, range(len(first)), **options)
+        frames = [codec.decode(x) for x in path]
+        save_gif(frames, args.trajectory)
+        print(f"{len(frames)} frames: {args.trajectory}")
 
 
 def main(argv=None):
@@ -464,18 +381,17 @@ def main(argv=None):
     if "--evaluate" in argv:
         return importlib.import_module("tools.score").main(argv)
     try:
-        args, error = parse(argv)
+        args = parse(argv)
         if args.export:
             from sd3.weights import export
 
             export(args.run, args.export, args.dtype, args.teacher)
         else:
-            draw(args, error)
-    except (UserError, FileExistsError, ValueError) as why:
-        print(f"sample.py: {clean(why, 4000)}", file=sys.stderr)
-        return 2
-    except OSError as why:
-        return exit_status("sample.py", why)
+            draw(args)
+    except (FileExistsError, ValueError) as error:
+        return exit_status("sample.py", UsageError(error))
+    except (UserError, OSError) as error:
+        return exit_status("sample.py", error)
     return 0
 
 

@@ -26,24 +26,31 @@ class ZipBytes(io.FileIO):
 
 def check_members(path, members):
     """Refuses a zip that would not unpack to what it shows, though nothing of it is unpacked."""
-    seen = {}
+    seen = set()
     for member in members:
-        name, kind = member.filename.replace("\\", "/"), stat.S_IFMT(member.external_attr >> 16)
-        other, wrong = seen.setdefault(name.casefold(), member), None
+        name = member.filename.replace("\\", "/")
+        kind, wrong = stat.S_IFMT(member.external_attr >> 16), None
         if not name:
             wrong = "one of its files has no name"
         elif re.match("/|[A-Za-z]:", name) or ".." in name.split("/"):
             wrong = "leads out of its folder"
         elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             wrong = "is a link or a device"
-        elif other is not member:
+        elif name.casefold() in seen:
             wrong = "is there twice, perhaps in other case"
+        seen.add(name.casefold())
         if wrong:
             raise DataError(f"{path}: {member.filename} {wrong}. Make the zip anew without it.")
 
 
+def is_hidden(name):
+    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+
+
 class Files:
-    """The files of a folder or of a zip by their relative names; nothing is ever extracted."""
+    """The files of a folder or of a zip by their relative names; nothing is ever extracted.
+
+    Raises DataError where the path is neither, or a zip that can't be read or is not honest."""
 
     def __init__(self, path):
         self.path, self.zip = Path(path), None
@@ -61,21 +68,23 @@ class Files:
                 ) from None
             check_members(path, self.zip.infolist())
             self.names = sorted(i.filename for i in self.zip.infolist() if not i.is_dir())
-        hidden = lambda n: any(s.startswith((".", "__MACOSX")) for s in n.split("/"))  # noqa: E731
-        self.names = [n for n in self.names if not hidden(n)]
+        self.names = [name for name in self.names if not is_hidden(name)]
+
+    def open(self, name):
+        """A file to read from, in binary."""
+        if self.zip is None:
+            return (self.path / name).open("rb")
+        member = self.zip.getinfo(name)
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError("packed by another method than deflate")
+        return self.zip.open(member)
 
     def read(self, name):
         """The bytes of a file, unpacked no further than a picture or captions can need."""
         most = MOST_BYTES
-        if self.zip is None:
-            file = (self.path / name).open("rb")
-        else:
-            member = self.zip.getinfo(name)
-            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError("packed by another method than deflate")
-            most = min(most, (1 << 20) + 100 * member.compress_size)
-            file = self.zip.open(member)
-        with file:
+        if self.zip is not None:
+            most = min(most, (1 << 20) + 100 * self.zip.getinfo(name).compress_size)
+        with self.open(name) as file:
             content = file.read(most + 1)
         if len(content) > most:
             raise ValueError(f"more than {most:,} bytes unpacked")

@@ -8,12 +8,13 @@ import urllib.request
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from lib.archive import MOST_BYTES
 from lib.errors import DataError
 from lib.files import sha256
+from lib.images import fit
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 SIZE = 170_498_071
@@ -55,7 +56,8 @@ def download(url, path, size):
             while out.tell() <= size and (chunk := answer.read(1 << 16)):
                 out.write(chunk)
                 bar.update(len(chunk))
-    if (have := part.stat().st_size) != size:
+    have = part.stat().st_size
+    if have != size:
         raise OSError(f"{url} gave {have:,} of {size:,} bytes; try again to continue")
     os.replace(part, path)
 
@@ -66,15 +68,18 @@ def cifar_batches(data_dir):
     folder, archive = data_dir / "cifar-10-batches-py", data_dir / "cifar-10-python.tar.gz"
     if folder.is_dir() and not archive.exists():
         return {name: (folder / name).read_bytes() for name in names}
-    if fetch := not archive.exists():
+    way_out = "Delete it to fetch it again."
+    fetched = not archive.exists()
+    if fetched:
         download(URL, archive, SIZE)
-    if (found := sha256(archive)) != SHA256:
-        if fetch:
+    found = sha256(archive)
+    if found != SHA256:
+        if fetched:
             archive.unlink()
+            way_out = "It was deleted: try again."
         raise DataError(
             f"{archive}: not the official CIFAR-10 archive (SHA-256 {found[:16]}…, expected "
-            f"{SHA256[:16]}…). {'It was deleted: try' if fetch else 'Delete it to fetch it'} "
-            "again."
+            f"{SHA256[:16]}…). {way_out}"
         )
     batches = {}
     with tarfile.open(archive) as tar:
@@ -120,6 +125,5 @@ def read_cifar10(data_dir, height, width):
 
 def resize(images, height, width):
     """(n, 3, H, W) uint8 -> the same cropped at the centre and resized."""
-    pictures = (Image.fromarray(x) for x in images.permute(0, 2, 3, 1).numpy())
-    fitted = [ImageOps.fit(p, (width, height), Image.Resampling.BICUBIC) for p in pictures]
-    return torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).contiguous()
+    pictures = [Image.fromarray(x) for x in images.permute(0, 2, 3, 1).numpy()]
+    return torch.from_numpy(np.stack([fit(picture, height, width) for picture in pictures]))

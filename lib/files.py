@@ -129,7 +129,8 @@ def save(value, path):
     """Writes a file for `read` and torch.load, whole or not at all, that ends in its checksum.
     Tensor by tensor: no second copy of them in memory."""
     with replacing(path) as file:
-        torch.save(value, summed := Summed(file))
+        summed = Summed(file)
+        torch.save(value, summed)
         if summed.error is not None:
             raise summed.error
         file.write(MARK + summed.digest.hexdigest().encode())
@@ -147,34 +148,27 @@ def differs(path):
     return end.startswith(MARK) and end != MARK + digest.hexdigest().encode()
 
 
-def refuse_packed(file):
-    """ValueError where a file of torch.load's is compressed: torch.save packs nothing."""
-    with zipfile.ZipFile(file) as parts:
+def load(path, device="cpu", *, check=True, mmap=False):
+    """What `save` wrote. Runs no code; on a damaged file it raises nearly anything.
+
+    check: whether the checksum is. mmap: a tensor is read where it is touched."""
+    if check and differs(path):
+        raise ValueError("its content is not what was written: the checksum differs")
+    with zipfile.ZipFile(path) as parts:
         if any(part.compress_type for part in parts.infolist()):
-            raise ValueError("it is compressed")
-
-
-def mapped(path):
-    """What `save` wrote, memory-mapped: a tensor is read where it is touched. Runs no code."""
-    refuse_packed(path)
+            raise ValueError("it is compressed")  # torch.save packs nothing
     try:
-        str(path).encode()
+        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except UnicodeEncodeError:  # torch maps no file of such a name
-        return torch.load(path, "cpu", weights_only=True)
-    return torch.load(path, "cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location=device, weights_only=True)
 
 
-def read(path, device="cpu"):
-    """What `save` wrote. Runs no code. CheckpointError where it is missing or damaged.
-
-    A file without a checksum (torch.save's own) is taken as it is, if torch.load can read it."""
+def read(path, device="cpu", *, check=True, mmap=False):
+    """The same; CheckpointError says where the file is missing or damaged."""
     if Path(path).exists() and not Path(path).is_file():
         raise CheckpointError(f"{path}: not a file.")  # a pipe or a device might never end
     try:
-        if differs(path):
-            raise ValueError("its content is not what was written: the checksum differs")
-        refuse_packed(path)
-        return torch.load(path, map_location=device, weights_only=True)
+        return load(path, device, check=check, mmap=mmap)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file. Has the run got that far?") from None
     except pickle.UnpicklingError:

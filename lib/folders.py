@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lib.archive import Files
 from lib.errors import DataError, clean
-from lib.images import SUFFIXES, decode_nearest
+from lib.images import SUFFIXES, decode
 
 
 def caption_file(files, name):
@@ -56,7 +56,8 @@ def find_captions(files):
     if lists:
         for name in lists:
             more = caption_file(files, name)
-            if twice := sorted(captions.keys() & more):
+            twice = sorted(captions.keys() & more)
+            if twice:
                 raise DataError(f"{files.path}: {name} names {twice[0]}, as another list does.")
             captions |= more
     elif names.intersection(beside.values()):
@@ -70,36 +71,49 @@ def find_captions(files):
         )
     if not captions:
         raise DataError(f"{files.path}: none of its images has a caption.")
-    if without := len(set(images) - set(captions)):
+    without = len(set(images) - set(captions))
+    if without:
         print(f"left out {without} of {len(images)} images: no caption", file=sys.stderr)
     return captions, False
 
 
-def decode_all(files, names, sizes):
-    """Every image as (3, H, W) uint8, and the names that could be read; bad ones are named."""
+def in_threads(function, names):
+    """The function of every name, in order; while one file is read, others are."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        yield from pool.map(function, names)
 
-    def one(name):
+
+def decode_all(files, names, sizes, bad, total):
+    """Every image as (3, H, W) uint8, that of `sizes` of the nearest aspect. -> names, pixels
+
+    Those that can't be read are left out, named, and added to `bad`. DataError where `bad` has
+    more than 1 % of the `total` images of the set."""
+
+    def read(name):
         try:
-            return decode_nearest(files.read(name), sizes)
+            return decode(files.read(name), sizes)
         except Exception as error:  # Pillow and zipfile raise nearly anything on damaged files
             return clean(error) or type(error).__name__  # the error itself would keep the bytes
 
     quiet = len(names) < 2000 or None  # None: quiet where stderr is not a terminal
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        read = pool.map(one, names)
-        done = list(tqdm(read, "reading images", len(names), disable=quiet, leave=False))
-    bad = [(n, e) for n, e in zip(names, done, strict=True) if isinstance(e, str)]
-    for name, error in bad[:10]:
-        print(clean(f"skipped {files.path}: {name}: {error}", 1000), file=sys.stderr)
-    if bad:
-        print(f"skipped {len(bad)} of {len(names)} images that can't be read", file=sys.stderr)
-    if len(bad) > 0.01 * len(names):
+    done = in_threads(read, names)
+    done = list(tqdm(done, "reading images", len(names), disable=quiet, leave=False))
+    good, before = {}, len(bad)
+    for name, found in zip(names, done, strict=True):
+        if not isinstance(found, str):
+            good[name] = found
+            continue
+        bad.append(name)
+        if len(bad) <= 10:
+            print(clean(f"skipped {files.path}: {name}: {found}", 1000), file=sys.stderr)
+    if len(bad) > before:
+        print(f"skipped {len(bad)} of {total} images that can't be read", file=sys.stderr)
+    if len(bad) > 0.01 * total:
         raise DataError(
-            f"{files.path}: {len(bad)} of {len(names)} images can't be read, more than 1 %. "
-            f"First: {bad[0][0]}."
+            f"{files.path}: {len(bad)} of {total} images can't be read, more than 1 %. "
+            f"First: {bad[0]}."
         )
-    good = [(n, d) for n, d in zip(names, done, strict=True) if not isinstance(d, str)]
-    return [d for _, d in good], [n for n, _ in good]
+    return list(good), list(good.values())
 
 
 def read_folder(path, sizes):
@@ -108,5 +122,5 @@ def read_folder(path, sizes):
     -> names, pixels [(3, H, W) uint8], captions, and whether these are the names of classes"""
     files = Files(path)
     caption_of, classes = find_captions(files)
-    pixels, names = decode_all(files, sorted(caption_of), sizes)
+    names, pixels = decode_all(files, sorted(caption_of), sizes, [], len(caption_of))
     return names, pixels, [caption_of[name] for name in names], classes

@@ -57,34 +57,46 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+def nearest(sizes, height, width):
+    """The one of `sizes` [(H, W)] whose aspect ratio is nearest to that of height × width."""
+
+    def difference(size):
+        return abs(math.log(size[1] / size[0]) - math.log(width / height))
+
+    return min(sizes, key=difference)
+
+
+def fit(image, height, width):
+    """A picture cropped at the centre and resized -> (3, H, W) uint8"""
+    image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def size_of(file):
+    """The (H, W) in which an image file is shown, by its header alone."""
+    with Image.open(file, formats=FORMATS) as image:
+        lies = image.getexif().get(0x0112, 1) >= 5  # its orientation, by EXIF
+        return image.size if lies else image.size[::-1]
+
+
 one_large = threading.Lock()  # pictures above 4 million pixels are decoded one after another
 
 
-def nearest(sizes, height, width):
-    """The one of `sizes` whose aspect ratio is nearest to that of height × width."""
-    ratio = lambda h, w: math.log(w / h)  # noqa: E731
-    return min(sizes, key=lambda size: abs(ratio(*size) - ratio(height, width)))
+def decode(data, sizes):
+    """The bytes of an image file -> (3, H, W) uint8, that of `sizes` whose aspect is nearest.
 
-
-def decode(data, height, width):
-    """The bytes of an image file -> (3, H, W) uint8, cropped at the centre and resized."""
-    return decode_nearest(data, [(height, width)])
-
-
-def decode_nearest(data, sizes):
-    """The same to that (H, W) of `sizes` whose aspect ratio is nearest to the image's."""
+    Raises ValueError where it has too many pixels; Pillow raises nearly anything on damaged files.
+    """
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         pixels = image.width * image.height
         if pixels > MOST_PIXELS:
             raise ValueError(f"{image.width} × {image.height} pixels, more than {MOST_PIXELS:,}")
         with one_large if pixels > 1 << 22 else contextlib.nullcontext():
             image = to_rgb(image)
-            height, width = nearest(sizes, image.height, image.width)
-            image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image).transpose(2, 0, 1)
+            return fit(image, *nearest(sizes, image.height, image.width))
 
 
 def decode_file(path, height, width):
     """An image file by its path -> (3, H, W) uint8"""
     with open(path, "rb") as file:
-        return decode(file.read(MOST_BYTES), height, width)
+        return decode(file.read(MOST_BYTES), [(height, width)])

@@ -29,23 +29,25 @@ def learning_rate(step, total, decay, warmup=40):
     return min(1.0, (step + 1) / warmup, (total - step) / (decay * total))
 
 
-def step_all(optimizers, network, clip, rate):
-    """One step of a network's optimisers at `rate` times their lr, by the gradient in it, which is
-    then forgotten. -> the gradient's norm before clipping
+def step_all(*players):
+    """One step of every player by the gradient in its network, which is then forgotten.
 
-    None, and no step at all, where the gradient is not finite. (To know costs a wait for the
-    backward pass; the queue of the device fills again at once.)"""
-    gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    average(gradients)
-    norm = full_tensor(torch.nn.utils.clip_grad_norm_(network.parameters(), clip))
-    finite = bool(norm.isfinite())
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * rate
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return norm if finite else None
+    players: (optimizers, network, largest gradient norm, factor of the learning rate) each. -> the
+    gradients' norms before clipping. None for each, and no step of any, where one is not finite.
+    (To know costs a wait for the backward pass; the queue of the device fills again at once.)"""
+    norms = []
+    for _, network, clip, _ in players:
+        average([p.grad for p in network.parameters() if p.grad is not None])
+        norms.append(full_tensor(torch.nn.utils.clip_grad_norm_(network.parameters(), clip)))
+    finite = bool(torch.stack(norms).isfinite().all())
+    for optimizers, _, _, rate in players:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * rate
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return norms if finite else [None] * len(norms)
 
 
 def split(batch, n):

@@ -77,22 +77,30 @@ def save_png(picture, path, **notes):
         picture.save(file, "PNG", pnginfo=info)
 
 
+def square(images):
+    """As many columns as rows, nearly."""
+    return grid(images, math.ceil(math.sqrt(len(images))))
+
+
 def save_pictures(images, out, prompts, notes):
     """Images (n, 3, H, W) uint8 as one grid, where `out` ends in .png, or as a folder of one PNG
     each with its own prompt."""
     out = Path(out)
     if out.suffix.lower() == ".png":
-        text = "; ".join(dict.fromkeys(prompts))
-        save_png(grid(images, math.ceil(math.sqrt(len(images)))), out, prompt=text, **notes)
+        save_png(square(images), out, prompt="; ".join(dict.fromkeys(prompts)), **notes)
         return
     for i, image in enumerate(images):
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
         save_png(picture, out / f"{i:05d}.png", prompt=prompts[i], index=i, **notes)
 
 
-def save_gif(pictures, path, pauses):
-    """An animation; pauses: milliseconds of every picture."""
+def save_gif(frames, path):
+    """An animation of grids, the last of them shown longest. frames: [images (n, 3, H, W) uint8]"""
     refuse_strangers(path)
-    moving = dict(save_all=True, append_images=pictures[1:], duration=pauses, loop=0)
+    first, *more = (square(images) for images in frames)
+    pauses = [150] * len(more) + [1500]  # milliseconds
     with replacing(path) as file:
-        pictures[0].save(file, "GIF", comment=b"LADD", optimize=True, **moving)
+        first.save(
+            file, "GIF", comment=b"LADD", optimize=True,
+            save_all=True, append_images=more, duration=pauses, loop=0,
+        )  # fmt: skip

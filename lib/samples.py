@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from lib.errors import RunError, reason
-from lib.files import differs, mapped
+from lib.files import load
 from lib.parallel import my_share
 
 
@@ -28,9 +28,7 @@ class Joined:
 def read_file(path, channels, patch, check):
     """x0 (n, C, H, W) float16, n captions, the noise's seed. check: whether the checksum is."""
     try:
-        if check and differs(path):
-            raise ValueError("its content is not what was written: the checksum differs")
-        content = mapped(path)
+        content = load(path, check=check, mmap=True)
         x0, captions = content["x0"], [c + "" for c in content["captions"]]
         n, C, H, W = x0.shape
         if (n, C) != (len(captions), channels) or H % patch or W % patch:

@@ -144,28 +144,43 @@ def score(images, labels, reference, judge):
     )
 
 
-def score_table(held_out, labels, judge, compared, seed, to_uint8):
+def compared(teacher, student):
+    """(name, generator, options) of all that a run compares, of those of both that are there.
+
+    *Untrained* is the teacher sampled as the student is: the student before distillation, the
+    number to beat."""
+    rows, levels = [], (teacher or student).settings.levels
+    if teacher is not None:
+        steps, cfg = teacher.settings.teacher_steps, teacher.settings.cfg
+        rows.append((f"teacher, {steps} steps, CFG {cfg:g}", teacher, dict(steps=steps, cfg=cfg)))
+    for name, generator in (("untrained", teacher), ("student", student)):
+        for steps in (4, 2, 1):
+            if generator is not None and steps <= len(levels):
+                options = dict(steps=steps, cfg=1.0, sampler="renoise")
+                plural = "s" if steps > 1 else ""
+                rows.append((f"{name}, {steps} step{plural}", generator, options))
+    return rows
+
+
+def score_table(held_out, labels, judge, candidates, seed, to_uint8):
     """The table of a run: a list of dicts, the real images first.
 
-    held_out: of each size `images` (n, C, H, W) uint8, their `caption` rows and `captions`, and
-    `reference` images to compare with; labels: of all captions. compared: (name, generator,
-    options) of the other rows, where generator.sample_parts makes the samples. Of several sizes
-    each has its share, and a row scores all of them together."""
-    count = sum(len(part.images) for part in held_out)
+    held_out: data.HeldOut of each size, each with its share; a row scores all of them together.
+    labels: of all captions. candidates: see `compared`. seed: of their noise."""
     parts = [(part.captions, part.size) for part in held_out]
     labels = labels[torch.cat([part.caption for part in held_out])]
-    reference = [judge.read(part.reference)[0] for part in held_out]
-    pairs = [(r, len(part.images)) for r, part in zip(reference, held_out, strict=True)]
-    reference = torch.cat([r[:n] for r, n in pairs] + [r[n:] for r, n in pairs])
-    images = [part.images for part in held_out]
-    rows = [dict(name="real, held out", **score(images, labels, reference, judge))]
-    total, hidden = len(compared) * count, not sys.stderr.isatty()
+    read = [(judge.read(part.reference)[0], len(part.images)) for part in held_out]
+    first, others = [f[:n] for f, n in read], [f[n:] for f, n in read]
+    reference = torch.cat(first + others)  # first as many of each size as there are samples
+    real = score([part.images for part in held_out], labels, reference, judge)
+    rows = [dict(name="real, held out", **real)]
+    total, hidden = len(candidates) * len(labels), not sys.stderr.isatty()
     with tqdm(total=total, desc="evaluation", leave=False, disable=hidden) as bar:
-        for name, generator, options in compared:
+        for name, generator, options in candidates:
             start = time.perf_counter()
             images = generator.sample_parts(parts, seed=seed, progress=bar, **options)
-            seconds = (time.perf_counter() - start) / count
-            evaluations = options["steps"] * (2 if options.get("cfg", 1) != 1 else 1)
+            seconds = (time.perf_counter() - start) / len(labels)
+            evaluations = options["steps"] * (2 if options["cfg"] != 1 else 1)
             row = score([to_uint8(x) for x in images], labels, reference, judge)
             rows.append(dict(name=name, **row, evaluations=evaluations, seconds=seconds))
     return rows

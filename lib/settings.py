@@ -45,24 +45,30 @@ def text_of(value):
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+def fault(value, rule):
+    """Why a value is outside the bounds of its field; None where it is not."""
+    if value is None:
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be finite"
+    if rule["choices"] and value not in rule["choices"]:
+        return f"must be one of {', '.join(rule['choices'])}"
+    if rule["low"] is not None and value < rule["low"]:
+        return f"must be at least {rule['low']}"
+    if rule["above"] is not None and value <= rule["above"]:
+        return f"must be above {rule['above']}"
+    if rule["below"] is not None and value >= rule["below"]:
+        return f"must be below {rule['below']}"
+    return None
+
+
 def check_fields(settings):
     """Refuses values outside their own field's bounds, and numbers that are not finite."""
     for field in dataclasses.fields(settings):
-        value, rule = getattr(settings, field.name), field.metadata
-        low, above, below, choices = (rule[k] for k in ("low", "above", "below", "choices"))
+        value = getattr(settings, field.name)
         for each in value if isinstance(value, tuple) else (value,):
-            if isinstance(each, float) and not math.isfinite(each):
-                refuse(settings, field.name, "must be finite")
-            if choices and each not in choices:
-                refuse(settings, field.name, f"must be one of {', '.join(choices)}")
-            if each is None:
-                continue
-            if low is not None and each < low:
-                refuse(settings, field.name, f"must be at least {low}")
-            if above is not None and each <= above:
-                refuse(settings, field.name, f"must be above {above}")
-            if below is not None and each >= below:
-                refuse(settings, field.name, f"must be below {below}")
+            if why := fault(each, field.metadata):
+                refuse(settings, field.name, why)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +80,9 @@ class HowToRun:
     data_dir: str = setting("data", "where downloads and judges are kept", free=True)
     device: str = setting("auto", "cpu, cuda, …", free=True)
     precision: str = setting(
-        "auto",
-        "bf16, fp32, or auto: bf16 where the hardware has it",
+        "auto", "bf16, fp32, or auto: bf16 where the hardware has it",
         choices=("auto", "bf16", "fp32"),
-    )
+    )  # fmt: skip
     deterministic: bool = setting(False, "only kernels that give the same bits every time")
     compile: bool = setting(False, "torch.compile the networks", free=True)
     checkpointing: bool = setting(
@@ -114,27 +119,31 @@ class HowToRun:
 # ---------------------------------------------------------------------------------------------
 
 
-def numbers(text, kind):
-    return tuple(kind(part) for part in text.split(",") if part)
+def divided_by_commas(kind):
+    """A function that reads values of one kind. -> a tuple"""
+
+    def values(text):
+        return tuple(kind(part) for part in text.split(",") if part)
+
+    return values
 
 
 def make_parser(kind, program, description, **options):
     """A parser with a flag for every field of the dataclass `kind`."""
     parser = Parser(program, description, **options)
     for field in dataclasses.fields(kind):
-        flag, rule, default = flag_of(field), field.metadata, field.default
+        rule, default = field.metadata, field.default
         # an argument that was not given leaves no trace: the preset's value stands
-        common = dict(dest=field.name, default=argparse.SUPPRESS, help=rule["help"])
+        options = dict(dest=field.name, default=argparse.SUPPRESS, help=rule["help"])
         if isinstance(default, bool):
-            parser.add_argument(flag, **common, action=argparse.BooleanOptionalAction)
+            options |= dict(action=argparse.BooleanOptionalAction)
         elif rule["parse"]:
-            parser.add_argument(flag, **common, type=rule["parse"], metavar="X")
+            options |= dict(type=rule["parse"], metavar="X")
         elif isinstance(default, tuple):
-            kind = rule["kind"] or float
-            read = lambda text, kind=kind: numbers(text, kind)  # noqa: E731
-            parser.add_argument(flag, **common, type=read, metavar="A,B,…")
+            options |= dict(type=divided_by_commas(rule["kind"]), metavar="A,B,…")
         else:
-            parser.add_argument(flag, **common, type=rule["kind"] or type(default), metavar="X")
+            options |= dict(type=rule["kind"] or type(default), metavar="X")
+        parser.add_argument(flag_of(field), **options)
     if rank() > 0:  # rank 0 says it
         parser.error = lambda _: sys.exit(2)
     return parser
@@ -204,8 +213,7 @@ def open_folder(out, mine, defaults):
         return
     path = out / "config.json"
     if path.exists():
-        theirs = read_object(path)
-        theirs = defaults | theirs
+        theirs = defaults | read_object(path)
         names = [k for k in {**theirs, **mine} if theirs.get(k) != mine.get(k)]
         if names:
             different = ", ".join(f"{k} {theirs.get(k)} → {mine.get(k)}" for k in names)

@@ -63,31 +63,30 @@ def distil(run):
     for step in loop:
         learning = step >= s.heads_warmup
         b = draw_batch(run, samples, step, s.heads_warmup, own_noise=bool(s.distill_weight))
-        with run.autocast(), torch.set_grad_enabled(learning):
-            x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)  # box 1
-            fake, real = judge_features(judge, x0_hat), judge_features(judge, b.x0)
         with run.autocast():
+            with torch.set_grad_enabled(learning):
+                x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)  # box 1
+                fake, real = judge_features(judge, x0_hat), judge_features(judge, b.x0)  # box 2
             detached = [(tokens.detach(), size) for tokens, size in fake]
             on_real, on_fake = logits_of(heads, real, b), logits_of(heads, detached, b)
             loss_d = sum(map(hinge_d, on_real, on_fake)) / len(heads)  # box 3
-        loss_d.backward()
-        norm_d = step_all(heads_optimizers, heads, math.inf, min(1.0, (step + 1) / 40))
-        means = [torch.stack([x.detach().float().flatten(1).mean(1) for x in own], dim=1)
-                 for own in (on_real, on_fake)]  # fmt: skip
-        values = dict(loss_d=loss_d, grad_norm_heads=norm_d, **told_apart(*means))
-        if learning and norm_d is not None:
             heads.requires_grad_(False)
-            with run.autocast():
-                loss = sum(map(hinge_g, logits_of(heads, fake, b))) / len(heads)  # box 4
-                if s.distill_weight:
-                    loss = loss + s.distill_weight * distillation_loss(x0_hat, b.x0, b.paired)
+            loss_g = sum(map(hinge_g, logits_of(heads, fake, b))) / len(heads)  # box 4
             heads.requires_grad_(True)
-            loss.backward()
+            distill = distillation_loss(x0_hat, b.x0, b.paired)
+        (loss_d + loss_g + s.distill_weight * distill).backward()
+        players = [(heads_optimizers, heads, math.inf, min(1.0, (step + 1) / 40))]
+        means = [x.detach().float().flatten(1).mean(1) for x in (*on_real, *on_fake)]
+        on_real, on_fake = torch.stack(means, dim=1).chunk(2, dim=1)
+        loop.add(loss_d=loss_d, **told_apart(on_real, on_fake))
+        if learning:
             rate = ladd.student_rate(s, step, s.heads_warmup)
-            norm = step_all(student_optimizers, student, s.clip, rate)
+            players.append((student_optimizers, student, s.clip, rate))
+            loop.add(loss_g=loss_g, loss_distill=distill)
+        norms = step_all(*players)
+        if learning:
             update_ema(ema, student, s.student_ema, step - s.heads_warmup)
-            values |= dict(loss_g=loss, grad_norm=norm)
-        loop.log(**values)
+        loop.log(**dict(zip(("grad_norm_heads", "grad_norm"), norms, strict=False)))
         loop.checkpoint()
     run.save("student", ema, s.iterations)
     loop.finish()

@@ -53,7 +53,8 @@ def distil(run):
         with run.autocast():
             loss = consistency_loss(student, ema, guided, b, times[i], times[i + 1])
         loss.backward()
-        norm = step_all(optimizers, student, s.clip, ladd.student_rate(s, step))
+        rate = ladd.student_rate(s, step)
+        (norm,) = step_all((optimizers, student, s.clip, rate))
         update_ema(ema, student, s.student_ema, step)
         loop.log(loss=loss, grad_norm=norm)
         loop.checkpoint()

@@ -67,8 +67,10 @@ def distil(run):
             loss_score = teacher_loss(fake_score, x0_hat.detach(), b.text, t_score, b.noise_real)
         loss = matching_loss(x0_hat, gradient)
         (loss + loss_score).backward()
-        norm = step_all(optimizers, student, s.clip, ladd.student_rate(s, step))
-        norm_score = step_all(score_optimizers, fake_score, s.clip, 1.0)
+        norm, norm_score = step_all(
+            (optimizers, student, s.clip, ladd.student_rate(s, step)),
+            (score_optimizers, fake_score, s.clip, 1.0),
+        )
         update_ema(ema, student, s.student_ema, step)
         loop.log(loss=loss, grad_norm=norm, loss_score=loss_score, grad_norm_score=norm_score)
         loop.checkpoint()

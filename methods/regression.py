@@ -33,7 +33,8 @@ def distil(run):
             x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)  # boxes 1, 2
             loss = distillation_loss(x0_hat, b.x0, b.paired)  # box 3
         loss.backward()
-        norm = step_all(optimizers, student, s.clip, ladd.student_rate(s, step))
+        rate = ladd.student_rate(s, step)
+        (norm,) = step_all((optimizers, student, s.clip, rate))
         update_ema(ema, student, s.student_ema, step)
         loop.log(loss=loss, grad_norm=norm)
         loop.checkpoint()

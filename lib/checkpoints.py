@@ -1,0 +1,73 @@
+"""KIND.pt of a run folder: a network's weights, and what is needed to rebuild and to use it.
+
+A checkpoint may be a stranger's: it is refused where its parts can't be used, or where they ask for
+more memory or time than they have content.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from lib.errors import CheckpointError, reason
+from lib.files import read
+
+
+def read_checkpoint(path, kinds, network, check=True):
+    """A dict: kind, one of `kinds`; model, the arguments of `network`; weights, memory-mapped;
+    settings, read as attributes; step. CheckpointError says what is wrong. check: the checksum."""
+    checkpoint = read(path, check=check, mmap=True)
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "ladd-1":
+        raise CheckpointError(f"{path}: not a checkpoint of this program.")
+    if checkpoint.get("kind") not in kinds:
+        raise CheckpointError(f"{path}: holds {checkpoint.get('kind')}, not {' or '.join(kinds)}.")
+    try:
+        checkpoint["settings"] = settings_of(checkpoint)
+        if checkpoint["kind"] != "heads":
+            check_weights(checkpoint["weights"], checkpoint["model"], Path(path).stat().st_size)
+            with torch.device("meta"):  # no memory for what the arguments claim
+                model = network(**checkpoint["model"])
+            model.load_state_dict(checkpoint["weights"], assign=True)
+            check_settings(checkpoint["settings"], model.config)
+    except Exception as error:
+        raise CheckpointError(f"{path}: its parts don't fit together ({reason(error)}).") from None
+    return checkpoint
+
+
+def settings_of(checkpoint):
+    """A checkpoint's settings, read as attributes. An older version's size is one side."""
+    s = SimpleNamespace(**dict(downscale=1, pooled_dim=0, aspects=()) | checkpoint["settings"])
+    if isinstance(s.size, int):
+        s.size = (s.size, s.size)
+    return s
+
+
+def check_weights(weights, model, size):
+    """Raises where weights are no plain tensors, or claim more than a file of `size` bytes has."""
+    if any(type(w) is not torch.Tensor or w.is_meta or w.is_sparse for w in weights.values()):
+        raise ValueError("weights that are no plain tensors")
+    if sum(w.numel() * w.element_size() for w in weights.values()) > size:
+        raise ValueError("it claims more weights than it holds")
+    if model["depth"] > len(weights):
+        raise ValueError("fewer weights than blocks")
+
+
+def check_settings(s, config):
+    """Raises where a network of this config can't be sampled with the settings."""
+    side = config["patch"] * config["pos_size"] * s.downscale
+    limits = [
+        (s.size[0], side),
+        (s.size[1], side),
+        (s.text_length, 4096),
+        (s.teacher_steps, 10_000),
+    ]
+    for value, most in limits:
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"size, text_length or teacher_steps {value}")
+    if type(s.seed) is not int or type(s.data) is not str:
+        raise ValueError(f"seed {s.seed} or data {s.data}")
+    if s.text_dim != config["context_dim"] or (s.pooled_dim or s.text_dim) != config["pooled_dim"]:
+        raise ValueError(f"text_dim {s.text_dim}")
+    numbers = torch.tensor([s.cfg, s.shift, *s.levels])
+    if not numbers.isfinite().all() or s.shift <= 0 or not all(s.levels):
+        raise ValueError("cfg, shift or levels")
