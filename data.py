@@ -19,15 +19,16 @@ import hashlib
 import math
 import os
 import re
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from lib.captions import split_words
 from lib.errors import DataError
-from lib.streams import hash_uniform
+from lib.shapes import object_cover
+from lib.streams import rng, uniform
 
 # Training reads images from index 0 on; what must not meet the same images has its own stretch.
 SYNTHETIC_INDEX = 1 << 35  # captions of the synthetic set
@@ -130,33 +131,6 @@ def shares(dataset, count):
     return [(bucket, n) for bucket, n in zip(sets, each, strict=True) if n]
 
 
-class HeldOut(NamedTuple):
-    """Held-out images of one size, to be scored by."""
-
-    images: torch.Tensor  # (n, C, H, W) uint8
-    caption: torch.Tensor  # (n,) rows of the captions
-    captions: list  # n texts
-    size: tuple  # (H, W)
-    reference: torch.Tensor  # (m, C, H, W) uint8, other images to compare with
-
-
-def held_out(dataset, count):
-    """`count` held-out images of a data set, each size its share. -> [HeldOut]"""
-    found = []
-    for bucket, n in shares(dataset, count):
-        index, available = np.arange(n), bucket.held_out_size
-        if available is None or available >= 2 * n:
-            rest = np.arange(n, 6 * n if available is None else min(available, 6 * n))
-        else:  # few images: the reference must not be the row "real" itself
-            index = index % max(1, available // 2)
-            rest = np.arange(available // 2, available)
-        images, caption = bucket.batch(index, held_out=True)
-        captions = [bucket.captions[i] for i in caption]
-        reference, _ = bucket.batch(rest, held_out=True)
-        found.append(HeldOut(images, caption, captions, bucket.size, reference))
-    return found
-
-
 def held_out_captions(dataset, count):
     """`count` captions of held-out images with their sizes -> [(captions, (H, W)), …]"""
     parts = []
@@ -170,7 +144,7 @@ def draw_bucket(dataset, seed, stage, step):
     """The bucket of one batch, drawn in proportion from (seed, stage number, step) alone: the same
     on every rank and after every resume. On average each image is then shown equally often."""
     sets = buckets_of(dataset)
-    u = hash_uniform(seed, [step], 17 + stage)[0, -1]  # the slots before are others'
+    u = uniform(seed, f"bucket, {stage}", [step], 1)[0, 0]
     return sets[int(np.searchsorted(share_ends(sets, 1), u, side="right"))]
 
 
@@ -184,10 +158,6 @@ class Text(NamedTuple):
 
     context: torch.Tensor  # (B, M, D_c) c, one row a token
     pooled: torch.Tensor  # (B, D_p) y
-
-
-def split_words(caption):
-    return re.findall(r"\w+", caption.lower())
 
 
 class HashedText:
@@ -253,7 +223,6 @@ SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = ("small", "large")
 RELATIONS = ("left of", "right of", "above", "below")
 PAIR_SIDE = 32  # from this many pixels on, half of the images hold two objects
-HELD_OUT = 1 << 40  # indices from here on are never trained on
 
 
 class Shapes(DataSet):
@@ -292,13 +261,16 @@ class Shapes(DataSet):
         return f"a {' '.join(words[:3])} {second}on a {words[3]} background"
 
     def batch(self, index, held_out=False):
-        index = np.asarray(index, np.int64) + (HELD_OUT if held_out else 0)
-        u = hash_uniform(0 if held_out else self.seed, index, 16)  # all seeds are scored alike
+        index = np.asarray(index, np.int64)
+        if held_out:  # all seeds are scored alike
+            u = uniform(0, "shapes, held out", index, 16)
+        else:
+            u = uniform(self.seed, "shapes", index, 16)
         pick = lambda slot, n: (u[:, slot] * n).astype(np.int64)  # noqa: E731
         size, colour, shape = pick(0, 2), pick(1, 8), pick(2, 4)
         background = (colour + 1 + pick(3, 7)) % 8
         columns = [size, colour, shape, background]
-        cover = self.object_cover(size, shape, u[:, 4:7], None)
+        cover = object_cover(*self.size, size, shape, u[:, 4:7])
         canvas = self.palette[background][:, None, None]  # (B, 1, 1, 3)
         if "relation" in self.attributes:
             relation = np.where(u[:, 7] < 0.5, 1 + pick(8, 4), 0)
@@ -306,48 +278,15 @@ class Shapes(DataSet):
             size2, shape2 = pick(9, 2), pick(11, 4)
             colour2 = (background + 1 + pick(10, 7)) % 8
             columns += [relation, *((c + 1) * two for c in (size2, colour2, shape2))]
-            first = self.object_cover(size, shape, u[:, 4:7], relation - 1)
+            first = object_cover(*self.size, size, shape, u[:, 4:7], relation - 1)
             cover = np.where(two[:, None, None, None], first, cover)
             opposite = np.array([1, 0, 3, 2])[relation - 1]  # where the second object stands
-            second = self.object_cover(size2, shape2, u[:, 12:15], opposite)
+            second = object_cover(*self.size, size2, shape2, u[:, 12:15], opposite)
             second = second * two[:, None, None, None]
             canvas = canvas * (1 - second) + self.palette[colour2][:, None, None] * second
         image = canvas * (1 - cover) + self.palette[colour][:, None, None] * cover  # (B, H, W, 3)
         image = torch.from_numpy((image + 0.5).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
         return image, torch.from_numpy(self.rows[tuple(columns)])
-
-    def object_cover(self, size, shape, u, half):
-        """Share of every pixel that the object covers, (B, H, W, 1).
-
-        u (B, 3) places it: exact size, x, y. `half`, a row of RELATIONS, keeps it in that half of
-        the image and makes it smaller; None leaves it the whole image."""
-        side = min(self.height, self.width)
-        low, high = np.where(size, 0.37, 0.26), np.where(size, 0.44, 0.30)  # half of its extent
-        r = (low + (high - low) * u[:, 0]) * side * (1.0 if half is None else 0.55)
-        left, right = np.zeros_like(r), np.full_like(r, self.width)
-        top, bottom = np.zeros_like(r), np.full_like(r, self.height)
-        if half is not None:
-            left = np.where(half == 1, self.width / 2, left)
-            right = np.where(half == 0, self.width / 2, right)
-            top = np.where(half == 3, self.height / 2, top)
-            bottom = np.where(half == 2, self.height / 2, bottom)
-        cx = left + r + (right - left - 2 * r) * u[:, 1]
-        cy = top + r + (bottom - top - 2 * r) * u[:, 2]
-        r, cx, cy = (a.astype(np.float32)[:, None, None] for a in (r, cx, cy))
-        dx = np.arange(self.width, dtype=np.float32)[None, None, :] + 0.5 - cx
-        dy = np.arange(self.height, dtype=np.float32)[None, :, None] + 0.5 - cy
-        distance = signed_distance(dx, dy, r, shape[:, None, None])
-        return np.clip(0.5 - distance, 0, 1)[..., None]
-
-
-def signed_distance(dx, dy, r, shape):
-    """Pixels to the edge of the shape around (0, 0) that reaches to r; negative inside."""
-    ax, ay = np.abs(dx), np.abs(dy)
-    circle = np.sqrt(dx * dx + dy * dy) - r
-    square = np.maximum(ax, ay) - 0.87 * r
-    triangle = np.maximum((ax - 0.5 * (dy + 0.95 * r)) / 1.25**0.5, dy - 0.9 * r)  # apex up
-    cross = np.minimum(np.maximum(ax - r, ay - 0.34 * r), np.maximum(ay - r, ax - 0.34 * r))
-    return np.select([shape == 0, shape == 1, shape == 2], [circle, square, triangle], cross)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -376,8 +315,8 @@ class ImageSet(DataSet):
         if epoch not in self.orders:
             if len(self.orders) == 3:
                 del self.orders[next(iter(self.orders))]  # the oldest
-            rng = np.random.default_rng([self.seed % (1 << 32), epoch])
-            self.orders[epoch] = rng.permutation(self.train_size)
+            random = rng(self.seed, "order of an epoch", epoch)
+            self.orders[epoch] = random.permutation(self.train_size)
         return self.orders[epoch]
 
     def batch(self, index, held_out=False):
@@ -391,31 +330,9 @@ class ImageSet(DataSet):
             rows[epoch == e] = self.order(int(e))[place[epoch == e]]
         images = self.images[rows]
         if self.flip:
-            mirrored = torch.from_numpy(hash_uniform(self.seed, index, 1)[:, 0] < 0.5)
+            mirrored = torch.from_numpy(uniform(self.seed, "mirrored", index, 1)[:, 0] < 0.5)
             images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
         return images, self.caption[rows]
-
-
-def class_attributes(names):
-    """The captions, the single attribute and the labels of a set of classes."""
-    captions = [f"a photo of a {name}" for name in names]
-    return captions, {"class": tuple(names)}, torch.arange(len(names))[:, None]
-
-
-def word_attributes(captions, counts, most=16):
-    """Attributes of free captions: does it hold this word? For the words that divide the set best.
-
-    counts: how many images have each caption. -> attributes, labels"""
-    total, seen = sum(counts), Counter()
-    bags = [set(split_words(c)) for c in captions]
-    for bag, n in zip(bags, counts, strict=True):
-        for word in bag:
-            seen[word] += n
-    useful = [w for w, n in seen.items() if 0.05 <= n / total <= 0.95 and len(w) > 2]
-    useful = sorted(useful, key=lambda w: (abs(seen[w] / total - 0.5), w))[:most]
-    attributes = {word: ("no", "yes") for word in useful}
-    labels = [[int(word in bag) for word in useful] for bag in bags]
-    return attributes, torch.tensor(labels, dtype=torch.int64).reshape(len(captions), len(useful))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -445,27 +362,15 @@ def judge_batches(dataset):
 
 def check(dataset, s, processes, needs_images):
     """Raises DataError where a data set does not fit a run's settings."""
-    sets = buckets_of(dataset)
-    if hasattr(dataset, "expect"):
-        pooled_dim = s.pooled_dim or s.text_dim
-        dataset.expect(s.text_dim, pooled_dim, s.channels, s.patch)
-        prompts = sum(bucket.train_size for bucket in sets)
-        if prompts < processes:
-            raise DataError(
-                f"--data {s.data}: {prompts} prompts are fewer than the {processes} processes."
-            )
-        if not dataset.channels and needs_images:
-            raise DataError(
-                f"--data {s.data}: has no images, prompts alone: that takes --teacher, "
-                "and --targets synthetic."
-            )
+    if hasattr(dataset, "check"):  # encoded shards know more
+        dataset.check(s, processes, needs_images)
         return
     if s.is_latent or s.channels != dataset.channels:
         raise DataError(
             f"--preset {s.preset} learns from latents of {s.channels} channels, and --data "
             f"{s.data} has images of {dataset.channels}: it needs a folder of encoded shards."
         )
-    finite = [bucket for bucket in sets if bucket.train_size]
+    finite = [bucket for bucket in buckets_of(dataset) if bucket.train_size]
     held_out = sum(bucket.held_out_size for bucket in finite)
     if finite and held_out < 8:
         images = held_out + sum(bucket.train_size for bucket in finite)
@@ -473,41 +378,6 @@ def check(dataset, s, processes, needs_images):
             f"--data {s.data}: {images} images are too few: a tenth is held out to score by, and "
             "that takes at least 80."
         )
-
-
-def split_off(names):
-    """A tenth of the images, at most 10,000, chosen by their names, is held out of training.
-    -> the rows that are, the rows that are trained on"""
-    keys = [name.encode("utf-8", "surrogatepass") for name in names]
-    keys = [hashlib.blake2b(key, digest_size=8).digest() for key in keys]
-    order = sorted(range(len(names)), key=keys.__getitem__)
-    cut = min(10_000, max(1, len(order) // 10))
-    return order[:cut], order[cut:] if len(order) > 1 else order
-
-
-def load_files(path, sizes, seed=0):
-    """The images of a folder or a zip, each in the bucket of the nearest aspect ratio."""
-    from lib.folders import read_folder
-
-    names, pixels, texts, classes = read_folder(path, sizes)
-    counts = Counter(texts)
-    captions = sorted(counts)
-    rows = {text: i for i, text in enumerate(captions)}
-    if classes:
-        known = class_attributes(captions)
-    else:
-        known = captions, *word_attributes(captions, [counts[c] for c in captions])
-    sets = []
-    for shape in sorted({x.shape for x in pixels}):  # every bucket holds out its own tenth
-        mine = [i for i in range(len(pixels)) if pixels[i].shape == shape]
-        parts = []
-        for part in split_off([names[i] for i in mine]):
-            part = [mine[k] for k in part]
-            images = torch.from_numpy(np.stack([pixels[i] for i in part]))
-            parts.append((images, torch.tensor([rows[texts[i]] for i in part])))
-        held_out, train = parts
-        sets.append(ImageSet(f"{Path(path).resolve()}", train, held_out, *known, seed))
-    return one_or_buckets(sets)
 
 
 def load(name, sizes, *, data_dir="data", seed=0):
@@ -518,18 +388,22 @@ def load(name, sizes, *, data_dir="data", seed=0):
         pairs = min(map(min, sizes)) >= PAIR_SIDE  # in all buckets or in none
         return one_or_buckets([Shapes(h, w, seed, pairs) for h, w in sizes])
     if name == "cifar10":
-        from lib.cifar10 import CLASSES, read_cifar10
+        from lib.cifar10 import read_cifar10
         from lib.images import nearest
 
-        train, test = read_cifar10(Path(data_dir), *nearest(sizes, 1, 1))  # which are square
-        return ImageSet("cifar10", train, test, *class_attributes(CLASSES), seed)
+        train, test, *known = read_cifar10(Path(data_dir), *nearest(sizes, 1, 1))  # are square
+        return ImageSet("cifar10", train, test, *known, seed)
     if not os.path.exists(name):
         raise DataError(f"--data {name}: no such folder or file, and not one of shapes, cifar10.")
     if os.path.exists(os.path.join(name, "shards.json")):
         from sd3.shards import Shards
 
         return Shards(name, sizes, seed)
-    return load_files(name, sizes, seed)
+    from lib.folders import read_folder
+
+    sets, *known = read_folder(name, sizes)
+    path = f"{Path(name).resolve()}"
+    return one_or_buckets([ImageSet(path, train, held, *known, seed) for train, held in sets])
 
 
 def parse_size(text):

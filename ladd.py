@@ -26,54 +26,40 @@ optimiser or EMA: those are ours, chosen by the experiments in docs/log.md.
 import dataclasses
 import importlib
 import math
-import re
-import shlex
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_map
 
 import data
 import sample
 from data import Text, parse_size
 from discriminator import Discriminator, hinge_d, hinge_g, r1
-from lib import settings as fields
-from lib.errors import DataError, RunError, Stop, UsageError, UserError, exit_status
-from lib.files import link, read_object, save, write_text
-from lib.health import commonest, diversity, judge_stages
-from lib.loop import Watch, progress
-from lib.machine import device_of, keep_memory
+from lib.checkpoints import same_network
+from lib.checks import check_together
+from lib.files import write_text
+from lib.health import commonest, diversity
 from lib.optim import learning_rate, make_optimizers, split, step_all, update_ema
-from lib.parallel import (
-    barrier,
-    broadcast,
-    fill,
-    fill_optimizer,
-    leave,
-    my_share,
-    processes,
-    rank,
-    world,
-)  # fmt: skip
+from lib.parallel import fill, fill_optimizer, leave, my_share, rank, world
 from lib.pictures import grid, panels, save_png
-from lib.report import read_metrics, write_report
-from lib.run import Run
-from lib.samples import read_samples
-from lib.scores import judge_accuracy
-from lib.settings import HowToRun, refuse, setting
-from lib.streams import noise_of, rng
+from lib.report import SIGNS, write_report
+from lib.samples import read_samples, write_samples
+from lib.scores import held_out, judge_accuracy
+from lib.settings import HowToRun, check_fields, parse_settings, setting
+from lib.streams import rng
 from mmdit import MMDiT
 from sample import add_noise, logit_normal, per_sample, predict_x0
 
 # ---------------------------------------------------------------------------------------------
 # Settings and presets
 # ---------------------------------------------------------------------------------------------
+
+
+STAGES = ("teacher", "synthesis", "distillation", "report")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +72,7 @@ class Settings(HowToRun):
     data: str = setting("shapes", "shapes, cifar10, or a folder or zip of images, or of shards")
     seed: int = setting(0, "of all randomness")
     size: tuple = setting((16, 16), "of the images, pixels: 16 or 24x40", parse=parse_size)
-    aspects: tuple = setting(
-        (), "width:height of several sizes, all of the area of --size (default: that size alone)",
-        kind=str,
-    )  # fmt: skip
+    aspects: tuple = setting((), "width:height of more sizes of the same area", kind=str)
     smoke: bool = setting(False, "two updates of every stage, to see that all of it runs")
     # the network: teacher and student
     channels: int = setting(3, "of x_0: 3 for pixels", low=1)
@@ -99,9 +82,7 @@ class Settings(HowToRun):
     depth: int = setting(4, "blocks", low=1)
     heads: int = setting(4, "attention heads", low=1)
     qk_norm: bool = setting(True, "RMSNorm of queries and keys, as in SD3.5")
-    attn2_blocks: int = setting(
-        0, "first blocks with a second attention, 13 in SD3.5-medium", low=0
-    )
+    attn2_blocks: int = setting(0, "first blocks with a second attention (SD3.5-medium)", low=0)
     pos_size: int = setting(32, "side of the position table, patches", low=1)
     text_dim: int = setting(64, "width of the text features", low=2)
     pooled_dim: int = setting(0, "width of the pooled ones; 0: the same", low=0)
@@ -109,9 +90,7 @@ class Settings(HowToRun):
     clip: float = setting(1.0, "largest gradient norm, teacher and student", above=0)
     adam_eps: float = setting(1e-8, "AdamW's ε (SD3: 1e-15)", above=0)
     # teacher (rectified flow, arXiv 2403.03206)
-    teacher: str = setting(
-        "", "a teacher to use instead of training one: our .pt, .safetensors, or a diffusers folder"
-    )
+    teacher: str = setting("", "use this one: our .pt, .safetensors, or a diffusers folder")
     teacher_iterations: int = setting(2400, "updates of the teacher", low=1)
     teacher_batch: int = setting(64, "images per update", low=1)
     teacher_lr: float = setting(2e-3, "AdamW, for what Muon does not train", above=0)
@@ -120,32 +99,23 @@ class Settings(HowToRun):
     t_std: float = setting(1.0, "its standard deviation (SD3: 1)", above=0)
     drop: float = setting(0.1, "share of captions dropped, for guidance", low=0, below=1)
     teacher_ema: float = setting(0.995, "decay per update of its average", low=0, below=1)
-    shift: float = setting(1.0, "timestep shift α of Euler sampling", above=0)
     # synthesis
     synthetic: int = setting(4096, "samples the teacher makes for the student to learn from", low=1)
     synthetic_cfg: float = setting(4.0, "their constant guidance scale w")
     synthetic_steps: int = setting(8, "their Euler steps", low=1)
+    shift: float = setting(1.0, "timestep shift α of Euler sampling", above=0)
     # distillation (LADD)
     iterations: int = setting(2200, "updates of the student and the heads", low=1)
     batch: int = setting(32, "images per update", low=1)
     targets: str = setting("synthetic", "what is real to the heads", choices=("synthetic", "real"))
-    levels: tuple = setting(
-        (), "noise levels t of the student (default: by size, see alpha)", above=0, kind=float
-    )
-    level_p: tuple = setting(
-        (), "their probabilities (reported: .7, .1, .1, .1; default: .4, and equal parts of .6)",
-        low=0, kind=float,
-    )  # fmt: skip
+    levels: tuple = setting((), "noise levels t of the student; default: by size", above=0)
+    level_p: tuple = setting((), "their probabilities; default: .4, and equal parts", low=0)
     warmup_iterations: int = setting(0, "first updates, with other probabilities", low=0)
-    warmup_p: tuple = setting((0.0, 0.0, 0.5, 0.5), "those", low=0, kind=float)
-    t_hat_mean: float | None = setting(
-        None, "m of t̂ ~ logit-normal(m, s) (default: by size, see alpha)", kind=float
-    )
+    warmup_p: tuple = setting((0.0, 0.0, 0.5, 0.5), "those", low=0)
+    t_hat_mean: float | None = setting(None, "m of t̂, default: by size; s below", kind=float)
     t_hat_std: float = setting(1.0, "s of t̂", above=0)
     distill_weight: float = setting(150.0, "weight λ of a distillation loss beside L_G", low=0)
-    heads_warmup: int = setting(
-        100, "first updates, of the heads alone: their gradient is noise then", low=0
-    )
+    heads_warmup: int = setting(100, "first updates, of the heads alone", low=0)
     taps: tuple = setting((1, 2), "blocks whose tokens the heads see; empty: all", kind=int)
     head_width: int = setting(64, "channels of a head", low=1)
     student_lr: float = setting(2e-4, "AdamW", above=0)
@@ -160,22 +130,13 @@ class Settings(HowToRun):
     cfg: float = setting(4.0, "guidance scale w of the teacher's samples")
     judge_steps: int = setting(700, "updates of the judge", low=1)
     judge_width: int = setting(32, "its channels", low=1)
-    steps_scale: float = setting(
-        1.0, "multiplies all updates, the synthetic set, the evaluation", above=0, free=True
-    )
-    stage: str = setting(
-        "all", "run one stage", choices=("all", "teacher", "synthesis", "distillation", "report"),
-        free=True,
-    )  # fmt: skip
-    source: str = setting(
-        "", "a run folder whose teacher and samples are used", flag="--from", free=True
-    )
+    steps_scale: float = setting(1.0, "multiplies updates and samples", above=0, free=True)
+    stage: str = setting("all", "run one of STAGES alone", choices=("all", *STAGES), free=True)
+    source: str = setting("", "a run whose teacher and samples to use", flag="--from", free=True)
 
     def __post_init__(self):
-        fields.check_fields(self)
-        self.check_sizes()
-        self.check_method()
-        self.check_processes()
+        check_fields(self)
+        check_together(self)
 
     @property
     def is_latent(self):
@@ -200,11 +161,9 @@ class Settings(HowToRun):
     def alpha(self):
         """SD3's shift α = √(n / n') from a 1024² image's latent to this x_0, n counted in values.
 
-        The same t destroys more of a small image than of a large one, so the paper's levels and m
-        belong to its latents of 16·128·128 values. Elsewhere (ours, by the experiments in
-        docs/log.md) m, the mean of a logit, moves by ln α, as SD3 moves t, and the levels' logits
-        by a third of it: -1.92 and {1, .53, .27, .11} for 16×16 pixels. Counting values instead of
-        positions makes latents and pixels comparable."""
+        The same t destroys more of a small image, so the paper's levels and m belong to its latents
+        of 16·128·128 values. Elsewhere (ours, by the experiments in docs/log.md) m, the mean of a
+        logit, moves by ln α, as SD3 moves t, and the levels' logits by a third of it."""
         return math.sqrt(self.channels * self.positions / (16 * 128**2))
 
     @property
@@ -250,69 +209,8 @@ class Settings(HowToRun):
             changes |= dict(teacher_steps=4, synthetic_steps=4)
         return dataclasses.replace(self, **changes)
 
-    def check_sizes(self):
-        """Refuses sizes that don't fit together."""
-        patch = self.patch * self.downscale
-        if any(side < 1 or side % patch for side in self.size):
-            refuse(self, "size", f"patches of {patch} pixels don't divide it")
-        if max(self.size) > patch * self.pos_size:
-            refuse(self, "size", f"more than {self.pos_size} patches a side")
-        if not all(re.fullmatch("[1-9][0-9]*:[1-9][0-9]*", aspect) for aspect in self.aspects):
-            refuse(self, "aspects", "must be WIDTH:HEIGHT,… such as 1:1,3:2,2:3")
-        for height, width in self.sizes:
-            if max(height, width) > self.patch * self.pos_size:
-                why = f"{height}×{width} has more than {self.pos_size} patches a side"
-                refuse(self, "aspects", why)
-        if self.width % self.heads or self.width % 4:
-            refuse(self, "width", f"not a multiple of 4 and of --heads {self.heads}")
-        if self.text_dim % 2:
-            refuse(self, "text_dim", "must be even")
-        if self.head_width % max(1, self.head_width // 16):
-            refuse(self, "head_width", "must be a multiple of 16, or less than 32")
-
-    def check_method(self):
-        """Refuses a distillation that can't be."""
-        levels = self.levels or self.default_levels()
-        p, warmup_p = self.level_p or levels, self.warmup_p if self.warmup_iterations else levels
-        if not len(levels) == len(p) == len(warmup_p):
-            why = "--levels, --level-p and --warmup-p need the same number of values"
-            refuse(self, "level_p", why)
-        if not all(a > b for a, b in pairwise((*levels, 0))) or not 0.99 <= levels[0] <= 1:
-            why = "must fall, from 1 (or .99: samples start from noise) to above 0"
-            refuse(self, "levels", why)
-        for name, values in (("level_p", p), ("warmup_p", warmup_p)):
-            if sum(values) <= 0:
-                refuse(self, name, "must be probabilities")
-        if self.heads_warmup >= self.iterations:
-            refuse(self, "heads_warmup", f"leaves none of {self.iterations} updates")
-        taps = self.taps
-        if list(taps) != sorted(set(taps)) or not all(0 <= i < self.depth for i in taps):
-            refuse(self, "taps", f"must be ascending block numbers from 0 to {self.depth - 1}")
-
-    def check_processes(self):
-        """Refuses what can't be divided, and what does not go together."""
-        n = world() * self.accumulate
-        parts = f" in {self.accumulate} parts" if self.accumulate > 1 else ""
-        share = f"its images can't be divided equally among {world()} processes{parts}"
-        if self.batch % n:
-            refuse(self, "batch", share)
-        if self.teacher_batch % n and not self.teacher:
-            refuse(self, "teacher_batch", share)
-        if self.synthetic < world():
-            refuse(self, "synthetic", f"fewer than the {world()} processes")
-        if world() > 1 and world() % self.replicas:
-            refuse(self, "replicas", f"must divide the {world()} processes")
-        if self.shard and world() > 1 and self.muon_lr and not self.teacher:
-            refuse(self, "muon_lr", "Muon needs whole matrices: --shard takes --muon-lr 0")
-        if self.compile and self.r1:
-            refuse(self, "compile", "not with --r1, a gradient of a gradient")
-        if self.offload and not self.shard:
-            refuse(self, "offload", "is a part of --shard")
-
 
 SCALED = ("teacher_iterations", "heads_warmup", "iterations", "synthetic", "evaluation")
-STAGES = ("teacher", "synthesis", "distillation", "report")
-
 # What SD3-medium and SD3.5-large have in common. [P] stands in arXiv 2403.03206 (SD3) or in the
 # released files, [L] is reported of LADD (arXiv 2403.12015), all else is ours and not measured.
 SD3 = dict(
@@ -418,16 +316,16 @@ def draw_teacher_batch(run, step, words):
 
     words: the captions' ids. -> x0, text, t, noise"""
     s, random = run.settings, rng(run.settings.seed, "teacher", step)
-    bucket = data.draw_bucket(run.dataset, s.seed, STAGES.index("teacher"), step)
+    bucket = data.draw_bucket(run.dataset, s.seed, "teacher", step)
     index = my_share(np.arange(step * s.teacher_batch, (step + 1) * s.teacher_batch))
     images, caption = bucket.batch(index)
-    kept = my_share(torch.rand(s.teacher_batch, generator=random)) >= s.drop
+    kept = torch.from_numpy(my_share(random.random(s.teacher_batch)) >= s.drop)
     text = run.text.features((words[caption] * kept[:, None]).to(run.device))
     x0 = data.to_float(images.to(run.device))
     mean = s.t_mean + s.logit_shift(x0.shape[2:])
     t = my_share(logit_normal(s.teacher_batch, mean, s.t_std, random)).to(run.device)
-    noise = torch.randn(s.teacher_batch, *x0.shape[1:], generator=random)
-    return x0, text, t, my_share(noise).to(run.device)
+    noise = random.standard_normal((s.teacher_batch, *x0.shape[1:]), np.float32)
+    return x0, text, t, torch.from_numpy(my_share(noise)).to(run.device)
 
 
 def train_teacher(run):
@@ -465,45 +363,34 @@ def train_teacher(run):
 FILE = 512  # samples of one file, all of one size
 
 
-def planned_files(run):
-    """The bucket of every file of samples, by its share of the images, and a file's size."""
+def planned_samples(run):
+    """Which samples stand in which file. -> their numbers, the bucket of every file"""
     s = run.settings
     size = min(FILE, math.ceil(s.synthetic / len(data.buckets_of(run.dataset))))
-    shares = data.shares(run.dataset, math.ceil(s.synthetic / size))
-    return [bucket for bucket, n in shares for _ in range(n)], size
+    numbers = [np.arange(a, min(a + size, s.synthetic)) for a in range(0, s.synthetic, size)]
+    shares = data.shares(run.dataset, len(numbers))
+    return numbers, [bucket for bucket, n in shares for _ in range(n)]
 
 
 def synthesise(run):
-    """The teacher's samples: what is real to the discriminator. A cut run goes on."""
+    """The teacher's samples: what is real to the discriminator."""
     s = run.settings
     teacher = generator(run, "teacher")
-    buckets, size = planned_files(run)
-    paths = [run.out / "synthetic" / f"{i:05d}.pt" for i in range(len(buckets))]
-    todo = broadcast([i for i, path in enumerate(paths) if not path.exists()])
-    seed = s.seed + 2
-    options = dict(seed=seed, steps=s.synthetic_steps, cfg=s.synthetic_cfg)
-    with progress("synthesis", len(buckets), len(buckets) - len(todo)) as bar:
-        for turn in range(0, len(todo), world()):
-            # Divided networks need all processes: those without a file of their own join in.
-            file = todo[min(turn + rank(), len(todo) - 1)]
-            bucket, end = buckets[file], s.synthetic + size * run.divided
-            index = np.arange(file * size, min((file + 1) * size, end))
-            first = buckets.index(bucket) * size  # a bucket's own captions from the first on
-            _, caption = bucket.batch(index - first + data.SYNTHETIC_INDEX)
-            captions = [run.dataset.captions[i] for i in caption]
-            x0 = teacher.sample(captions, index, size=bucket.size, **options)
-            index = index[index < s.synthetic]
-            x0, captions = x0[: len(index)], captions[: len(index)]
-            if not x0.isfinite().all():
-                raise RunError(
-                    f"the teacher's samples {index[0]} to {index[-1]} are not finite. Train it "
-                    "in another folder (--out) with a lower --teacher-lr or --precision fp32."
-                )
-            if turn + rank() < len(todo):
-                made = dict(x0=x0.half(), captions=captions, index=index.tolist(), seed=seed)
-                save(made, paths[file])
-            bar.update(min(world(), len(todo) - turn))
-            run.watch.check()
+    numbers, buckets = planned_samples(run)
+
+    def make(file, index):
+        n, bucket = len(index), buckets[file]
+        if run.divided:  # all processes need the same number of passes
+            index = index[0] + np.arange(len(numbers[0]))
+        first = numbers[buckets.index(bucket)][0]  # a bucket's own captions from the first on
+        _, caption = bucket.batch(index - first + data.SYNTHETIC_INDEX)
+        captions = [run.dataset.captions[i] for i in caption]
+        options = dict(seed=s.seed, stream="synthesis")
+        options |= dict(steps=s.synthetic_steps, cfg=s.synthetic_cfg)
+        x0 = teacher.sample(captions, index, size=bucket.size, **options)
+        return x0[:n], captions[:n]
+
+    write_samples(run, numbers, make, s.seed)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -541,12 +428,11 @@ def distillation_samples(run):
     return Samples(data.Buckets(sets), run.text.ids(captions), seed)
 
 
-def draw_levels(settings, n, step, generator):
+def draw_levels(settings, n, step, random):
     """n noise levels of the student, by their probabilities. -> (n,)"""
     warm = step < settings.warmup_iterations
-    p = torch.tensor(settings.warmup_p if warm else settings.level_p)
-    index = torch.multinomial(p, n, replacement=True, generator=generator)
-    return torch.tensor(settings.levels)[index]
+    p = np.array(settings.warmup_p if warm else settings.level_p)
+    return torch.from_numpy(random.choice(np.float32(settings.levels), n, p=p / p.sum()))
 
 
 def draw_batch(run, samples, step, heads_warmup=0, own_noise=True):
@@ -556,18 +442,19 @@ def draw_batch(run, samples, step, heads_warmup=0, own_noise=True):
     then alone it can tell the sample."""
     s, device, random = run.settings, run.device, rng(run.settings.seed, "distillation", step)
     dataset, words, seed = samples
-    bucket = data.draw_bucket(dataset, s.seed, STAGES.index("distillation"), step)
+    bucket = data.draw_bucket(dataset, s.seed, "distillation", step)
     images, caption = bucket.batch(my_share(np.arange(step * s.batch, (step + 1) * s.batch)))
     x0, text = data.to_float(images).to(device), run.text.features(words[caption].to(device))
     since = max(0, step - heads_warmup)  # the heads, alone, see the student's first levels
     t = my_share(draw_levels(s, s.batch, since, random)).to(device)
     m = s.m + s.logit_shift(x0.shape[2:])
     t_hat = my_share(logit_normal(s.batch, m, s.t_hat_std, random)).to(device)
-    noises = torch.randn(3, s.batch, *x0.shape[1:], generator=random)
-    noise, noise_fake, noise_real = (my_share(noise).to(device) for noise in noises)
+    noises = random.standard_normal((3, s.batch, *x0.shape[1:]), np.float32)
+    noises = (torch.from_numpy(my_share(noise)).to(device) for noise in noises)
+    noise, noise_fake, noise_real = noises
     paired = t < s.levels[0]
     if own_noise and seed is not None:
-        source = noise_of(seed, caption.tolist(), x0.shape[1:]).to(device)
+        source = sample.noise_of(seed, "synthesis", caption, x0.shape[1:]).to(device)
         noise = torch.where(per_sample(paired, x0), noise, source)
         paired = torch.ones_like(paired)
     return Batch(x0, text, t, noise, paired, t_hat, noise_fake, noise_real)
@@ -679,52 +566,30 @@ def told_apart(real, fake):
 
 @torch.no_grad()
 def diversity_probe(run, teacher, samples):
-    """A function student -> diversity of what it makes of pure noise, at always the same captions:
-    of some 2,000 samples the commonest, 32 in all (or as many as are worked on at once).
+    """A function student -> diversity of what it makes of pure noise, at always the same captions.
 
     The distance of a sample's features to the nearest other one's, over that of real samples. All
     are noised alike for the teacher, so that only their images differ."""
     s = run.settings
     steps = min(64, math.ceil(2048 * world() / s.batch))
-    batches = [draw_batch(run, samples, step) for step in range(steps)]
-    batches = [b for b in batches if b.x0.shape == batches[0].x0.shape]
-    b = tree_map(lambda *parts: torch.cat(parts), *batches)
-    rows = commonest(b.x0, b.text.pooled, min(32, len(batches[0].x0) // s.accumulate))
-    b = tree_map(lambda x: x[rows], b)
-    t, m = torch.full_like(b.t, s.levels[0]), s.m + s.logit_shift(b.x0.shape[2:])
-    t_hat = torch.full_like(t, m).sigmoid()
-    alike = noise_of(s.seed + 4, [0], b.x0.shape[1:]).to(b.x0).expand_as(b.x0)
+    b = commonest([draw_batch(run, samples, step) for step in range(steps)], 32 // s.accumulate)
+    t = torch.full_like(b.t, s.levels[0])
+    t_hat = torch.full_like(t, s.m + s.logit_shift(b.x0.shape[2:])).sigmoid()
+    alike = b.noise_fake[:1].expand_as(b.x0)
 
     @torch.no_grad()
-    def features(x0):
+    def features(student=None):
         with run.autocast():
+            x0 = student_predict(student, b.x0, b.text, t, b.noise) if student else b.x0
             return teacher_features(teacher, x0, b.text, t_hat, alike, s.tapped)[-1]
 
-    @torch.no_grad()
-    def measure(student):
-        with run.autocast():
-            x0_hat = student_predict(student, b.x0, b.text, t, b.noise)
-        return diversity(features(x0_hat), real)
-
-    real = features(b.x0)
-    return measure
+    real = features()
+    return lambda student: diversity(features(student), real)
 
 
 # ---------------------------------------------------------------------------------------------
 # Stage 4: report
 # ---------------------------------------------------------------------------------------------
-
-# What is a bad sign in a row of log.jsonl, beside the first row: number, test, meaning.
-SIGNS = {
-    "teacher": [("loss", lambda r, first: r["loss"] > 0.9 * first["loss"], "no progress")],
-    "distillation": [
-        ("loss_d", lambda r, _: r["loss_d"] > 1.95 and r["ranked"] < 0.53, "the heads see nothing"),
-        ("loss_d", lambda r, _: r["loss_d"] < 0.3, "the heads have won outright"),
-        ("grad_norm", lambda r, first: r["grad_norm"] < 0.01 * first["grad_norm"],
-         "the student's gradient has vanished"),
-        ("diversity", lambda r, _: r["diversity"] < 0.7, "the student's samples are alike"),
-    ],
-}  # fmt: skip
 
 
 def report(run):
@@ -734,45 +599,26 @@ def report(run):
     if s.is_latent:
         from sd3.weights import export
 
-        export(run.out, run.out / "student.safetensors")
+        out = run.out / "student.safetensors"
+        if not out.exists():
+            export(sample.read_checkpoint(run.path("student")), out)
         command = f"`python sample.py {run.out} --decode SD3_DIR --prompt TEXT`"
-        return write_text(
-            f"Latents are not scored. {command} makes pictures.\n", run.out / "report.md"
-        )
+        write_text(f"Latents are not scored. {command} makes pictures.\n", run.out / "report.md")
+        return
     judge = sample.judge_of(run.dataset, s, run.device, s.data_dir, s.precision)
     teacher, student = generator(run, "teacher"), generator(run, "student")
-    held_out = data.held_out(run.dataset, 2000)
-    accuracy = judge_accuracy(held_out, run.dataset.labels, run.dataset.attributes, judge)
+    shown = held_out(data.shares(run.dataset, 2000))
+    accuracy = judge_accuracy(shown, run.dataset.labels, run.dataset.attributes, judge)
     rows = sample.evaluate(run.dataset, judge, teacher, student, s.evaluation, s.seed)
 
     parts, titled = data.held_out_captions(run.dataset, 24), []
     for title, who, options in sample.compared(teacher, student):
-        if title in ("untrained, 4 steps", "untrained, 2 steps"):
-            continue
-        images = who.sample_parts(parts, seed=s.seed + 3, **options)
-        titled.append((title, pictures_of(images)))
+        if title not in ("untrained, 4 steps", "untrained, 2 steps"):
+            images = who.sample_parts(parts, seed=s.seed, stream="pictures", **options)
+            titled.append((title, pictures_of(images)))
     captions = "; ".join(caption for own, _ in parts for caption in own)
     save_png(panels(titled, 4), run.out / "samples.png", captions=captions)
-
-    write_report(run, rows, accuracy, verdicts(run, rows), time.perf_counter() - start)
-
-
-def verdicts(run, table):
-    """{stage: healthy, suspicious or failed, and why}, from the log and the table of scores."""
-    frechet, real = {row["name"]: row["frechet"] for row in table}, table[0]["alignment"]
-    after, before = frechet["student, 1 step"], frechet["untrained, 1 step"]
-    more = {stage: [] for stage in STAGES}
-    if after >= before:
-        figure = f"Fréchet {after:.3g} in 1 step, {before:.3g} before"
-        what = "the student is no better than untrained"
-        more["distillation"].append(("suspicious", what, figure))
-    if real is not None and real < 0.5:
-        what = "the judge misreads real images"
-        more["report"].append(("suspicious", what, f"{real:.2f} right"))
-    found = judge_stages(list(run.log.rows()), SIGNS, more)
-    if run.settings.teacher:
-        found["teacher"] = "not trained here but given"
-    return found
+    write_report(run, rows, accuracy, time.perf_counter() - start)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -802,154 +648,46 @@ def show(run, kind, step, model):
     if run.settings.is_latent:
         return
     parts = data.held_out_captions(run.dataset, 32)
-    made = generator(run, kind, model).sample_parts(parts, seed=run.settings.seed)
+    made = generator(run, kind, model).sample_parts(
+        parts, seed=run.settings.seed, stream="pictures"
+    )
     path = run.out / "samples" / f"{kind}-{step:06d}.png"
     if rank() == 0:
         captions = "; ".join(caption for own, _ in parts for caption in own)
         save_png(grid(pictures_of(made), 8), path, step=step, captions=captions)
 
 
-def given_teacher(s):
-    """The checkpoint of --teacher, ours or released, if its network is that of the settings."""
-    if Path(s.teacher).is_dir() or s.teacher.endswith(".safetensors"):
-        from sd3.weights import open_sd3
-
-        model, weights = open_sd3(s.teacher)
-        checkpoint = dict(format="ladd-1", model=model.config, weights=weights, step=0)
-        checkpoint |= dict(settings=dataclasses.asdict(s), ignored=weights.ignored)
-    else:
-        checkpoint = sample.read_checkpoint(s.teacher)
-        checkpoint["settings"] = vars(checkpoint["settings"])  # a plain dict, to be saved again
-    with torch.device("meta"):
-        same_network("teacher", s.teacher, checkpoint["model"], MMDiT(**s.model()).config)
-    return checkpoint
-
-
 def given_heads(s):
     """The checkpoint of --discriminator, if its heads are those of the settings."""
     checkpoint = sample.read_checkpoint(s.discriminator, ["heads"])
-    same_network("discriminator", s.discriminator, checkpoint["model"], s.head_sizes())
+    same_network("--discriminator", s.discriminator, checkpoint["model"], s.head_sizes())
     return checkpoint
-
-
-def same_network(flag, file, given, wanted):
-    """Raises UsageError if the network of a file is not the one that is wanted."""
-    names = [f"{k} {given.get(k)} → {wanted[k]}" for k in wanted if given.get(k) != wanted[k]]
-    if names:
-        different = ", ".join(names)
-        raise UsageError(f"--{flag} {file}: another network than the settings' ({different}).")
-
-
-def take_from(source, run):
-    """--from: gives this run the teacher and the samples of another one's folder."""
-    theirs, first = read_object(source / "config.json"), "iterations"
-    mine = fields.bound(run.settings)
-    names = [field.name for field in dataclasses.fields(Settings)]
-    names = names[: names.index(first)]  # what teacher and samples depend on
-    different = [k for k in names if k in mine and mine[k] != theirs.get(k)]
-    if different and run.settings.targets == "synthetic":
-        told = ", ".join(f"{k} {theirs.get(k)} → {mine[k]}" for k in different)
-        raise UsageError(f"--from {source}: made with other settings ({told}).")
-    for file in (*source.glob("teacher.pt"), *source.glob("synthetic/*.pt")):
-        link(file, run.out / file.relative_to(source))
-
-
-def open_data(s, given):
-    """The settings' data set, if it fits them. -> settings, data set, note
-
-    given: whether --data was. A preset's own data that can't be had is replaced by the shapes, and
-    the note says so."""
-    try:
-        dataset = data.load(s.data, s.sizes, data_dir=s.data_dir, seed=s.seed)
-        taught = s.teacher or s.source or (Path(s.out) / "teacher.pt").exists()
-        data.check(dataset, s, world(), needs_images=s.targets == "real" or not taught)
-        return s, dataset, None
-    except DataError as error:
-        if given or s.data == "shapes" or s.is_latent:
-            raise
-        note = f"{s.data} can't be had, so this run uses the built-in shapes. {error}"
-        s = dataclasses.replace(s, data="shapes")
-        return s, data.load("shapes", s.sizes, seed=s.seed), note
-
-
-def train(s, watch, distil=distil, method="ladd", given=True):
-    """One run: checks what it is given, opens its folder, goes through its stages. -> the run"""
-    if s.teacher and (others := given_teacher(s).get("ignored")):
-        print(f"--teacher {s.teacher}: {others} tensors of other networks are ignored")
-    if s.discriminator:
-        given_heads(s)
-    if rank() > 0:  # rank 0 downloads
-        barrier()
-    s, dataset, note = open_data(s, given)
-    if rank() == 0:
-        barrier()
-    run = Run(s, dataset, data.text_features(dataset, s.text_dim, s.text_length), watch)
-    base = Settings(**PRESETS[s.preset]).scaled()
-    work = dict(teacher=train_teacher, synthesis=synthesise, distillation=distil, report=report)
-    with run.opened(method, base, note):
-        if s.source and rank() == 0:
-            take_from(Path(s.source), run)
-        if s.teacher and not run.path("teacher").exists() and rank() == 0:
-            start = given_teacher(s)  # its tensors are views of the file until here
-            save(start | dict(kind="teacher", weights=dict(start["weights"])), run.path("teacher"))
-        samples = len(list((run.out / "synthetic").glob("*.pt")))
-        done = dict(
-            teacher=run.path("teacher").exists(),
-            synthesis=s.targets == "real" or samples == len(planned_files(run)[0]),
-            distillation=run.path("student").exists(),
-            report=(run.out / "report.md").exists(),
-        )
-        if done["report"] and not s.is_latent:
-            read_metrics(run.out)
-        run.stages(work, broadcast(done), s.stage)
-    return run
-
-
-def parse(argv, program="ladd.py"):
-    """The command line -> Settings: the preset's row, with every given flag replacing a field.
-    -> the settings, whether --data was given"""
-    parser = fields.make_parser(Settings, program, __doc__.splitlines()[0], epilog=TOOLS)
-    given = vars(parser.parse_args(argv))
-    preset = given.get("preset", "nano")
-    if preset not in PRESETS:
-        parser.error(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
-    if "out" not in given:
-        name = preset
-        if given.get("data", PRESETS[preset].get("data", "shapes")) != PRESETS[preset].get(
-            "data", "shapes"
-        ):
-            name += "-" + Path(given["data"]).stem
-        given["out"] = f"runs/{name}"
-    return Settings(**PRESETS[preset] | given).scaled(), "data" in given
 
 
 TOOLS = "Also: --explain, --dry-run and --sweep, which are tools/explain.py, plan.py and sweep.py."
 
 
+def parse(argv, program="ladd.py"):
+    """The command line -> Settings, and whether --data was given."""
+    s, given = parse_settings(Settings, PRESETS, argv, program, __doc__.splitlines()[0], TOOLS)
+    method = "" if program == "ladd.py" else "-" + program.split(".")[-1]
+    out = f"runs/{s.preset}{method}"
+    if s.data != PRESETS[s.preset].get("data", "shapes"):
+        out += "-" + Path(s.data).stem
+    return dataclasses.replace(s, out=s.out or out).scaled(), "data" in given
+
+
 def main(argv=None, distil=distil, method="ladd"):
-    """The program; a method of methods/ brings its own stage `distil` and name."""
+    """The program, which is tools/train.py; a method of methods/ brings its own stage `distil`."""
     argv = sys.argv[1:] if argv is None else argv
-    program = "ladd.py" if method == "ladd" else f"methods/{method}.py"
-    for flag, tool in (("--explain", "explain"), ("--dry-run", "plan"), ("--sweep", "sweep")):
-        if any(word == flag or word.startswith(flag + "=") for word in argv):
-            return importlib.import_module(f"tools.{tool}").main(argv)
-    keep_memory()
-    try:
-        s, given = parse(argv, program)
-        with Watch(s.stop_after, program) as watch, processes(device_of(s.device), program):
-            train(s, watch, distil, method, given)
-    except Stop as stop:
-        again = shlex.join(["python", program, *argv])
-        if rank() == 0:
-            print(
-                f"{program}: stopped, and saved what is done. To go on:\n    {again}",
-                file=sys.stderr,
-            )
-        return stop.args[0]
-    except (UserError, RunError, OSError) as error:
-        return exit_status(program, error)
-    return 0
+    flags = {"--explain": "explain", "--dry-run": "plan", "--sweep": "sweep"}
+    tools = [tool for flag, tool in flags.items() if any(w.split("=")[0] == flag for w in argv)]
+    if tools:
+        return importlib.import_module(f"tools.{tools[0]}").main(argv)
+    return importlib.import_module("tools.train").main(argv, distil, method)
 
 
 if __name__ == "__main__":
-    leave(main())
+    import ladd  # the module that tools and methods know
+
+    leave(ladd.main())

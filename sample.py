@@ -24,18 +24,19 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import data
 from lib import checkpoints
-from lib.errors import Parser, UsageError, UserError, clean, exit_status
+from lib.errors import Parser, UsageError, UserError, exit_status, reason
 from lib.files import read_lines
 from lib.images import decode_file
 from lib.machine import autocast, device_of
 from lib.pictures import refuse_strangers, save_gif, save_pictures
-from lib.scores import compared, get_judge, score_table
-from lib.streams import noise_of
+from lib.scores import compared, get_judge, held_out, score_table
+from lib.streams import normal
 from mmdit import MMDiT
 
 # ---------------------------------------------------------------------------------------------
@@ -59,9 +60,10 @@ def predict_x0(xt, v, t):
     return xt - per_sample(t, xt) * v.float()
 
 
-def logit_normal(n, mean, std, generator=None):
-    """n draws of t = sigmoid(u), u ~ N(mean, std²). -> (n,)"""
-    return torch.sigmoid(torch.randn(n, generator=generator) * std + mean)
+def logit_normal(n, mean, std, random):
+    """n draws of t = sigmoid(u), u ~ N(mean, std²), from NumPy's generator `random`. -> (n,)"""
+    u = torch.from_numpy(random.standard_normal(n, np.float32))
+    return torch.sigmoid(u * std + mean)
 
 
 def shift_t(t, alpha):
@@ -138,6 +140,11 @@ def latent_sizes(s):
     return data.bucket_sizes(size, unit, s.aspects) if s.aspects else [size]
 
 
+def noise_of(seed, stream, indices, shape, step=0):
+    """The noise of sampling: ε of every image at a step. -> (B, *shape)"""
+    return normal(seed, f"{stream}, step {step}", indices, shape)
+
+
 class Generator:
     """A network with all that it takes to sample from it: text features, sizes, levels, guidance.
 
@@ -169,20 +176,23 @@ class Generator:
 
     @torch.no_grad()
     def trajectory(
-        self, captions, indices, *, seed=0, steps=None, cfg=None, sampler=None, size=None,
-        start=None,
+        self, captions, indices, *, seed=0, stream="sampling", steps=None, cfg=None, sampler=None,
+        size=None, start=None,
     ):  # fmt: skip
         """Yields x̂_0 (B, C, H, W) on the CPU after every step, for one batch of captions.
 
         size: (H, W) of the latents, by default the first that the model was made for. The shift of
         an Euler sampler follows the number n of positions: α·√(n / n'), SD3's rule.
 
-        indices: the number of every image, which with the seed decides its noise.
+        indices: the number of every image, which with seed and stream decides its noise.
         start: (x0, strength), to begin at an image noised to that level, not at pure noise."""
         s = self.settings
         steps, cfg, sampler = self.way(steps, cfg, sampler)
         shape = (self.model.config["channels"], *(size or self.size))
-        fresh = lambda step: noise_of(seed, indices, shape, step).to(self.device)  # noqa: E731
+
+        def fresh(step):
+            return noise_of(seed, stream, indices, shape, step).to(self.device)
+
         x, level = fresh(0), 1.0
         if start is not None:
             level = start[1]
@@ -244,16 +254,15 @@ def load_generator(run, teacher=False, device="auto", precision="auto"):
 def judge_of(dataset, s, device, data_dir, precision):
     """The judge that a run's samples are scored by."""
     return get_judge(
-        data.judge_batches(dataset), dataset.attributes, s.size, s.channels, device,
+        data.judge_batches(dataset), dataset.attributes, s.size, dataset.channels, device,
         data_dir=data_dir, steps=s.judge_steps, width=s.judge_width, precision=precision,
     )  # fmt: skip
 
 
 def evaluate(dataset, judge, teacher, student, count, seed=0):
     """The table of a run, of those of both that are there: dicts, the real images first."""
-    noise = seed + 1_000_000  # a sweep's students have learned from that of nearby seeds
-    held, rows = data.held_out(dataset, count), compared(teacher, student)
-    return score_table(held, dataset.labels, judge, rows, noise, data.to_uint8)
+    held, rows = held_out(data.shares(dataset, count)), compared(teacher, student)
+    return score_table(held, dataset.labels, judge, rows, seed, data.to_uint8)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -335,9 +344,7 @@ def read_start(args, size, codec):
     try:
         pixels = decode_file(args.init_image, *(side * codec.unit for side in size))
     except Exception as why:  # Pillow raises nearly anything on damaged files
-        raise UsageError(
-            f"--init-image {args.init_image}: can't be read ({clean(why, 200)})"
-        ) from None
+        raise UsageError(f"--init-image {args.init_image}: can't be read ({reason(why)})") from None
     return codec.encode(torch.from_numpy(pixels.copy())[None]), args.strength
 
 
@@ -362,7 +369,6 @@ def draw(args):
         options["start"] = read_start(args, options.get("size", generator.size), codec)
     if args.trajectory:
         refuse_strangers(args.trajectory)
-
     notes = dict(seed=args.seed, steps=steps, cfg=cfg, model=f"{generator.kind} of {args.run}")
     with tqdm(total=len(prompts), desc="sampling", disable=not sys.stderr.isatty()) as bar:
         x0 = generator.sample(prompts, batch=args.batch, progress=bar, **options)
@@ -385,7 +391,7 @@ def main(argv=None):
         if args.export:
             from sd3.weights import export
 
-            export(args.run, args.export, args.dtype, args.teacher)
+            export(read_checkpoint(checkpoint_of(args.run, args.teacher)), args.export, args.dtype)
         else:
             draw(args)
     except (FileExistsError, ValueError) as error:

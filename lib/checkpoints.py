@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
-from lib.errors import CheckpointError, reason
+from lib.errors import CheckpointError, UsageError, reason
 from lib.files import read
 
 
@@ -71,3 +71,11 @@ def check_settings(s, config):
     numbers = torch.tensor([s.cfg, s.shift, *s.levels])
     if not numbers.isfinite().all() or s.shift <= 0 or not all(s.levels):
         raise ValueError("cfg, shift or levels")
+
+
+def same_network(flag, file, given, wanted):
+    """Raises UsageError if the network of a file is not the one that is wanted: its arguments."""
+    names = [name for name in wanted if given.get(name) != wanted[name]]
+    if names:
+        different = ", ".join(f"{name} {given.get(name)} → {wanted[name]}" for name in names)
+        raise UsageError(f"{flag} {file}: another network than the settings' ({different}).")

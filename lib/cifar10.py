@@ -12,6 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lib.archive import MOST_BYTES
+from lib.captions import class_attributes
 from lib.errors import DataError
 from lib.files import sha256
 from lib.images import fit
@@ -46,8 +47,10 @@ def download(url, path, size):
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0
-    have = have if have < size else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    if have >= size:
+        have = 0
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=30) as answer:
         if answer.status != 206:  # the server starts from the beginning
             have = 0
@@ -94,7 +97,7 @@ def cifar_batches(data_dir):
 def read_cifar10(data_dir, height, width):
     """CIFAR-10's 50,000 training and 10,000 test photographs.
 
-    -> (images (n, 3, H, W) uint8, classes (n,) int64) of each"""
+    -> (images (n, 3, H, W) uint8, classes (n,) int64) of each; captions, attributes, labels"""
     try:
         batches = cifar_batches(data_dir)
     except DataError:
@@ -105,25 +108,31 @@ def read_cifar10(data_dir, height, width):
             f"{URL} in {data_dir}/, point --data-dir at a folder that has it, use a folder "
             "or zip of images with --data PATH, or the built-in set with --data shapes."
         ) from None
-    parts = {}
-    for name, data in batches.items():
+    parts = []
+    for name, content in batches.items():
         try:
-            batch = ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
-            pixels = batch[b"data"].astype(np.uint8, casting="no").reshape(-1, 3, 32, 32)
-            labels = np.fromiter(batch[b"labels"], np.int64)
-            if len(labels) != len(pixels) or not set(labels) <= set(range(10)):
-                raise ValueError("labels and images don't match")
-            parts[name] = (torch.from_numpy(pixels), torch.from_numpy(labels))
-        except Exception as error:
+            images, classes = read_batch(content)
+        except Exception as error:  # a damaged pickle raises nearly anything
             raise DataError(f"{data_dir}: {name} is not a batch of CIFAR-10 ({error}).") from None
-    test = parts.pop("test_batch")
-    train = tuple(torch.cat(column) for column in zip(*parts.values(), strict=True))
-    if (height, width) != (32, 32):
-        train, test = ((resize(x, height, width), y) for x, y in (train, test))
-    return train, test
+        parts.append((resize(images, height, width), classes))
+    *train, test = parts
+    train = tuple(torch.cat(column) for column in zip(*train, strict=True))
+    return train, test, *class_attributes(CLASSES)
+
+
+def read_batch(content):
+    """The bytes of a batch file -> images (n, 3, 32, 32) uint8, classes (n,) int64"""
+    batch = ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+    pixels = batch[b"data"].astype(np.uint8, casting="no").reshape(-1, 3, 32, 32)
+    classes = np.fromiter(batch[b"labels"], np.int64)
+    if len(classes) != len(pixels) or not set(classes) <= set(range(10)):
+        raise ValueError("labels and images don't match")
+    return torch.from_numpy(pixels), torch.from_numpy(classes)
 
 
 def resize(images, height, width):
     """(n, 3, H, W) uint8 -> the same cropped at the centre and resized."""
+    if images.shape[2:] == (height, width):
+        return images
     pictures = [Image.fromarray(x) for x in images.permute(0, 2, 3, 1).numpy()]
     return torch.from_numpy(np.stack([fit(picture, height, width) for picture in pictures]))

@@ -4,16 +4,21 @@ Captions stand in a captions.jsonl, or in a .txt beside each image, or are the n
 folders. What can't be read is left out, counted and named.
 """
 
+import hashlib
 import io
 import json
 import os
 import posixpath
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 from lib.archive import Files
+from lib.captions import class_attributes, word_attributes
 from lib.errors import DataError, clean
 from lib.images import SUFFIXES, decode
 
@@ -116,11 +121,38 @@ def decode_all(files, names, sizes, bad, total):
     return list(good), list(good.values())
 
 
-def read_folder(path, sizes):
-    """A folder or a zip of images, each cropped to that (H, W) of `sizes` of the nearest aspect.
+def split_off(names):
+    """A tenth of the images, at most 10,000, chosen by their names, is held out of training.
+    -> the rows that are, the rows that are trained on"""
+    keys = [name.encode("utf-8", "surrogatepass") for name in names]
+    keys = [hashlib.blake2b(key, digest_size=8).digest() for key in keys]
+    order = sorted(range(len(names)), key=keys.__getitem__)
+    cut = min(10_000, max(1, len(order) // 10))
+    return order[:cut], order[cut:] if len(order) > 1 else order
 
-    -> names, pixels [(3, H, W) uint8], captions, and whether these are the names of classes"""
+
+def read_folder(path, sizes):
+    """The images of a folder or a zip as plain arrays, each cropped to the size of the nearest
+    aspect ratio.
+
+    -> [(train, held out)] of each size, where a part is (images (n, 3, H, W) uint8, rows of the
+    captions (n,)); captions, attributes, labels"""
     files = Files(path)
     caption_of, classes = find_captions(files)
     names, pixels = decode_all(files, sorted(caption_of), sizes, [], len(caption_of))
-    return names, pixels, [caption_of[name] for name in names], classes
+    counts = Counter(caption_of[name] for name in names)
+    captions = sorted(counts)
+    rows = {caption: i for i, caption in enumerate(captions)}
+
+    def part(chosen):
+        images = torch.from_numpy(np.stack([pixels[i] for i in chosen]))
+        return images, torch.tensor([rows[caption_of[names[i]]] for i in chosen])
+
+    sets = []
+    for shape in sorted({x.shape for x in pixels}):  # every size holds out its own tenth
+        own = [i for i in range(len(pixels)) if pixels[i].shape == shape]
+        held_out, train = split_off([names[i] for i in own])
+        sets.append((part([own[k] for k in train]), part([own[k] for k in held_out])))
+    if classes:
+        return sets, *class_attributes(captions)
+    return sets, captions, *word_attributes(captions, [counts[c] for c in captions])

@@ -4,6 +4,7 @@ import math
 from itertools import groupby
 
 import torch
+from torch.utils._pytree import tree_map
 
 
 def symptoms(rows, signs, expected=None):
@@ -74,10 +75,14 @@ def diversity(fake, real):
     return (nearest_distance(fake) + 1e-6) / (nearest_distance(real) + 1e-6)
 
 
-def commonest(x0, pooled, most):
-    """Rows of at most `most` samples: of the commonest captions first, four different ones each."""
+def commonest(batches, most):
+    """At most `most` samples of the batches: of the commonest captions first, four different ones
+    each. batches: tuples of tensors with `x0` and `text.pooled`; those of the first one's size."""
+    batches = [b for b in batches if b.x0.shape == batches[0].x0.shape]
+    most = min(most, len(batches[0].x0))
+    joined = tree_map(lambda *parts: torch.cat(parts), *batches)
+    x0, pooled, rows = joined.x0, joined.text.pooled, []
     _, caption, count = pooled.unique(dim=0, return_inverse=True, return_counts=True)
-    rows = []
     for common in count.argsort(descending=True, stable=True)[:most].tolist():
         own = []
         for row in (caption == common).nonzero()[:, 0].tolist():
@@ -85,4 +90,4 @@ def commonest(x0, pooled, most):
             if len(own) < 4 and not seen:
                 own.append(row)
         rows += own
-    return rows[:most]
+    return tree_map(lambda x: x[rows[:most]], joined)

@@ -79,7 +79,7 @@ class Loop:
         self.saver = Saver(out, stage, device, divided)
         self.step = self.skipped = self.in_a_row = 0
         self.earlier = 0.0  # seconds that earlier processes worked at the stage
-        self.sums, self.parts = {}, []
+        self.sums, self.found = {}, []
         if state := newest_state(out, stage):
             folder, facts = state
             load_state(folder, networks, optimizers)
@@ -116,22 +116,22 @@ class Loop:
     # ----------------------------------------------------------------------------------------
 
     def add(self, **values):
-        """Notes numbers of a part of this update's batch."""
-        self.parts.append(values)
+        """Notes numbers of this update, or of a part of its batch."""
+        self.found += values.items()
 
     def log(self, **values):
         """Ends an update: adds up its numbers; at every log line writes their means.
 
         None among them: an update that was not applied, which is counted and told instead."""
-        parts, self.parts = [*self.parts, values], []
-        if any(value is None for part in parts for value in part.values()):
-            self.skip(parts)
+        self.add(**values)
+        found, self.found = self.found, []
+        if any(value is None for _, value in found):
+            self.skip(found)
         else:
             self.in_a_row = 0
-            for part in parts:
-                for name, value in part.items():
-                    total, n = self.sums.get(name, (0, 0))
-                    self.sums[name] = (total + value.detach().float(), n + 1)
+            for name, value in found:
+                total, n = self.sums.get(name, (0, 0))
+                self.sums[name] = (total + value.detach().float().to(self.device), n + 1)
         if self.step - self.first == 4:  # the first updates are slower
             self.warm = time.perf_counter()
         if self.step - self.first == 14:
@@ -183,10 +183,9 @@ class Loop:
                 flush=True,
             )
 
-    def skip(self, parts):
+    def skip(self, found):
         """Tells of an update that was not applied; five in a row end the run."""
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        found = [(k, v) for part in parts for k, v in part.items()]
         names = list(dict.fromkeys(k for k, v in found if v is None or not v.isfinite()))
         row = dict(stage=self.stage, step=self.step + 1, skipped=self.skipped, not_finite=names)
         self.log_file.write(**row)

@@ -39,7 +39,7 @@ def step_all(*players):
     for _, network, clip, _ in players:
         average([p.grad for p in network.parameters() if p.grad is not None])
         norms.append(full_tensor(torch.nn.utils.clip_grad_norm_(network.parameters(), clip)))
-    finite = bool(torch.stack(norms).isfinite().all())
+    finite = all(norm.isfinite() for norm in norms)  # one by one: --offload has its own on the CPU
     for optimizers, _, _, rate in players:
         for optimizer in optimizers:
             for group in optimizer.param_groups:

@@ -130,10 +130,10 @@ def barrier():
 
 def broadcast(value):
     """Rank 0's value, in all processes."""
+    box = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(box := [value])
-        return box[0]
-    return value
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 def gather(value):
@@ -146,8 +146,9 @@ def gather(value):
 
 def highest(value):
     """The highest of all processes' numbers."""
+    value = torch.tensor(float(value))
     if dist.is_initialized():
-        dist.all_reduce(value := torch.tensor(float(value)), dist.ReduceOp.MAX)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
     return int(value)
 
 
@@ -172,10 +173,10 @@ def mesh(device_type, replicas, group):
     """The processes of a group, in rows that hold all of a network each."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    shape = (replicas, world() // replicas) if replicas > 1 else (world(),)
-    return init_device_mesh(
-        device_type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]
-    )
+    if replicas == 1:
+        return init_device_mesh(device_type, (world(),), mesh_dim_names=("shard",))
+    shape = (replicas, world() // replicas)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def shard(network, blocks, device, dtype, *, replicas=1, offload=False):
@@ -185,14 +186,9 @@ def shard(network, blocks, device, dtype, *, replicas=1, offload=False):
     replicas: how many times the parts are held. offload: they wait in CPU memory."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    types = {}
-    if dtype == torch.bfloat16:
-        types = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    options = dict(
-        mesh=mesh(device.type, replicas, dist.group.WORLD),
-        mp_policy=MixedPrecisionPolicy(**types, cast_forward_inputs=False),
-        reshard_after_forward=True,
-    )
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    options = dict(mesh=mesh(device.type, replicas, dist.group.WORLD), mp_policy=policy)
+    options["reshard_after_forward"] = True
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     place = torch.device("cpu") if offload else device

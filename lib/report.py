@@ -4,8 +4,21 @@ from pathlib import Path
 
 from lib.errors import CheckpointError
 from lib.files import read_object, sha256, write_json, write_text
+from lib.health import judge_stages
 from lib.machine import facts
 from lib.settings import command_of
+
+# What is a bad sign in a row of log.jsonl, beside the first row: number, test, meaning.
+SIGNS = {
+    "teacher": [("loss", lambda r, first: r["loss"] > 0.9 * first["loss"], "no progress")],
+    "distillation": [
+        ("loss_d", lambda r, _: r["loss_d"] > 1.95 and r["ranked"] < 0.53, "the heads see nothing"),
+        ("loss_d", lambda r, _: r["loss_d"] < 0.3, "the heads have won outright"),
+        ("grad_norm", lambda r, first: r["grad_norm"] < 0.01 * first["grad_norm"],
+         "the student's gradient has vanished"),
+        ("diversity", lambda r, _: r["diversity"] < 0.7, "the student's samples are alike"),
+    ],
+}  # fmt: skip
 
 COLUMNS = (
     ("alignment", ".3f"), ("frechet", ".2f"), ("precision", ".2f"), ("recall", ".2f"),
@@ -55,14 +68,32 @@ def write_metrics(run, rows, seconds, **more):
     return metrics
 
 
-def write_report(run, rows, accuracy, verdicts, report_seconds):
+def verdicts(run, table):
+    """{stage: healthy, suspicious or failed, and why}, from the log and the table of scores."""
+    frechet, real = {row["name"]: row["frechet"] for row in table}, table[0]["alignment"]
+    after, before = frechet["student, 1 step"], frechet["untrained, 1 step"]
+    more = dict(teacher=[], synthesis=[], distillation=[], report=[])
+    if after >= before:
+        figure = f"Fréchet {after:.3g} in 1 step, {before:.3g} before"
+        what = "the student is no better than untrained"
+        more["distillation"].append(("suspicious", what, figure))
+    if real is not None and real < 0.5:
+        what = "the judge misreads real images"
+        more["report"].append(("suspicious", what, f"{real:.2f} right"))
+    found = judge_stages(list(run.log.rows()), SIGNS, more)
+    if run.settings.teacher:
+        found["teacher"] = "not trained here but given"
+    return found
+
+
+def write_report(run, rows, accuracy, report_seconds):
     """metrics.json and report.md, and prints the table."""
-    s, seconds = run.settings, {}
+    s, seconds, verdict = run.settings, {}, verdicts(run, rows)
     for row in run.log.rows():
         if row.get("finished") and isinstance(row.get("seconds"), float):
             seconds[row["stage"]] = row["seconds"]
     seconds["report"] = report_seconds
-    where = write_metrics(run, rows, seconds, judge_accuracy=accuracy, verdicts=verdicts)
+    where = write_metrics(run, rows, seconds, judge_accuracy=accuracy, verdicts=verdict)
     table, judged = markdown_table(rows), accuracy_line(accuracy)
     dirty = " with uncommitted changes" if where["dirty"] else ""
     took = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
@@ -80,7 +111,7 @@ def write_report(run, rows, accuracy, verdicts, report_seconds):
         "",
         f"The judge reads held-out images right: {judged}.",
         "",
-        *(f"- {stage}: {verdict}" for stage, verdict in verdicts.items()),
+        *(f"- {stage}: {text}" for stage, text in verdict.items()),
         "",
         f"Time: {took}. Commit {where['commit']}{dirty}, torch {where['torch']}, "
         f"{where['gpu'] or where['processor']}, {where['threads']} threads.",

@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 
 from lib.errors import UsageError
-from lib.files import save
+from lib.files import link, read_object, save
 from lib.log import Log
 from lib.loop import Loop
 from lib.machine import arithmetic, autocast, deterministic, device_of, facts
 from lib.parallel import barrier, fill, rank, shard, stop_processes, to_rank0, world
 from lib.settings import bound, locked, open_folder
 from lib.states import forget_states, forget_unfinished
+from lib.streams import key_of
 
 
 class Run:
@@ -50,7 +51,8 @@ class Run:
     def make(self, module, **arguments):
         """A fresh network, its weights drawn from the seed, on its device."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.settings.seed)
+            stream = f"weights, {module.__name__}"
+            torch.manual_seed(key_of(self.settings.seed, stream) >> 32)  # of which it reads 32 bits
             return self.place(module(**arguments))
 
     def place(self, network, learns=True):
@@ -100,6 +102,21 @@ class Run:
         return network.eval().requires_grad_(False)
 
     # stages
+
+    def take(self, source, files, depends):
+        """--from: takes over files of another run's folder, if it was made with the same settings.
+
+        files: patterns; depends: the names of the settings that they depend on."""
+        if rank() > 0:
+            return
+        theirs, mine = read_object(source / "config.json"), bound(self.settings)
+        differ = [name for name in depends if name in mine and mine[name] != theirs.get(name)]
+        if differ:
+            told = ", ".join(f"{name} {theirs.get(name)} → {mine[name]}" for name in differ)
+            raise UsageError(f"--from {source}: made with other settings ({told}).")
+        for pattern in files:
+            for file in source.glob(pattern):
+                link(file, self.out / file.relative_to(source))
 
     @contextlib.contextmanager
     def opened(self, method, base, note):

@@ -4,8 +4,9 @@ import numpy as np
 import torch
 
 from lib.errors import RunError, reason
-from lib.files import load
-from lib.parallel import my_share
+from lib.files import load, save
+from lib.loop import progress
+from lib.parallel import broadcast, my_share, rank, world
 
 
 class Joined:
@@ -23,6 +24,30 @@ class Joined:
         which = np.searchsorted(self.ends, rows, side="right").tolist()
         behind = (np.asarray(rows) - self.ends[which]).tolist()  # counted from its tensor's end
         return torch.stack([self.tensors[i][k] for i, k in zip(which, behind, strict=True)])
+
+
+def write_samples(run, plan, make, seed):
+    """Makes the samples that are not there yet, the processes by turns. A cut run goes on.
+
+    plan: the sample numbers of every file; make(file, index) -> x0 (n, C, H, W), n captions"""
+    paths = [run.out / "synthetic" / f"{i:05d}.pt" for i in range(len(plan))]
+    todo = broadcast([i for i, path in enumerate(paths) if not path.exists()])
+    with progress("synthesis", len(plan), len(plan) - len(todo)) as bar:
+        for turn in range(0, len(todo), world()):
+            # Divided networks need all processes: those without a file of their own join in.
+            file = todo[min(turn + rank(), len(todo) - 1)]
+            x0, captions = make(file, plan[file])
+            if not x0.isfinite().all():
+                raise RunError(
+                    f"the teacher's samples {plan[file][0]} to {plan[file][-1]} are not finite. "
+                    "Train it in another folder (--out) with a lower --teacher-lr or "
+                    "--precision fp32."
+                )
+            if turn + rank() < len(todo):
+                made = dict(x0=x0.half(), captions=captions, index=plan[file].tolist(), seed=seed)
+                save(made, paths[file])
+            bar.update(min(world(), len(todo) - turn))
+            run.watch.check()
 
 
 def read_file(path, channels, patch, check):

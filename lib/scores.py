@@ -8,7 +8,9 @@ import hashlib
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -27,7 +29,8 @@ class Judge(torch.nn.Module):
         layers, side, channels = [torch.nn.Conv2d(channels, width, 3, padding=1)], min(size), width
         while side > 4:
             out = min(2 * channels, 8 * width)
-            for stride in (2, 1) if side <= 8 or width > 32 else (2,):
+            strides = (2, 1) if side <= 8 or width > 32 else (2,)
+            for stride in strides:
                 layers += [torch.nn.GroupNorm(4, channels), torch.nn.GELU()]
                 layers += [torch.nn.Conv2d(channels, out, 3, padding=1, stride=stride)]
                 channels = out
@@ -162,23 +165,25 @@ def compared(teacher, student):
     return rows
 
 
-def score_table(held_out, labels, judge, candidates, seed, to_uint8):
+def score_table(held, labels, judge, candidates, seed, to_uint8):
     """The table of a run: a list of dicts, the real images first.
 
-    held_out: data.HeldOut of each size, each with its share; a row scores all of them together.
+    held: HeldOut of each size, each with its share; a row scores all of them together.
     labels: of all captions. candidates: see `compared`. seed: of their noise."""
-    parts = [(part.captions, part.size) for part in held_out]
-    labels = labels[torch.cat([part.caption for part in held_out])]
-    read = [(judge.read(part.reference)[0], len(part.images)) for part in held_out]
+    parts = [(part.captions, part.size) for part in held]
+    labels = labels[torch.cat([part.caption for part in held])]
+    read = [(judge.read(part.reference)[0], len(part.images)) for part in held]
     first, others = [f[:n] for f, n in read], [f[n:] for f, n in read]
     reference = torch.cat(first + others)  # first as many of each size as there are samples
-    real = score([part.images for part in held_out], labels, reference, judge)
+    real = score([part.images for part in held], labels, reference, judge)
     rows = [dict(name="real, held out", **real)]
     total, hidden = len(candidates) * len(labels), not sys.stderr.isatty()
     with tqdm(total=total, desc="evaluation", leave=False, disable=hidden) as bar:
         for name, generator, options in candidates:
             start = time.perf_counter()
-            images = generator.sample_parts(parts, seed=seed, progress=bar, **options)
+            images = generator.sample_parts(
+                parts, seed=seed, stream="evaluation", progress=bar, **options
+            )
             seconds = (time.perf_counter() - start) / len(labels)
             evaluations = options["steps"] * (2 if options["cfg"] != 1 else 1)
             row = score([to_uint8(x) for x in images], labels, reference, judge)
@@ -186,7 +191,39 @@ def score_table(held_out, labels, judge, candidates, seed, to_uint8):
     return rows
 
 
-def judge_accuracy(held_out, labels, attributes, judge):
+def judge_accuracy(held, labels, attributes, judge):
     """Share of held-out images whose attributes the judge reads right, for each attribute."""
-    right = [(judge.read(part.images)[1] == labels[part.caption]).double() for part in held_out]
+    right = [(judge.read(part.images)[1] == labels[part.caption]).double() for part in held]
     return dict(zip(attributes, torch.cat(right).mean(dim=0).tolist(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------
+# Held-out images
+# ---------------------------------------------------------------------------------------------
+
+
+class HeldOut(NamedTuple):
+    """Held-out images of one size, to be scored by."""
+
+    images: torch.Tensor  # (n, C, H, W) uint8
+    caption: torch.Tensor  # (n,) rows of the captions
+    captions: list  # n texts
+    size: tuple  # (H, W)
+    reference: torch.Tensor  # (m, C, H, W) uint8, other images to compare with
+
+
+def held_out(shares):
+    """Held-out images of a data set, [(set of one size, how many)] -> [HeldOut]"""
+    found = []
+    for bucket, n in shares:
+        index, available = np.arange(n), bucket.held_out_size
+        if available is None or available >= 2 * n:
+            rest = np.arange(n, 6 * n if available is None else min(available, 6 * n))
+        else:  # few images: the reference must not be the row "real" itself
+            index = index % max(1, available // 2)
+            rest = np.arange(available // 2, available)
+        images, caption = bucket.batch(index, held_out=True)
+        captions = [bucket.captions[i] for i in caption]
+        reference, _ = bucket.batch(rest, held_out=True)
+        found.append(HeldOut(images, caption, captions, bucket.size, reference))
+    return found

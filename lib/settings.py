@@ -140,13 +140,24 @@ def make_parser(kind, program, description, **options):
         elif rule["parse"]:
             options |= dict(type=rule["parse"], metavar="X")
         elif isinstance(default, tuple):
-            options |= dict(type=divided_by_commas(rule["kind"]), metavar="A,B,…")
+            options |= dict(type=divided_by_commas(rule["kind"] or float), metavar="A,B,…")
         else:
             options |= dict(type=rule["kind"] or type(default), metavar="X")
         parser.add_argument(flag_of(field), **options)
     if rank() > 0:  # rank 0 says it
         parser.error = lambda _: sys.exit(2)
     return parser
+
+
+def parse_settings(kind, presets, argv, program, description, epilog=""):
+    """The command line: a preset's row, with every given flag replacing a field.
+    -> the dataclass `kind`, the names of the fields that were given"""
+    parser = make_parser(kind, program, description, epilog=epilog)
+    given = vars(parser.parse_args(argv))
+    preset = given.get("preset", kind.preset)
+    if preset not in presets:
+        parser.error(f"--preset {preset}: must be one of {', '.join(presets)}")
+    return kind(**presets[preset] | given), set(given)
 
 
 # ---------------------------------------------------------------------------------------------

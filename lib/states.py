@@ -8,18 +8,23 @@ on from a state, divided as they like. Randomness and data are functions of the 
 saved where nothing has been added up for the log: so it holds no more than this.
 """
 
+import dataclasses
+import enum
+import pickle
 import shutil
 import sys
 import warnings
+from pathlib import PurePath
 
 import torch
 import torch.distributed as dist
 
-from lib.errors import CheckpointError, RunError
+from lib.errors import CheckpointError, RunError, reason
 from lib.files import read, save, sha256
 from lib.parallel import barrier, gather, highest, my_share, rank
 
 KEPT = 2  # states of a stage
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs none
 
 
 def state_folders(out, stage):
@@ -36,6 +41,7 @@ def newest_state(out, stage):
         try:
             facts = read(folder / "state.pt")
             check_files(folder, facts["files"])
+            check_list(folder / ".metadata")
             return folder, facts
         except CheckpointError as error:
             print(f"{error} Trying the state before it.", file=sys.stderr)
@@ -61,25 +67,55 @@ def check_files(folder, files):
         raise CheckpointError(f"{path}: missing or damaged, its checksum differs.")
 
 
+class TensorList(pickle.Unpickler):
+    """Reads .metadata, a pickle: records, enums, dtypes and paths, and nothing that runs."""
+
+    def find_class(self, module, name):
+        known = module in ("torch", "torch.serialization") or module.startswith("pathlib")
+        known = known or module.startswith("torch.distributed.checkpoint.")
+        if known and "." not in name and name != "BytesStorageMetadata":  # which holds a pickle
+            found = super().find_class(module, name)
+            if found in (torch.Size, torch.serialization._get_layout):
+                return found
+            if isinstance(found, torch.dtype) or dataclasses.is_dataclass(found):
+                return found
+            if isinstance(found, type) and issubclass(found, (enum.Enum, PurePath)):
+                return found
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def check_list(path):
+    """Raises CheckpointError where a state's list of tensors would run code: PyTorch reads it
+    without care."""
+    try:
+        with open(path, "rb") as file:
+            TensorList(file).load()
+    except Exception as error:
+        raise CheckpointError(f"{path}: can't be read ({reason(error)}).") from None
+
+
+def delete(folder):
+    """Deletes a state, if it is there; what a cut leaves of it is unfinished."""
+    (folder / "state.pt").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def forget_states(out, stage, keep=()):
     """Deletes a stage's states but those to keep, and what a cut left unfinished."""
-    if rank() > 0:
-        return
-    for folder in out.glob(f"{stage}-state-*/"):
-        if folder not in keep:
-            (folder / "state.pt").unlink(missing_ok=True)  # first: what is left is unfinished
-            shutil.rmtree(folder, ignore_errors=True)
+    if rank() == 0:
+        for folder in out.glob(f"{stage}-state-*/"):
+            if folder not in keep:
+                delete(folder)
 
 
 def forget_unfinished(out):
     """Deletes what a cut left: half-written files and states."""
-    if rank() > 0:
-        return
-    for file in out.rglob(".*.tmp"):
-        file.unlink()
-    for folder in out.glob("*-state-*/"):
-        if not (folder / "state.pt").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+    if rank() == 0:
+        for file in out.rglob(".*.tmp"):
+            file.unlink()
+        for folder in out.glob("*-state-*/"):
+            if not (folder / "state.pt").exists():
+                delete(folder)
 
 
 def tensors_of(networks, optimizers):
@@ -105,7 +141,7 @@ class Saver:
         # On a CPU a copy to write from would cost as much as the writing.
         self.beside_training = divided and device.type == "cuda"
         self.group = None
-        self.pending = None  # folder, facts, a function that waits for the files
+        self.pending = None  # what `finish` takes, of a save beside the training
 
     def save(self, step, networks, optimizers, facts, wait):
         """facts: a dict of plain values for `newest_state`.
@@ -116,38 +152,40 @@ class Saver:
 
         self.complete()
         folder = self.out / f"{self.stage}-state-{step:08d}"
+        if rank() == 0:
+            delete(folder)  # a damaged one, where the stage goes on from the one before it
+        barrier()
         tensors = tensors_of(networks, optimizers)
         if self.beside_training and not wait:
             self.group = self.group or dist.new_group(backend="gloo")  # beside the training's own
             writing = dcp.async_save(tensors, checkpoint_id=folder, process_group=self.group)
             self.pending = folder, facts, writing.result
-            return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it tells that one process is one
-            self.pending = folder, facts, lambda: None
-            self.guarded(lambda: dcp.save(tensors, checkpoint_id=folder))
-        self.complete()
+        else:
+            self.finish(folder, facts, lambda: dcp.save(tensors, checkpoint_id=folder))
 
-    def guarded(self, write):
-        """Calls what writes files; RunError says what is wrong with the disk."""
+    def complete(self):
+        """Ends a save that was begun beside the training."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            self.finish(*pending)
+
+    def finish(self, folder, facts, write):
+        """Calls `write`, after which all files are there; then the state counts."""
         from torch.distributed.checkpoint.api import CheckpointException
 
         try:
             write()
         except CheckpointException as error:
             why = next(iter(error.failures.values()))[0]
-            folder, self.pending = self.pending[0], None
+            while why.__context__ is not None:  # torch.save hides what is wrong with the disk
+                why = why.__context__
             raise RunError(f"{folder}: the state can't be written ({why}).") from None
-
-    def complete(self):
-        """Ends a save: the state is there once its state.pt is."""
-        if self.pending is None:
-            return
-        self.guarded(self.pending[2])
-        (folder, facts, _), self.pending = self.pending, None
-        mine = [f"__{rank()}_*", *([".metadata"] if rank() == 0 else [])]
-        digests = {path.name: sha256(path) for name in mine for path in folder.glob(name)}
-        files = {name: digest for own in gather(digests) for name, digest in own.items()}
+        mine = list(folder.glob(f"__{rank()}_*"))
+        if rank() == 0:
+            mine.append(folder / ".metadata")
+        files = {}
+        for own in gather({path.name: sha256(path) for path in mine}):
+            files |= own
         if rank() == 0:
             save(facts | dict(files=files), folder / "state.pt")
             forget_states(self.out, self.stage, keep=state_folders(self.out, self.stage)[-KEPT:])
@@ -170,8 +208,6 @@ def load_state(folder, networks, optimizers):
         if saved.size != like.shape:  # a number of updates, the same in all processes
             like = torch.zeros(saved.size, device=like.device)
         wanted[name] = moments[i].setdefault(j, {})[key] = torch.zeros_like(like)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it tells that one process is one
-        dcp.load(wanted, checkpoint_id=folder)
+    dcp.load(wanted, checkpoint_id=folder)
     for optimizer, state in zip(optimizers, moments, strict=True):
         optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))

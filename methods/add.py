@@ -45,8 +45,6 @@ def logits_of(heads, features, b):
 
 def distil(run):
     s = run.settings
-    if s.is_latent:
-        raise ladd.UsageError("methods/add.py: its judge reads pixels, not latents")
     judge = sample.judge_of(run.dataset, s, run.device, s.data_dir, s.precision)
     judge.requires_grad_(False)
     student, ema = ladd.start_student(run)

@@ -44,8 +44,8 @@ def distil(run):
     loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers)
     for step in loop:
         b = draw_batch(run, samples, step, own_noise=False)
-        u = my_share(torch.rand(s.batch, generator=rng(s.seed, "distillation", step + (1 << 41))))
-        i = (u * LEVELS).long().to(run.device)
+        i = rng(s.seed, "consistency", step).integers(LEVELS, size=s.batch)
+        i = torch.from_numpy(my_share(i)).to(run.device)
 
         def guided(xt, t, text=b.text):
             return guided_velocity(teacher, xt, t, text, uncond, s.synthetic_cfg)

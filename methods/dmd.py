@@ -13,6 +13,7 @@ learns the student's own samples. One iteration:
     python -m methods.dmd --preset nano --from runs/nano
 """
 
+import numpy as np
 import torch
 
 import ladd
@@ -52,8 +53,8 @@ def distil(run):
     loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers_of_both)
     for step in loop:
         b = draw_batch(run, samples, step, own_noise=False)
-        random = rng(s.seed, "distillation", step + (1 << 41))
-        t, t_score = (0.02 + 0.96 * my_share(torch.rand(2, s.batch, generator=random).T).T).to(b.t)
+        levels = rng(s.seed, "dmd", step).uniform(0.02, 0.98, (s.batch, 2)).astype(np.float32)
+        t, t_score = torch.from_numpy(my_share(levels)).to(run.device).unbind(dim=1)
 
         def guided(xt, t, text=b.text):
             return guided_velocity(teacher, xt, t, text, uncond, s.synthetic_cfg)

@@ -23,8 +23,6 @@ def distil(run):
     student, ema = ladd.start_student(run)
     optimizers = make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
     samples = ladd.distillation_samples(run)
-    if samples.seed is None:
-        raise ladd.UsageError("--targets real: real images have no noise that they were made of")
     networks = dict(student=student, ema=ema)
     loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers)
     for step in loop:

@@ -5,24 +5,21 @@ python -m sd3.encode --model SD3_DIR --images PATH --out shards/        latents 
 """
 
 import hashlib
-import json
 import os
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from data import bucket_sizes
 from lib.archive import Files
-from lib.errors import DataError, Parser, clean
-from lib.files import read_lines, replacing
-from lib.folders import find_captions
-from lib.images import FORMATS, decode, nearest
+from lib.errors import DataError, Parser, RunError, exit_status, reason
+from lib.files import read_lines, replacing, write_json
+from lib.folders import decode_all, find_captions, in_threads
+from lib.images import nearest, size_of
 from sd3.encoders import NEEDS, Encoders
 from sd3.shards import SHARDS, shard_note
 
@@ -32,22 +29,17 @@ def by_bucket(files, sizes):
     caption_of, classes = find_captions(files)
     names = sorted(caption_of)
 
-    def size(name):
+    def bucket_of(name):
         try:
-            with (
-                files.zip.open(name) if files.zip else open(files.path / name, "rb") as file,
-                Image.open(file, formats=FORMATS) as image,
-            ):
-                turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation
-                return nearest(sizes, *(image.size if turned else image.size[::-1]))
+            with files.open(name) as file:
+                return nearest(sizes, *size_of(file))
         except Exception:  # said when the image itself is read
             return sizes[0]
 
     groups = {}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for name, bucket in zip(names, pool.map(size, names), strict=True):
-            caption = f"a photo of a {caption_of[name]}" if classes else caption_of[name]
-            groups.setdefault(bucket, []).append((name, caption))
+    for name, bucket in zip(names, in_threads(bucket_of, names), strict=True):
+        caption = f"a photo of a {caption_of[name]}" if classes else caption_of[name]
+        groups.setdefault(bucket, []).append((name, caption))
     return groups
 
 
@@ -82,59 +74,34 @@ def encode(encoders, out, *, prompts="", images="", sizes=(), shard=256, part=(0
         path, pixels = out / f"{i:06d}.safetensors", None
         if path.exists() and path.stat().st_size == shard_note(path).get("bytes"):
             continue
-        if bucket != (0, 0):
-            rows, pixels = decode_rows(files, rows, bucket, bad)
-            if len(bad) > 0.01 * made_of["samples"]:
-                raise DataError(
-                    f"{images}: {len(bad)} of {made_of['samples']} images can't be read, more "
-                    f"than 1 %. First: {bad[0]}."
-                )
         captions = [caption for _, caption in rows]
-        tensors = features_of(encoders, captions, pixels) if rows else {}
+        if bucket != (0, 0):
+            caption_of = dict(rows)
+            names, pixels = decode_all(files, list(caption_of), [bucket], bad, made_of["samples"])
+            captions = [caption_of[name] for name in names]
+        tensors = features_of(encoders, captions, pixels) if captions else {}
         content = save(tensors)
-        note = dict(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-        note |= dict(latents=list(tensors["latents"].shape[1:]) if "latents" in tensors else None)
         with replacing(path) as file:
             file.write(content)
-        with replacing(path.with_suffix(".json")) as file:
-            file.write(json.dumps(note | dict(captions=captions)).encode())
+        note = dict(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        latents = list(tensors["latents"].shape[1:]) if "latents" in tensors else None
+        write_json(note | dict(latents=latents, captions=captions), path.with_suffix(".json"))
     mine = len(range(rank, len(plan), world))
-    print(f"{mine} of {len(plan)} shards: {out}" + f", by process {rank} of {world}" * (world > 1))
+    print(f"{mine} of {len(plan)} shards: {out}")
 
 
 def features_of(encoders, captions, pixels):
-    """The bf16 tensors of a shard: context, pooled, and of pixels (n, 3, H, W) uint8 latents."""
+    """The bf16 tensors of a shard: context, pooled, and of pixels [(3, H, W) uint8] latents."""
     distinct = list(dict.fromkeys(captions))
-    row = {caption: k for k, caption in enumerate(distinct)}
-    where = [row[caption] for caption in captions]
-    tensors = {
-        k: x[where] for k, x in zip(("context", "pooled"), encoders.text(distinct), strict=True)
-    }
+    context, pooled = encoders.text(distinct)
+    rows = [distinct.index(caption) for caption in captions]
+    tensors = dict(context=context[rows], pooled=pooled[rows])
     if pixels is not None:
-        tensors["latents"] = encoders.encode(pixels)
+        tensors["latents"] = encoders.encode(torch.from_numpy(np.stack(pixels)))
     for name, x in tensors.items():
         if not x.isfinite().all():
             raise DataError(f"{encoders.folder}: its {name} of {captions[0]!r} … are not finite.")
     return {name: x.bfloat16().contiguous() for name, x in tensors.items()}
-
-
-def decode_rows(files, rows, size, bad):
-    """-> those (name, caption) that can be read, pixels (n, 3, H, W); others go to `bad`."""
-
-    def one(row):
-        try:
-            return decode(files.read(row[0]), *size)
-        except Exception as error:  # Pillow and zipfile raise nearly anything on damaged files
-            return error
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        done = list(zip(rows, pool.map(one, rows), strict=True))
-    for (name, _), error in done:
-        if isinstance(error, Exception):
-            print(clean(f"skipped {files.path}: {name}: {error}", 1000), file=sys.stderr)
-            bad.append(name)
-    good = [(row, x) for row, x in done if not isinstance(x, Exception)]
-    return [row for row, _ in good], torch.from_numpy(np.array([x for _, x in good]))
 
 
 def claim(out, made_of, rank):
@@ -153,8 +120,7 @@ def claim(out, made_of, rank):
             "another, or give the same prompts or images, model and options to go on."
         )
     own = out / f"shards.{rank}.json"
-    with replacing(own) as file:
-        file.write((json.dumps(made_of, indent=1) + "\n").encode())
+    write_json(made_of, own)
     os.replace(own, out / "shards.json")
 
 
@@ -171,13 +137,13 @@ def main(argv=None):
         "--images", default="", metavar="PATH", help="a folder or zip with captions"
     )
     add("--out", required=True, metavar="FOLDER", help="where shards are written, or gone on with")
-    add("--size", type=int, default=1024, help="images get this area, ² pixels …")
-    add("--multiple", type=int, default=64, help="… sides that are multiples of this, and …")
-    add("--aspects", default=ASPECTS, metavar="W:H,…", help="… the nearest of these aspect ratios")
+    add("--size", type=int, default=1024, help="pixels; images get the area of such a square,")
+    add("--multiple", type=int, default=64, help="sides that are multiples of this,")
+    add("--aspects", default=ASPECTS, metavar="W:H,…", help="and the nearest of these")
     add("--no-t5", action="store_true", help="zeros for T5's tokens")
     add("--shard", type=int, default=256, help="samples of a file; 1.8 MB each at 1024²")
-    add("--rank", type=int, default=int(env.get("RANK", 0)), help="this process of …")
-    add("--world", type=int, default=int(env.get("WORLD_SIZE", 1)), help="… so many that share")
+    add("--rank", type=int, default=int(env.get("RANK", 0)), help="which process this is")
+    add("--world", type=int, default=int(env.get("WORLD_SIZE", 1)), help="of so many")
     cuda = f"cuda:{env.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     add("--device", default=cuda)
     args = parser.parse_args(argv)
@@ -195,13 +161,10 @@ def main(argv=None):
             shard=args.shard, part=(args.rank, args.world),
         )  # fmt: skip
     except DataError as error:
-        print(f"sd3/encode.py: {clean(error, 4000)}", file=sys.stderr)
-        return 2
+        return exit_status("sd3/encode.py", error)
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
         kept = f"what is finished in {args.out} is kept, the same command goes on"
-        print(f"sd3/encode.py: {clean(reason, 1000)}; {kept}", file=sys.stderr)
-        return 1
+        return exit_status("sd3/encode.py", RunError(f"{reason(error, 1000)}; {kept}"))
     return 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from data import Text, to_float, to_uint8
-from lib.errors import DataError
+from lib.errors import DataError, reason
 
 TOKENS = 77  # of CLIP, and as many of T5 after them
 SD3_PARTS = dict(
@@ -35,7 +35,8 @@ class Encoders:
         self.loaded, self.known = {}, {}
         wanted = dict(tokenizer_3=t5, text_encoder_3=t5, vae=vae)
         self.parts = [part for part in SD3_PARTS if wanted.get(part, True)]
-        if missing := [part for part in self.parts if not (self.folder / part).is_dir()]:
+        missing = [part for part in self.parts if not (self.folder / part).is_dir()]
+        if missing:
             raise DataError(
                 f"{folder}: not a whole SD3 folder of diffusers' layout, it lacks "
                 f"{', '.join(part + '/' for part in missing)}."
@@ -49,31 +50,32 @@ class Encoders:
 
     def part(self, name):
         """A tokenizer, an encoder or the VAE, on the CPU."""
-        if name in self.loaded:
-            return self.loaded[name]
-        folder, options = self.folder / name, dict(local_files_only=True)
-        try:
-            library = importlib.import_module("diffusers" if name == "vae" else "transformers")
-            library.utils.logging.disable_progress_bar()
-            kind = getattr(library, SD3_PARTS[name])
-            if name.startswith("tokenizer"):
-                part = kind.from_pretrained(folder, **options)
-            else:
-                options |= dict(low_cpu_mem_usage=False) if name == "vae" else {}
-                part, info = kind.from_pretrained(folder, **options, output_loading_info=True)
-                if absent := sorted(info["missing_keys"]):
-                    raise ValueError(f"{len(absent)} tensors are missing: {absent[0]} …")
-                part.eval()
-                if name != "vae":  # which is float32 from the start
-                    half = name == "text_encoder_3" and self.device.type == "cuda"
-                    part.to(torch.bfloat16 if half else torch.float32)
-        except ImportError:
-            raise DataError(NEEDS) from None
-        except Exception as error:  # these libraries raise nearly anything on damaged folders
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise DataError(f"{folder} can't be loaded: {reason}") from None
-        self.loaded[name] = part
-        return part
+        if name not in self.loaded:
+            try:
+                self.loaded[name] = self.load(name)
+            except ImportError:
+                raise DataError(NEEDS) from None
+            except Exception as error:  # these libraries raise nearly anything on damaged folders
+                why = reason(error, 1000)
+                raise DataError(f"{self.folder / name} can't be loaded: {why}") from None
+        return self.loaded[name]
+
+    def load(self, name):
+        library = importlib.import_module("diffusers" if name == "vae" else "transformers")
+        library.utils.logging.disable_progress_bar()
+        kind, options = getattr(library, SD3_PARTS[name]), dict(local_files_only=True)
+        if name.startswith("tokenizer"):
+            return kind.from_pretrained(self.folder / name, **options)
+        if name == "vae":
+            options["low_cpu_mem_usage"] = False
+        model, info = kind.from_pretrained(self.folder / name, **options, output_loading_info=True)
+        absent = sorted(info["missing_keys"])
+        if absent:
+            raise ValueError(f"{len(absent)} tensors are missing: {absent[0]} …")
+        if name != "vae":  # which is float32 from the start
+            half = name == "text_encoder_3" and self.device.type == "cuda"
+            model.to(torch.bfloat16 if half else torch.float32)
+        return model.eval()
 
     @contextlib.contextmanager
     def at_work(self, name):
@@ -82,17 +84,21 @@ class Encoders:
         model.to("cpu")
 
     @torch.no_grad()
-    def read(self, n, captions, outputs):
-        """outputs(answer) of text encoder n on the captions, 32 at a time; float32 on the CPU."""
+    def read(self, n, captions):
+        """Text encoder n, 32 captions at a time -> its states of the tokens (n, 77, D), and of a
+        CLIP the pooled ones (n, D_p), float32 on the CPU."""
         tokens = self.part("tokenizer" + n)(
             captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
         ).input_ids
+        rows = []
         with self.at_work("text_encoder" + n) as model:
-            answers = (
-                outputs(model(part.to(self.device), output_hidden_states=True))
-                for part in tokens.split(32)
-            )
-            rows = [[x.float().cpu() for x in answer] for answer in answers]
+            for part in tokens.split(32):
+                answer = model(part.to(self.device), output_hidden_states=True)
+                if n == "_3":
+                    outputs = [answer.last_hidden_state]
+                else:
+                    outputs = [answer.hidden_states[-2], answer.text_embeds]
+                rows.append([x.float().cpu() for x in outputs])
         return [torch.cat(column) for column in zip(*rows, strict=True)]
 
     def text(self, captions):
@@ -100,13 +106,11 @@ class Encoders:
 
         As SD3 has it (arXiv 2403.03206, appendix B): the last hidden states but one of both CLIPs
         side by side, padded with zeros to T5's width, then T5's tokens; both CLIPs' pooled ones."""
-        both = lambda answer: (answer.hidden_states[-2], answer.text_embeds)  # noqa: E731
-        (l_states, l_pooled), (g_states, g_pooled) = (
-            self.read(n, captions, both) for n in ("", "_2")
-        )
+        l_states, l_pooled = self.read("", captions)
+        g_states, g_pooled = self.read("_2", captions)
         clip = torch.cat([l_states, g_states], dim=2)  # (n, 77, 768 + 1280)
         if self.t5:
-            (t5,) = self.read("_3", captions, lambda answer: (answer.last_hidden_state,))
+            (t5,) = self.read("_3", captions)
         else:
             t5 = torch.zeros(len(captions), TOKENS, self.t5_width())
         clip = torch.nn.functional.pad(clip, (0, t5.shape[2] - clip.shape[2]))
@@ -118,14 +122,16 @@ class Encoders:
 
     def learn(self, captions):
         """Encodes those captions that are new, and keeps their features on the CPU."""
-        if new := [caption for caption in dict.fromkeys(captions) if caption not in self.known]:
-            self.known |= zip(new, zip(*self.text(new), strict=True), strict=True)
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self.known]
+        if new:
+            for caption, *text in zip(new, *self.text(new), strict=True):
+                self.known[caption] = text
 
     def __call__(self, captions):
         """captions -> context (B, M, D_c), pooled (B, D_p), float32 on the device."""
         self.learn(captions)
-        columns = zip(*(self.known[caption] for caption in captions), strict=True)
-        return Text(*(torch.stack(column).to(self.device) for column in columns))
+        context, pooled = zip(*(self.known[caption] for caption in captions), strict=True)
+        return Text(torch.stack(context).to(self.device), torch.stack(pooled).to(self.device))
 
     def scale(self):
         """SD3's scale and shift of latents, or what the VAE says of itself."""
@@ -153,7 +159,7 @@ class Encoders:
         """x_0 (n, 16, h, w) -> images (n, 3, 8·h, 8·w) uint8 on the CPU."""
         scale, shift = self.scale()
         with self.at_work("vae") as vae:
-            parts = ((part.to(self.device) / scale + shift) for part in x0.split(4))
+            parts = (part.to(self.device) / scale + shift for part in x0.split(4))
             return torch.cat([to_uint8(vae.decode(part).sample).cpu() for part in parts])
 
 

@@ -32,12 +32,14 @@ def shard_note(path):
 def is_whole(note):
     """Whether a shard's note says all that `encode` writes: bytes, hash, captions, (C, h, w)."""
     captions, latents = note.get("captions"), note.get("latents", 0)
-    texts = isinstance(captions, list) and all(isinstance(c, str) for c in captions)
-    whole = lambda v: type(v) is int and 0 < v < 1 << 20  # noqa: E731
-    sizes = isinstance(latents, list) and len(latents) == 3 and all(map(whole, latents))
-    return type(note.get("bytes")) is int and "sha256" in note and texts and (
-        sizes or latents is None
-    )  # fmt: skip
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+        return False
+    if latents is not None:
+        if not isinstance(latents, list) or len(latents) != 3:
+            return False
+        if not all(type(n) is int and 0 < n < 1 << 20 for n in latents):
+            return False
+    return type(note.get("bytes")) is int and "sha256" in note
 
 
 class ShardBucket(ImageSet):
@@ -53,8 +55,9 @@ class ShardBucket(ImageSet):
         """index (B,) -> x_0 (B, C, h, w) float32, or None of prompts alone; caption (B,)"""
         index = np.asarray(index, np.int64) % SYNTHETIC_INDEX  # synthesis begins with a whole pass
         samples, caption = super().batch(index, held_out)
-        latents = self.shards.channels and self.shards.read("latents", samples).cpu()
-        return latents, caption
+        if self.shards.channels is None:
+            return None, caption
+        return self.shards.read("latents", samples).cpu(), caption
 
 
 class Shards(Buckets):
@@ -74,93 +77,114 @@ class Shards(Buckets):
         index = shard_note(self.path / "shards")
         if index.get("format") != SHARDS or type(index.get("shards")) is not int:
             raise DataError(f"{path}: its shards.json is not that of a shard folder.")
-        self.files, self.notes = [], []
+        self.files, self.notes, self.opened = [], [], {}
         for i in range(index["shards"]):
-            file = self.path / f"{i:06d}.safetensors"
-            if not is_whole(note := shard_note(file)) or not file.is_file():
-                raise DataError(f"{path}: {file.name} is missing; run the same encode again.")
-            if (found := file.stat().st_size) != note["bytes"]:
-                raise DataError(f"{file}: {found:,} of {note['bytes']:,} bytes; encode it again.")
-            self.files.append(file)
-            self.notes.append(note)
+            self.files.append(self.path / f"{i:06d}.safetensors")
+            self.notes.append(self.checked_note(self.files[i]))
         kinds = {(note["latents"] or [None])[0] for note in self.notes[1:] if note["captions"]}
         if len(kinds) != 1 or not self.notes[0]["captions"]:
             raise DataError(f"{path}: its shards have no samples, or of several kinds.")
 
         captions = [caption for note in self.notes for caption in note["captions"]]
-        first = {}  # caption -> its first sample
-        for sample, caption in enumerate(captions):
-            first.setdefault(caption, sample)
-        self.captions, self.first = list(first), torch.tensor(list(first.values()))
+        self.captions = list(dict.fromkeys(captions))
         self.rows = {caption: row for row, caption in enumerate(self.captions)}
-        self.labels = torch.zeros(len(self.captions), 0, dtype=torch.int64)
-        self.counts = counts = [len(note.pop("captions")) for note in self.notes]
-        file = np.repeat(np.arange(len(counts)), counts)
-        starts = np.cumsum([0, *counts])
-        self.place = np.stack([file, np.arange(len(file)) - starts[file]], axis=1)
         caption = torch.tensor([self.rows[c] for c in captions])
+        # the first sample of every caption
+        self.first = torch.from_numpy(np.unique(caption.numpy(), return_index=True)[1])
+        self.labels = torch.zeros(len(self.captions), 0, dtype=torch.int64)
+        self.counts = [len(note.pop("captions")) for note in self.notes]
+        starts = np.cumsum([0, *self.counts])
+        file = np.repeat(np.arange(len(self.counts)), self.counts)
+        self.place = np.stack([file, np.arange(len(file)) - starts[file]], axis=1)
 
-        self.channels, members = None, {}  # (h, w) of latents -> their samples
+        self.channels = kinds.pop()
+        members = {}  # (h, w) of latents -> their samples; None -> prompts alone
         for i, note in enumerate(self.notes[1:], 1):
-            if counts[i]:  # 0: none of its images could be read
-                self.channels, *size = note["latents"] or (None, 0, 0)
-                members.setdefault(tuple(size), []).extend(range(starts[i], starts[i + 1]))
-        if prompts := members.pop((0, 0), []):
+            size = tuple(note["latents"][1:]) if note["latents"] else None
+            members.setdefault(size, []).extend(range(starts[i], starts[i + 1]))
+        prompts = members.pop(None, [])
+        if self.channels is None:
             members = {size: prompts[i :: len(sizes)] for i, size in enumerate(sizes)}
         self.sets = [
             ShardBucket(self, size, samples, caption)
             for size, samples in sorted(members.items())
             if samples
         ]
-        self.opened = {}
         few = sum(note["bytes"] for note in self.notes) <= 4e9
         for i in range(len(self.files) if few else 1):
             self.open(i)
-        context, pooled = self.features(torch.zeros(1, dtype=torch.int64))
-        self.context_dim, self.pooled_dim = context.shape[2], pooled.shape[1]
 
-    def expect(self, context_dim, pooled_dim, channels, patch=1):
-        """Raises DataError where a network of these widths can't use the features."""
+    def checked_note(self, file):
+        """What stands beside a shard that is whole."""
+        note = shard_note(file)
+        if not is_whole(note) or not file.is_file():
+            raise DataError(f"{self.path}: {file.name} is missing; run the same encode again.")
+        found = file.stat().st_size
+        if found != note["bytes"]:
+            raise DataError(f"{file}: {found:,} of {note['bytes']:,} bytes; encode it again.")
+        return note
+
+    def check(self, s, processes, needs_images):
+        """Raises DataError where a run with these settings can't use the folder."""
         for height, width in (bucket.size for bucket in self.sets):
-            if height % patch or width % patch:
-                raise DataError(f"{self.path}: {height}×{width} can't be cut into {patch}×{patch}.")
+            if height % s.patch or width % s.patch:
+                what = f"{height}×{width} can't be cut into {s.patch}×{s.patch}"
+                raise DataError(f"{self.path}: {what}.")
         for what, mine, wanted in (
-            ("text features", self.context_dim, context_dim),
-            ("pooled text features", self.pooled_dim, pooled_dim),
-            ("latents", self.channels or channels, channels),
+            ("text features", self.context_dim, s.text_dim),
+            ("pooled text features", self.pooled_dim, s.pooled_dim or s.text_dim),
+            ("latents", self.channels or s.channels, s.channels),
         ):
             if mine != wanted:
                 raise DataError(f"{self.path}: {what} {mine} wide, but the network takes {wanted}.")
+        prompts = sum(bucket.train_size for bucket in self.sets)
+        if prompts < processes:
+            few = f"{prompts} prompts are fewer than the {processes} processes"
+            raise DataError(f"--data {s.data}: {few}.")
+        if not self.channels and needs_images:
+            raise DataError(
+                f"--data {s.data}: has no images, prompts alone: that takes --teacher, "
+                "and --targets synthetic."
+            )
 
     def open(self, i):
         """File i, checked and memory-mapped."""
-        if i not in self.opened:
-            try:
-                from safetensors import safe_open
-            except ImportError:
-                raise DataError(NEEDS) from None
-            if (found := sha256(self.files[i])) != self.notes[i]["sha256"]:
-                raise DataError(
-                    f"{self.files[i]}: altered since it was made (SHA-256 {found[:16]}…, expected "
-                    f"{self.notes[i]['sha256'][:16]}…); delete it and run the same encode again."
-                )
-            try:
-                opened = safe_open(self.files[i], "pt")
-                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-                shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
-                if i == 0:
-                    self.widths = dict(context=shapes["context"][1:], pooled=shapes["pooled"][1:])
-                latents = dict(latents=tuple(self.notes[i]["latents"] or ()))
-                wanted = self.widths | (latents if latents["latents"] else {})
-                wanted = {name: (self.counts[i], *shape) for name, shape in wanted.items()}
-                if self.counts[i] and shapes != wanted:
-                    raise ValueError(f"{shapes} in it, but {wanted} expected")
-                if any(s.get_dtype() != "BF16" for s in slices.values()):
-                    raise ValueError("not bfloat16")
-            except Exception as error:  # safetensors' own, of a damaged header
-                raise DataError(f"{self.files[i]}: not a shard ({error}).") from None
-            self.opened[i] = opened
-        return self.opened[i]
+        if i in self.opened:
+            return self.opened[i]
+        try:
+            from safetensors import safe_open
+        except ImportError:
+            raise DataError(NEEDS) from None
+        file, wanted = self.files[i], self.notes[i]["sha256"]
+        found = sha256(file)
+        if found != wanted:
+            raise DataError(
+                f"{file}: altered since it was made (SHA-256 {found[:16]}…, expected "
+                f"{wanted[:16]}…); delete it and run the same encode again."
+            )
+        try:
+            opened = safe_open(file, "pt")
+            self.check_content(opened, i)
+        except Exception as error:  # safetensors' own, of a damaged header
+            raise DataError(f"{file}: not a shard ({error}).") from None
+        self.opened[i] = opened
+        return opened
+
+    def check_content(self, opened, i):
+        """Raises ValueError where file i does not hold what its note and the first file say."""
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
+        if i == 0:
+            self.tokens, self.context_dim = shapes["context"][1:]
+            (self.pooled_dim,) = shapes["pooled"][1:]
+        n, latents = self.counts[i], self.notes[i]["latents"]
+        wanted = dict(context=(n, self.tokens, self.context_dim), pooled=(n, self.pooled_dim))
+        if latents:
+            wanted["latents"] = (n, *latents)
+        if n and shapes != wanted:
+            raise ValueError(f"{shapes} in it, but {wanted} expected")
+        if any(s.get_dtype() != "BF16" for s in slices.values()):
+            raise ValueError("not bfloat16")
 
     def read(self, name, samples):
         """One tensor of samples (B,) -> (B, …) float32 on the device."""
@@ -169,9 +193,9 @@ class Shards(Buckets):
 
     def ids(self, captions):
         """captions -> (B, 1) int64 rows of `captions`."""
-        unknown = next((c for c in captions if c not in self.rows), None)
-        if unknown is not None:
-            raise DataError(f"{self.path}: holds no features of the caption {unknown!r}.")
+        for caption in captions:
+            if caption not in self.rows:
+                raise DataError(f"{self.path}: holds no features of the caption {caption!r}.")
         return torch.tensor([[self.rows[c]] for c in captions])
 
     def features(self, ids):

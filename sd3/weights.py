@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lib.errors import CheckpointError, UsageError
+from lib.errors import CheckpointError, UsageError, reason
 from lib.files import replacing
 from mmdit import MMDiT
 
@@ -119,18 +119,20 @@ def meta_sd3(shapes, heads=None):
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     both = wanted.keys() & shapes.keys()
     wrong = dict(
-        missing=[f"{k}" for k in wanted if k not in both],
+        missing=[k for k in wanted if k not in both],
         surplus=[f"{k!r:.90}" for k in shapes if k not in both],
         misshapen=[f"{k} {shapes[k]} for {wanted[k]}" for k in both if wanted[k] != shapes[k]],
     )
-    told = [
-        f"{len(names)} {kind}: {', '.join(sorted(names)[:12])}{', …' * (len(names) > 12)}"
-        for kind, names in wrong.items()
-        if names
-    ]
+    told = [listed(kind, sorted(names)) for kind, names in wrong.items() if names]
     if told:
         raise CheckpointError(f"not an SD3 checkpoint: {'; '.join(told)}")
     return model
+
+
+def listed(kind, names, most=12):
+    """How many there are of a kind, and the first of them."""
+    more = ", …" if len(names) > most else ""
+    return f"{len(names)} {kind}: {', '.join(names[:most])}{more}"
 
 
 def from_sd3(state_dict):
@@ -165,12 +167,16 @@ def files_of(path):
     if not path.is_dir():
         return [path], None
     heads = json.loads((path / "config.json").read_text("utf-8"))["num_attention_heads"]
-    for pattern in ("*.index*.json", "*.safetensors"):  # the shortest name: no variant like .fp16
-        found = sorted(path.glob(f"diffusion_pytorch_model{pattern}"), key=lambda p: len(p.name))
-        if found and pattern.endswith("json"):
-            shards = json.loads(found[0].read_text("utf-8"))["weight_map"].values()
-            return [path / Path(shard).name for shard in sorted(set(shards))], heads
-    return found[:1], heads
+    index = sorted(path.glob("diffusion_pytorch_model*.index*.json"), key=length)
+    if index:
+        names = json.loads(index[0].read_text("utf-8"))["weight_map"].values()
+        return [path / Path(name).name for name in sorted(set(names))], heads
+    return sorted(path.glob("diffusion_pytorch_model*.safetensors"), key=length)[:1], heads
+
+
+def length(path):
+    """Of a file's name: the shortest is no variant like .fp16."""
+    return len(path.name)
 
 
 def open_sd3(path):
@@ -191,7 +197,8 @@ def open_sd3(path):
                 ignored += len(opened.keys()) - len(names)
                 heads = heads or (opened.metadata() or {}).get("heads")
                 for name, stored in names.items():
-                    if (dtype := opened.get_slice(stored).get_dtype()) not in DTYPES:
+                    dtype = opened.get_slice(stored).get_dtype()
+                    if dtype not in DTYPES:
                         raise ValueError(f"{name!r:.90} is {dtype}, not one of {', '.join(DTYPES)}")
                     tensors[name] = opened.get_tensor(stored)
         theirs = any(name.startswith("transformer_blocks.") for name in tensors)
@@ -199,8 +206,17 @@ def open_sd3(path):
         weights = Weights(parts, ignored)
         return meta_sd3(weights.shapes, heads and int(heads)), weights
     except Exception as error:  # a damaged file or folder raises nearly anything
-        reason = (str(error) or type(error).__name__).splitlines()[0][:4000]
-        raise CheckpointError(f"{path}: can't be read as SD3 weights ({reason}).") from None
+        why = reason(error, 4000)
+        raise CheckpointError(f"{path}: can't be read as SD3 weights ({why}).") from None
+
+
+def released_checkpoint(path, settings):
+    """Released weights as a checkpoint of ours; says how many tensors of other networks it left."""
+    model, weights = open_sd3(path)
+    if weights.ignored:
+        print(f"--teacher {path}: {weights.ignored} tensors of other networks are ignored")
+    checkpoint = dict(format="ladd-1", model=model.config, weights=weights, step=0)
+    return checkpoint | dict(settings=settings)
 
 
 def write_sd3(path, weights, heads, dtype):
@@ -208,6 +224,7 @@ def write_sd3(path, weights, heads, dtype):
 
     `dtype` is a key of DTYPES. ValueError if a number is not finite in it."""
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise CheckpointError(f"{path}: writing it needs: pip install safetensors") from None
@@ -218,16 +235,15 @@ def write_sd3(path, weights, heads, dtype):
             raise ValueError(f"{name} holds numbers that {dtype} can't; choose a wider type")
         tensors[PREFIX + name] = tensor
     with replacing(path) as file:
-        save_file(tensors, file.name, metadata={"format": "pt", "heads": str(heads)})
+        try:
+            save_file(tensors, file.name, metadata={"format": "pt", "heads": str(heads)})
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"{path}: {error}") from None
 
 
-def export(run, out, dtype="bf16", teacher=False):
-    """Writes a run's student (or teacher) for other programs, under the released files' names."""
-    from sample import checkpoint_of, read_checkpoint
-
-    out = Path(out)
-    if out.exists():
+def export(checkpoint, out, dtype="bf16"):
+    """Writes a checkpoint of ours for other programs, under the released files' names."""
+    if Path(out).exists():
         raise UsageError(f"--export {out}: exists; choose another name")
-    checkpoint = read_checkpoint(checkpoint_of(run, teacher))
     write_sd3(out, checkpoint["weights"], checkpoint["model"]["heads"], EXPORTS[dtype])
     print(f"{checkpoint['kind']}, {dtype}: {out}")

@@ -1,27 +1,20 @@
-"""data.py: what it promises about images, captions, text features and files."""
+"""data.py: what it promises about pixels, text features, shapes, image sets and buckets."""
 
-import http.server
-import io
-import json
-import os
-import pickle
 import re
-import socket
-import tarfile
-import threading
-import zipfile
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageColor, ImageOps
+from conftest import TINY
+from PIL import Image, ImageColor
 
 import data
+import ladd
 import sample
-from data import DataError
 
 # ---------------------------------------------------------------------------------------------
-# Numbers and pixels
+# Pixels and sizes
 # ---------------------------------------------------------------------------------------------
 
 
@@ -37,40 +30,18 @@ def test_values_outside_the_range_are_clipped_and_inner_ones_rounded():
     assert data.to_uint8(x0).tolist() == [0, 0, 0, 1, 255, 255]
 
 
-def test_hash_uniform_is_the_splitmix64_finaliser_of_a_linear_form():
-    def reference(seed, index, slot):
-        x = index * 0x9E3779B97F4A7C15 + seed * 0xD1B54A32D192ED03 + slot * 0x8CB92BA72F3D8DD7
-        x %= 1 << 64
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % (1 << 64)
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % (1 << 64)
-        return ((x ^ (x >> 31)) >> 11) / (1 << 53)
-
-    index = [0, 1, 77, 10**6, (1 << 40) + 3]
-    for seed in (0, 1, 12345):
-        expected = [[reference(seed, i, s) for s in (1, 2, 3)] for i in index]
-        assert data.hash_uniform(seed, index, 3).tolist() == expected
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("16", (16, 16)), ("24x40", (24, 40)), ("24,40", (24, 40)), ("8X16", (8, 16))],
+)
+def test_a_size_is_one_side_or_height_times_width(text, size):
+    assert data.parse_size(text) == size
 
 
-def test_hash_uniform_is_uniform():
-    u = data.hash_uniform(7, np.arange(40_000), 3)
-    n = len(u)
-    assert u.min() >= 0 and u.max() < 1
-    for column in u.T:
-        assert abs(column.mean() - 1 / 2) < 4 / (12 * n) ** 0.5
-        assert abs(column.var() - 1 / 12) < 4 / (180 * n) ** 0.5
-        counts = np.histogram(column, 50, (0, 1))[0]
-        chi2 = ((counts - n / 50) ** 2 / (n / 50)).sum()  # mean 49, standard deviation 9.9
-        assert 15 < chi2 < 95
-
-
-def test_hash_uniform_of_other_seeds_slots_and_indices_is_uncorrelated():
-    index = np.arange(20_000)
-    columns = [data.hash_uniform(seed, index, 4) for seed in (0, 1, 2, 1000)]
-    columns.append(data.hash_uniform(0, index + 1, 4))
-    columns.append(data.hash_uniform(0, index + data.HELD_OUT, 4))
-    correlation = np.corrcoef(np.concatenate(columns, axis=1).T)
-    off_diagonal = correlation[~np.eye(len(correlation), dtype=bool)]
-    assert np.abs(off_diagonal).max() < 5 / len(index) ** 0.5
+@pytest.mark.parametrize("text", ["", "x", "16x", "a", "1x2x3", "1.5"])
+def test_a_size_that_is_none_is_refused(text):
+    with pytest.raises(ValueError):
+        data.parse_size(text)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -200,9 +171,9 @@ def test_the_same_seed_and_index_give_the_same_captions_everywhere():
     dataset = data.Shapes(16, 20, seed=3)
     _, caption = dataset.batch([0, 1, 2])
     assert [dataset.captions[i] for i in caption] == [
-        "a small purple square on a green background",
-        "a small orange cross on a green background",
-        "a large purple cross on a yellow background",
+        "a small yellow cross on a blue background",
+        "a large orange cross on a yellow background",
+        "a large yellow circle on a green background",
     ]
 
 
@@ -280,42 +251,6 @@ def test_captions_say_the_colours_shape_and_size_that_are_drawn():
     assert seen > 150 and len(areas) == 8
     for shape in data.SHAPES:
         assert max(areas[shape, "small"]) < 0.75 * min(areas[shape, "large"])
-
-
-@pytest.mark.parametrize(
-    "shape, area",
-    [
-        (0, np.pi),  # circle
-        (1, (2 * 0.87) ** 2),  # square
-        (2, 1.85 * 1.85 / 2),  # triangle: foot and height of 1.85 r
-        (3, 2 * 2 * 0.68 - 0.68**2),  # cross: two bars of 2 r by 0.68 r
-    ],
-)
-def test_an_object_has_the_area_of_its_formula(shape, area):
-    y, x = np.indices((57, 59)) + 0.5
-    for r in (12.0, 17.3, 25.0):
-        cover = np.clip(0.5 - data.signed_distance(x - 29.1, y - 28.3, r, np.array(shape)), 0, 1)
-        assert cover.sum() == pytest.approx(area * r * r, rel=0.01)
-
-
-@pytest.mark.parametrize("half", [None, 0, 1, 2, 3])
-@pytest.mark.parametrize("shape", range(4))
-def test_an_object_is_never_cut_by_the_border_and_stays_in_its_half(shape, half):
-    """Its area is the same in the middle and pushed into any corner."""
-    dataset = data.Shapes(64, 70)
-    places = np.array([[0.5, 0.5], [0, 0], [0, 1], [1, 0], [1, 1]])
-    n = np.ones(len(places), np.int64)
-    for size in (0, 1):
-        for extent in (0.0, 1.0):
-            u = np.concatenate([np.full((5, 1), extent), places], axis=1)
-            cover = dataset.object_cover(size * n, shape * n, u, None if half is None else half * n)
-            assert cover.shape == (5, 64, 70, 1)
-            area = cover.sum(axis=(1, 2, 3))
-            assert np.abs(area / area[0] - 1).max() < 0.02
-            if half is not None:  # left, right, above, below
-                axis, far = [(2, 1), (2, 0), (1, 1), (1, 0)][half]
-                other = np.array_split(cover, 2, axis)[far]
-                assert other.sum(axis=(1, 2, 3)).max() < 1
 
 
 def test_edges_are_smooth_and_nothing_else_is():
@@ -468,688 +403,125 @@ def test_flip_false_mirrors_nothing():
     assert (images[:, 0, 0, 0] < images[:, 0, 0, 2]).all()
 
 
-def test_class_names_become_captions_and_labels():
-    captions, attributes, labels = data.class_attributes(["cat", "polar bear"])
-    assert captions == ["a photo of a cat", "a photo of a polar bear"]
-    assert attributes == {"class": ("cat", "polar bear")} and labels.tolist() == [[0], [1]]
+# ---------------------------------------------------------------------------------------------
+# Buckets
+# ---------------------------------------------------------------------------------------------
+
+ASPECTS = ("1:1", "3:2", "2:3", "16:9", "9:16")
 
 
-def test_words_that_divide_free_captions_become_attributes():
-    """Of 100: runs 55, sleeps 41, cat 61, the 39, fox 35; not everywhere 100, rare 4, short a."""
-    captions = [
-        "A cat runs everywhere",
-        "a cat, sleeps everywhere",
-        "the fox runs everywhere",
-        "the rare everywhere",
+@pytest.mark.parametrize(("side", "multiple"), [(128, 8), (64, 4), (16, 2)])
+def test_buckets_have_equal_areas_and_sides_that_are_multiples(side, multiple):
+    """Rounding one side to the unit u changes an area by u/2 of that side at the most."""
+    sizes = data.bucket_sizes((side, side), multiple, ASPECTS)
+    assert sizes[0] == (side, side) and len(sizes) == len(ASPECTS)
+    for (height, width), aspect in zip(sizes, ASPECTS, strict=True):
+        assert height % multiple == 0 and width % multiple == 0
+        assert abs(height * width / side**2 - 1) <= multiple / 2 / min(height, width)
+        w, h = map(int, aspect.split(":"))
+        assert (w > h) == (width > height) and (w < h) == (width < height)
+    assert {(w, h) for h, w in sizes} == set(sizes)  # on end as on its side
+
+
+def test_ratios_that_come_out_the_same_are_one_bucket():
+    """At 64 pixels and a unit of 8, 4:3 and 5:4 are both 56 × 72; 2:2 is 1:1."""
+    assert data.bucket_sizes((64, 64), 8, ("4:3", "5:4", "1:1", "2:2")) == [(56, 72), (64, 64)]
+
+
+def test_a_ratio_of_the_size_itself_is_the_size_itself():
+    """2:3 of 24 × 36 is what --size says, though its area is no square; 3:2 is it on its side."""
+    assert data.bucket_sizes((36, 24), 2, ("2:3", "3:2", "1:1")) == [(36, 24), (24, 36), (30, 28)]
+
+
+def striped(height, width):
+    """A picture whose pixels tell how wide it was; its middle is green."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[height // 3 : -(height // 3), width // 3 : -(width // 3)] = (0, 255, 0)
+    return Image.fromarray(pixels)
+
+
+def test_every_image_goes_to_the_bucket_of_the_nearest_aspect_ratio(tmp_path):
+    """Nothing is lost or doubled, and each bucket holds out a tenth of its own."""
+    shapes = {"square": (40, 42, 30), "wide": (40, 63, 50), "tall": (60, 38, 20)}
+    for name, (height, width, n) in shapes.items():
+        (tmp_path / name).mkdir()
+        for i in range(n):
+            striped(height, width).save(tmp_path / name / f"{i}.png")
+    sizes = data.bucket_sizes((12, 12), 2, ("1:1", "3:2", "2:3"))
+    dataset = data.load(str(tmp_path), sizes)
+    found = {bucket.size: bucket for bucket in dataset.sets}
+    assert set(found) == set(sizes)
+    for (_, _, n), size, word in zip(shapes.values(), sizes, shapes, strict=True):
+        bucket = found[size]
+        assert (bucket.train_size, len(bucket.held_out_images)) == (n - n // 10, n // 10)
+        images, caption = bucket.batch(np.arange(n))
+        assert images.shape == (n, 3, *size)
+        assert {bucket.captions[i] for i in caption} == {f"a photo of a {word}"}
+        assert (images[:, 1, size[0] // 2, size[1] // 2] == 255).all()
+    assert dataset.captions == dataset.sets[0].captions == dataset.sets[2].captions
+
+
+class Counted:
+    def __init__(self, n):
+        self.train_size = n
+
+
+def test_a_batch_comes_from_a_bucket_in_proportion_to_its_images():
+    """The draw is a function of (seed, stage, step): asked again, in any order, it is the same."""
+    buckets = data.Buckets.__new__(data.Buckets)
+    buckets.sets = sets = [Counted(600), Counted(300), Counted(100)]
+    draw = lambda seed, stage, n=4000: [  # noqa: E731
+        sets.index(data.draw_bucket(buckets, seed, stage, step)) for step in range(n)
     ]
-    attributes, labels = data.word_attributes(captions, [20, 41, 35, 4])
-    assert list(attributes) == ["runs", "sleeps", "cat", "the", "fox"]
-    assert set(attributes.values()) == {("no", "yes")}
-    assert labels.tolist() == [[1, 0, 1, 0, 0], [0, 1, 1, 0, 0], [1, 0, 0, 1, 1], [0, 0, 0, 1, 0]]
+    first = draw(3, 0)
+    shares = [first.count(k) / len(first) for k in range(3)]
+    assert shares == pytest.approx([0.6, 0.3, 0.1], abs=0.03)  # four standard errors
+    assert sets.index(data.draw_bucket(buckets, 3, 0, 1234)) == first[1234]
+    assert draw(3, 1, 100) != first[:100] != draw(4, 0, 100)
+    for bucket in sets:
+        bucket.train_size = None  # endless
+    assert max(Counter(draw(3, 0)).values()) < 4000 / 3 + 120
 
 
-def test_no_more_words_than_asked_for_become_attributes_the_most_even_first():
-    captions = ["red one", "red two", "blue three", "blue four", "blue five"]
-    attributes, labels = data.word_attributes(captions, [1] * 5, most=2)
-    assert list(attributes) == ["blue", "red"] and labels[:, 0].tolist() == [0, 0, 1, 1, 1]
-
-
-def test_captions_that_all_say_the_same_have_no_attributes():
-    attributes, labels = data.word_attributes(["a photo", "photo!"], [3, 4])
-    assert attributes == {} and labels.shape == (2, 0) and labels.dtype == torch.int64
+@pytest.mark.parametrize("count", [1, 2, 7, 1000])
+def test_shares_add_up(count):
+    buckets = data.Buckets.__new__(data.Buckets)
+    buckets.sets = [Counted(600), Counted(300), Counted(100)]
+    given = {bucket.train_size: n for bucket, n in data.shares(buckets, count)}
+    assert sum(given.values()) == count and min(given.values()) > 0
+    assert all(abs(n - count * size / 1000) <= 1 for size, n in given.items())
 
 
 # ---------------------------------------------------------------------------------------------
-# Folders and zips of images
+# A data set of one's own
 # ---------------------------------------------------------------------------------------------
 
 
-def encode(image, kind="PNG", **options):
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
-
-
-def plain(k, size=(3, 2)):
-    """An image of one colour that belongs to the number k."""
-    return encode(Image.new("RGB", size, (k, 255 - k, 7 * k % 256)))
-
-
-def keys(images):
-    return images[:, 0, 0, 0].tolist()
-
-
-def caption_lines(captions):
-    return "\n".join(json.dumps({"file": k, "caption": v}) for k, v in captions.items()).encode()
-
-
-def folder(path, files):
-    for name, content in files.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(content)
-    return path
-
-
-def zipped(path, files):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out:
-        for name, content in files.items():
-            out.writestr(name, content)
-    return path
-
-
-PETS = {f"{'cat' if k % 3 else 'polar_bear'}/{k:02}.png": plain(k) for k in range(31)}
-SENTENCES = {n: f"a photo of a {n.split('/')[0].replace('_', ' ')}" for n in PETS}
-WAYS = {
-    "classes": PETS,
-    "jsonl": PETS | {"captions.jsonl": caption_lines(SENTENCES)},
-    "txt": PETS | {n.replace(".png", ".txt"): f" {t}\n".encode() for n, t in SENTENCES.items()},
-}
-
-
-@pytest.mark.parametrize("pack", [folder, zipped])
-@pytest.mark.parametrize("way", WAYS)
-def test_class_folders_caption_lists_and_text_files_in_folders_and_zips_give_the_same(
-    tmp_path, way, pack
-):
-    dataset = data.load(str(pack(tmp_path / "pets.x", WAYS[way])), 4, 6, seed=5)
-    reference = data.load_files(folder(tmp_path / "reference", PETS), 4, 6, seed=5)
-    assert dataset.captions == ["a photo of a cat", "a photo of a polar bear"]
-    assert (dataset.train_size, len(dataset.held_out_images)) == (28, 3)
-    for held_out in (False, True):
-        index = np.arange(40)
-        pairs = zip(dataset.batch(index, held_out), reference.batch(index, held_out), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs)
-    images, caption = dataset.batch(np.arange(28))
-    assert images.shape == (28, 3, 4, 6) and images.dtype == torch.uint8
-    assert [int(k % 3 > 0) for k in keys(images)] == (1 - caption).tolist()
-    if way == "classes":
-        assert dataset.attributes == {"class": ("cat", "polar bear")}
-    else:
-        assert "cat" in dataset.attributes
-
-
-def test_an_image_keeps_the_caption_that_was_written_for_it(tmp_path):
-    texts = {f"{k}.png": f"caption of number {k}" for k in range(20)}
-    files = {n: plain(k) for k, n in enumerate(texts)} | {"captions.jsonl": caption_lines(texts)}
-    dataset = data.load_files(folder(tmp_path, files), 2, 3)
-    for held_out, n in ((False, 18), (True, 2)):
-        images, caption = dataset.batch(np.arange(n), held_out)
-        said = [dataset.captions[i] for i in caption]
-        assert said == [f"caption of number {k}" for k in keys(images)]
-
-
-def test_every_caption_list_counts_and_names_files_from_its_own_folder(tmp_path):
-    files = {"a/0.png": plain(0), "b/deep/1.png": plain(1), "b/2.png": plain(2)}
-    files["a/captions.jsonl"] = caption_lines({"0.png": "zero"})
-    files["b/captions.jsonl"] = caption_lines({"deep/1.png": "one", "./2.png": "two"})
-    assert data.load_files(folder(tmp_path, files), 2, 2).captions == ["one", "two", "zero"]
-
-
-def test_caption_lists_may_hold_blank_lines_windows_line_ends_and_odd_characters(tmp_path):
-    rows = [{"file": "0.png", "caption": "ein\u2028Bär "}, {"file": "1.png", "caption": "x"}]
-    lines = "\ufeff" + "\r\n\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\r\n"
-    files = {"0.png": plain(0), "1.png": plain(1), "captions.jsonl": lines.encode()}
-    assert data.load_files(folder(tmp_path, files), 2, 2).captions == ["ein\u2028Bär", "x"]
-
-
-def test_images_without_a_caption_are_left_out_and_counted(tmp_path, capsys):
-    files = {f"{k}.png": plain(k) for k in range(5)} | {"3.txt": b"three", "1.txt": b"one"}
-    dataset = data.load_files(folder(tmp_path, files), 2, 2)
-    assert dataset.captions == ["one", "three"]
-    assert "left out 3 of 5 images" in capsys.readouterr().err
-
-
-def test_hidden_files_are_ignored(tmp_path):
-    files = PETS | {".thumbs/x.png": b"no", "cat/._01.png": b"no", "__MACOSX/cat/01.png": b"no"}
-    for path in (folder(tmp_path / "f", files), zipped(tmp_path / "f.zip", files)):
-        dataset = data.load_files(path, 2, 2)
-        assert dataset.train_size + len(dataset.held_out_images) == len(PETS)
-
-
-def test_a_tenth_is_held_out_by_name_for_every_seed_and_is_never_trained_on(tmp_path):
-    path = folder(tmp_path, PETS)
-    one, two = (data.load_files(path, 2, 2, seed=seed) for seed in (0, 1))
-    assert torch.equal(one.held_out_images, two.held_out_images)
-    held, train = keys(one.held_out_images), keys(one.batch(np.arange(28 * 3))[0])
-    assert {*held, *train} == set(range(31)) and not set(held) & set(train)
-    assert len(held) == 3
-
-
-def test_every_class_is_held_out_in_proportion(tmp_path):
-    files = {f"{'ab'[k % 2]}/{k}.png": plain(k) for k in range(200)}
-    dataset = data.load_files(zipped(tmp_path / "set.zip", files), 2, 2)
-    assert len(dataset.held_out_images) == 20
-    assert 5 <= sum(k % 2 for k in keys(dataset.held_out_images)) <= 15
-
-
-def test_pictures_are_cropped_at_the_centre(tmp_path):
-    stripes = Image.new("RGB", (30, 10), "red")
-    stripes.paste("lime", (10, 0, 20, 10))
-    stripes.paste("blue", (20, 0, 30, 10))
-    assert (data.decode(encode(stripes), 10, 10) == np.array([0, 255, 0])[:, None, None]).all()
-    tall = encode(stripes.transpose(Image.Transpose.ROTATE_270))  # red on top
-    assert (data.decode(tall, 10, 10) == np.array([0, 255, 0])[:, None, None]).all()
-    wide = data.decode(encode(stripes), 4, 12)  # nothing to crop
-    assert wide.shape == (3, 4, 12)
-    assert wide[:, 2, [0, 6, 11]].T.tolist() == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
-
-
-def test_resizing_averages_instead_of_picking_pixels():
-    board = Image.fromarray((np.indices((64, 48)).sum(axis=0) % 2 * 255).astype(np.uint8))
-    small = data.decode(encode(board), 8, 6).astype(int)
-    assert np.abs(small - 127.5).max() < 8
-
-
-def palette(**options):
-    image = Image.new("P", (4, 4), 1)
-    image.putpalette([10, 20, 30, 200, 100, 50])
-    return encode(image, **options)
-
-
-def rotated():
-    """Stored with red on the left; orientation 6, "turn clockwise", puts it on top."""
-    image = Image.new("RGB", (32, 16), "red")
-    image.paste("blue", (16, 0, 32, 16))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return encode(image, "JPEG", quality=95, exif=exif)
-
-
-RGBA = Image.new("RGBA", (4, 4), (255, 0, 0, 51))
-GREY16 = Image.fromarray(np.full((4, 4), 128 * 257, np.uint16))
-PICTURES = {
-    "RGBA: a fifth of red on white": (encode(RGBA), (255, 204, 204), 0),
-    "RGBA, all transparent": (encode(Image.new("RGBA", (4, 4), (9, 9, 9, 0))), (255,) * 3, 0),
-    "palette": (palette(), (200, 100, 50), 0),
-    "palette, the colour transparent": (palette(transparency=1), (255, 255, 255), 0),
-    "palette, another colour transparent": (palette(transparency=0), (200, 100, 50), 0),
-    "palette with alphas": (palette(transparency=bytes([255, 51])), (244, 224, 214), 0),
-    "RGB with one transparent colour": (
-        encode(Image.new("RGB", (4, 4), (1, 2, 3)), transparency=(1, 2, 3)),
-        (255, 255, 255),
-        0,
-    ),
-    "grey": (encode(Image.new("L", (4, 4), 77)), (77, 77, 77), 0),
-    "grey, 16 bits": (encode(GREY16), (128, 128, 128), 0),
-    "grey with alpha": (encode(Image.new("LA", (4, 4), (0, 51))), (204, 204, 204), 0),
-    "one bit": (encode(Image.new("1", (4, 4), 1)), (255, 255, 255), 0),
-    "CMYK JPEG: magenta and yellow": (
-        encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95),
-        (255, 0, 0),
-        12,
-    ),
-    "grey JPEG": (encode(Image.new("L", (8, 8), 60), "JPEG", quality=95), (60, 60, 60), 3),
-    "WebP": (encode(Image.new("RGB", (4, 4), (5, 66, 7)), "WEBP", lossless=True), (5, 66, 7), 0),
-    "WebP with alpha": (encode(RGBA, "WEBP", lossless=True), (255, 204, 204), 0),
-}
-
-
-@pytest.mark.parametrize("kind", PICTURES)
-def test_every_kind_of_picture_gets_its_true_colours(kind):
-    content, colour, tolerance = PICTURES[kind]
-    pixels = data.decode(content, 4, 4).astype(int)
-    assert pixels.shape == (3, 4, 4)
-    assert np.abs(pixels - np.array(colour)[:, None, None]).max() <= tolerance
-
-
-def test_pictures_are_turned_as_their_exif_says():
-    pixels = data.decode(rotated(), 16, 8).astype(int)
-    red, blue = np.array([254, 0, 0]), np.array([0, 0, 254])
-    assert np.abs(pixels[:, :6] - red[:, None, None]).max() < 12
-    assert np.abs(pixels[:, 10:] - blue[:, None, None]).max() < 12
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "JPEG", "png", "webp"])
-def test_suffixes_count_in_any_case_and_the_content_decides(tmp_path, suffix):
-    dataset = data.load_files(folder(tmp_path, {f"cat/1.{suffix}": plain(9)}), 2, 2)
-    assert keys(dataset.images) == [9]
-
-
-def with_bad(bad):
-    """150 images, of which some are damaged; the others differ in colour."""
-    return {f"cat/{k:03}.png": plain(k) for k in range(150)} | bad
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"no image at all", plain(1, (64, 64))[:60], b"\x89PNG\r\n\x1a\n" + b"\xff" * 50],
-    ids=["empty", "text", "cut", "noise"],
-)
-def test_a_damaged_image_is_left_out_counted_and_named(tmp_path, capsys, content):
-    path = folder(tmp_path, with_bad({"cat/077.png": content}))
-    dataset = data.load_files(path, 2, 2)
-    assert sorted(keys(dataset.images) + keys(dataset.held_out_images)) == [
-        *range(77),
-        *range(78, 150),
-    ]
-    said = capsys.readouterr().err
-    assert "cat/077.png" in said and "1 of 150" in said and str(path) in said
-
-
-def test_images_behind_a_damaged_one_keep_their_own_captions(tmp_path):
-    files = with_bad({"cat/020.png": b""})
-    texts = {name: f"number {k}" for k, name in enumerate(sorted(files))}
-    files["captions.jsonl"] = caption_lines(texts)
-    dataset = data.load_files(folder(tmp_path, files), 2, 2)
-    assert len(dataset.captions) == 149
-    said = [dataset.captions[i] for i in dataset.caption]
-    assert said == [f"number {k}" for k in keys(dataset.images)]
-
-
-@pytest.mark.parametrize("harm", ["data", "encrypted", "method"])
-def test_a_damaged_member_of_a_zip_is_left_out_counted_and_named(tmp_path, capsys, harm):
-    path = zipped(tmp_path / "set.zip", with_bad({}))
-    with zipfile.ZipFile(path) as archive:
-        member = archive.getinfo("cat/077.png")
-    content = bytearray(path.read_bytes())
-    directory = content.rindex(b"cat/077.png") - 46  # its entry in the central directory
-    if harm == "data":
-        start = member.header_offset + 30 + len("cat/077.png")
-        content[start : start + 8] = b"\xff" * 8
-    elif harm == "encrypted":
-        content[directory + 8] |= 1
-        content[member.header_offset + 6] |= 1
-    else:
-        content[directory + 10] = content[member.header_offset + 8] = 99
-    path.write_bytes(content)
-    dataset = data.load_files(path, 2, 2)
-    assert dataset.train_size + len(dataset.held_out_images) == 149
-    said = capsys.readouterr().err
-    assert "cat/077.png" in said and "1 of 150" in said
-
-
-def test_more_than_one_percent_of_damaged_images_stops_with_the_first_named(tmp_path):
-    path = folder(tmp_path, with_bad({"cat/077.png": b"", "cat/078.png": b"x"}))
-    with pytest.raises(DataError, match=r"2 of 150 .* 1 %.*cat/077\.png") as error:
-        data.load_files(path, 2, 2)
-    assert str(path) in str(error.value)
-
-
-ONE = {"0.png": plain(0)}
-BROKEN = {
-    "no images": ({"notes.md": b"hello"}, ["no images", ".jpg", ".webp"]),
-    "nothing at all": ({}, ["no images"]),
-    "no captions": (ONE, ["without captions", "captions.jsonl", ".txt", "folder per class"]),
-    "empty list": (ONE | {"captions.jsonl": b"\n"}, ["none of its images has a caption"]),
-    "not JSON": (
-        ONE | {"captions.jsonl": caption_lines({"0.png": "x"}) + b"\n\n{oops\n"},
-        ["captions.jsonl line 3", '"file"', '"caption"'],
-    ),
-    "no caption in it": (ONE | {"captions.jsonl": b'{"file": "0.png"}'}, ["line 1"]),
-    "a caption that is no text": (
-        ONE | {"captions.jsonl": b'{"file": "0.png", "caption": null}'},
-        ["line 1"],
-    ),
-    "a file that is no text": (
-        ONE | {"captions.jsonl": b'{"file": [1], "caption": "x"}'},
-        ["line 1"],
-    ),
-    "a list": (ONE | {"captions.jsonl": b'["0.png", "x"]'}, ["line 1"]),
-    "missing files": (
-        ONE | {"captions.jsonl": caption_lines({"7.png": "x", "0.png": "y", "8.png": "z"})},
-        ["names 2 missing files", "7.png"],
-    ),
-}
-
-
-@pytest.mark.parametrize("pack", [folder, zipped])
-@pytest.mark.parametrize("case", BROKEN)
-def test_a_set_that_cannot_be_used_says_where_and_why(tmp_path, case, pack):
-    files, words = BROKEN[case]
-    (tmp_path / "set").mkdir()
-    path = pack(tmp_path / ("set" if pack is folder else "set.zip"), files)
-    with pytest.raises(DataError) as error:
-        data.load(str(path), 2, 2)
-    for word in [str(path), *words]:
-        assert word in str(error.value)
-
-
-@pytest.mark.parametrize("content", [b"hello", b"", None], ids=["text", "empty", "cut"])
-def test_a_file_that_is_no_whole_zip_is_refused_by_name(tmp_path, content):
-    whole = zipped(tmp_path / "set.zip", PETS).read_bytes()
-    path = tmp_path / "bad.zip"
-    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
-    with pytest.raises(DataError, match=r"not a readable zip.*cut short") as error:
-        data.load(str(path), 2, 2)
-    assert str(path) in str(error.value)
-
-
-def test_a_damaged_caption_list_in_a_zip_is_refused_by_name(tmp_path):
-    path = zipped(tmp_path / "set.zip", {"captions.jsonl": caption_lines({"0.png": "x"}), **ONE})
-    content = bytearray(path.read_bytes())
-    content[44:52] = b"\xff" * 8  # the data of the first member, after its header and name
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"captions\.jsonl can't be read") as error:
-        data.load_files(path, 2, 2)
-    assert str(path) in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["nowhere", "no/where.zip", "cifar", "bad\0name"])
-def test_a_path_that_does_not_exist_is_named_with_the_choices(name):
-    with pytest.raises(DataError, match=r"no such folder or file.*shapes, cifar10") as error:
-        data.load(name, 2, 2)
-    assert name in str(error.value)
-
-
-def test_file_names_that_are_not_utf8_work(tmp_path):
-    try:
-        path = folder(tmp_path, PETS | {"cat/caf\udce9.png": plain(200)})
-    except OSError:
-        pytest.skip("this file system has UTF-8 names only")
-    dataset = data.load_files(path, 2, 2)
-    assert 200 in keys(dataset.images) + keys(dataset.held_out_images)
-
-
-@pytest.mark.parametrize("pack", [folder, zipped])
-def test_nothing_is_extracted_or_written_beside_the_images(tmp_path, pack):
-    path = pack(tmp_path / "pets", WAYS["txt"])
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    data.load_files(path, 2, 2).batch(np.arange(40))
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
-
-
-def test_progress_is_silent_where_stderr_is_not_a_terminal(tmp_path, capsys):
-    content = plain(3, (1, 1))
-    path = zipped(tmp_path / "many.zip", {f"cat/{k}.png": content for k in range(2001)})
-    data.load_files(path, 1, 1)
-    assert capsys.readouterr() == ("", "")
-
-
-# ---------------------------------------------------------------------------------------------
-# CIFAR-10
-# ---------------------------------------------------------------------------------------------
-
-BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-
-
-def closed_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-@pytest.fixture
-def cifar(monkeypatch):
-    """A small archive in the form of the official one, as bytes; nothing serves it yet."""
-    rng = np.random.default_rng(0)
-    files, rows = {}, []
-    for n, name in enumerate(BATCHES, 2):
-        pixels = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
-        labels = [int(k) for k in rng.integers(0, 10, n)]
-        files[name] = pickle.dumps({b"data": pixels, b"labels": labels, b"x": "é"}, protocol=2)
-        rows.append((pixels, labels))
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:gz") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    archive = out.getvalue()
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(data, "CIFAR_URL", f"http://127.0.0.1:{closed_port()}/cifar.tar.gz")
-    monkeypatch.setattr(data, "CIFAR_SIZE", len(archive))
-    monkeypatch.setattr(data, "CIFAR_SHA256", data.hashlib.sha256(archive).hexdigest())
-    return {"archive": archive, "files": files, "rows": rows}
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        site = self.server
-        wanted = self.headers["Range"]
-        site.asked.append(wanted)
-        start = int(wanted[len("bytes=") : -1]) if wanted and site.ranges else 0
-        if start and start >= len(site.content):
-            self.send_error(416)
-            return
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(site.content) - start))
-        self.end_headers()
-        self.wfile.write(site.content[start:][: site.cut])
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def site(cifar, monkeypatch):
-    """A server of the archive on this machine. asked: the Range headers it saw; ranges: whether it
-    heeds them; cut: after how many bytes the connection breaks."""
-    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-    server.content, server.asked, server.ranges, server.cut = cifar["archive"], [], True, None
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    monkeypatch.setattr(data, "CIFAR_URL", f"http://127.0.0.1:{server.server_port}/cifar.tar.gz")
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-ARCHIVE = "cifar-10-python.tar.gz"
-PART = ARCHIVE + ".part"
-
-
-def check_cifar(dataset, cifar):
-    """All images and labels, in the archive's order: rows of red, then of green, then of blue."""
-    classes = ["airplane", "automobile", "bird", "cat", "deer"]  # as batches.meta numbers them
-    classes += ["dog", "frog", "horse", "ship", "truck"]
-    assert dataset.attributes == {"class": tuple(classes)}
-    assert dataset.captions == [f"a photo of a {name}" for name in classes]
-    assert dataset.labels.tolist() == [[k] for k in range(10)]
-    *train, test = cifar["rows"]
-    pixels = np.concatenate([p for p, _ in train])
-    assert dataset.train_size == len(pixels) == 20
-    assert dataset.images[4, 1, 5, 7] == pixels[4, 1024 + 5 * 32 + 7]
-    assert np.array_equal(dataset.images.flatten(1), pixels)
-    assert dataset.caption.tolist() == [label for _, labels in train for label in labels]
-    held, caption = dataset.batch(np.arange(7), held_out=True)
-    assert np.array_equal(held.flatten(1), test[0]) and caption.tolist() == test[1]
-
-
-def test_a_cifar_archive_placed_by_hand_is_used(tmp_path, cifar):
-    folder(tmp_path, {ARCHIVE: cifar["archive"]})
-    check_cifar(data.load("cifar10", 32, 32, data_dir=str(tmp_path)), cifar)
-    assert os.listdir(tmp_path) == [ARCHIVE]  # nothing extracted
-
-
-def test_a_cifar_folder_placed_by_hand_is_used(tmp_path, cifar):
-    folder(tmp_path / "cifar-10-batches-py", cifar["files"])
-    check_cifar(data.load("cifar10", 32, 32, data_dir=tmp_path), cifar)
-
-
-def test_cifar_batches_as_python_2_wrote_them_are_read(tmp_path, cifar):
-    """The official files: strings are SHORT_BINSTRINGs, and NumPy's old module names."""
-
-    def text(s):
-        return b"U" + bytes([len(s)]) + s
-
-    def batch(pixels, labels):
-        dtype = b"cnumpy\ndtype\n" + text(b"u1") + b"K\x00K\x01\x87R(K\x03" + text(b"|")
-        dtype += b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-        shape = b"K" + bytes([len(pixels)]) + b"M\x00\x0c\x86"
-        content = b"T" + pixels.nbytes.to_bytes(4, "little") + pixels.tobytes()
-        array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text(b"b")
-        array += b"\x87R(K\x01" + shape + dtype + b"\x89" + content + b"tb"
-        numbers = b"](" + b"".join(b"K" + bytes([k]) for k in labels) + b"e"
-        return b"\x80\x02}(" + text(b"data") + array + text(b"labels") + numbers + b"u."
-
-    files = {n: batch(*row) for n, row in zip(BATCHES, cifar["rows"], strict=True)}
-    folder(tmp_path / "cifar-10-batches-py", files)
-    check_cifar(data.load("cifar10", 32, 32, data_dir=tmp_path), cifar)
-
-
-def test_cifar_is_cropped_and_resized_as_other_pictures_are(tmp_path, cifar):
-    folder(tmp_path, {ARCHIVE: cifar["archive"]})
-    dataset = data.load_cifar10(tmp_path, 16, 24)
-    pixels = cifar["rows"][0][0][1].reshape(3, 32, 32).transpose(1, 2, 0)
-    expected = ImageOps.fit(Image.fromarray(pixels), (24, 16), Image.Resampling.BICUBIC)
-    assert dataset.images.shape == (20, 3, 16, 24)
-    assert dataset.held_out_images.shape == (7, 3, 16, 24)
-    assert np.array_equal(dataset.images[1].permute(1, 2, 0), np.asarray(expected))
-
-
-def test_an_archive_with_a_wrong_hash_is_refused_before_it_is_opened(tmp_path, cifar, monkeypatch):
-    harmed = bytearray(cifar["archive"])
-    harmed[100] ^= 1
-    folder(tmp_path, {ARCHIVE: bytes(harmed)})
-
-    def opened(*_, **__):
-        pytest.fail("opened before it was verified")
-
-    monkeypatch.setattr(tarfile, "open", opened)
-    monkeypatch.setattr(data, "ArrayUnpickler", opened)
-    with pytest.raises(DataError, match=r"not the official.*SHA-256.*Delete it") as error:
-        data.load("cifar10", 32, 32, data_dir=tmp_path)
-    assert str(tmp_path / ARCHIVE) in str(error.value)
-    assert (tmp_path / ARCHIVE).exists()  # it is the user's file
-
-
-class Attack:
-    def __init__(self, call, *arguments):
-        self.reduced = call, arguments
-
-    def __reduce__(self):
-        return self.reduced
-
-
-@pytest.mark.parametrize("call", ["system", "eval", "numpy"])
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, cifar, call):
-    trace = tmp_path / "trace"
-    attack = {
-        "system": Attack(os.system, f"touch {trace}"),
-        "eval": Attack(eval, f"open({str(trace)!r}, 'w')"),
-        "numpy": Attack(np.save, str(trace), 1),
-    }[call]
-    files = cifar["files"] | {"data_batch_3": pickle.dumps({b"data": attack}, protocol=2)}
-    folder(tmp_path / "cifar-10-batches-py", files)
-    with pytest.raises(DataError, match="data_batch_3 is not a batch of CIFAR-10") as error:
-        data.load("cifar10", 32, 32, data_dir=tmp_path)
-    assert str(tmp_path) in str(error.value)
-    assert not list(tmp_path.glob("trace*"))
-
-
-@pytest.mark.parametrize("harm", ["cut", "other", "labels"])
-def test_a_damaged_cifar_batch_is_refused_by_name(tmp_path, cifar, harm):
-    good = cifar["files"]["test_batch"]
-    content = {"cut": good[:900], "other": pickle.dumps([1, 2]), "labels": b"no pickle"}[harm]
-    folder(tmp_path / "cifar-10-batches-py", cifar["files"] | {"test_batch": content})
-    with pytest.raises(DataError, match="test_batch is not a batch of CIFAR-10"):
-        data.load("cifar10", 32, 32, data_dir=tmp_path)
-
-
-def test_a_cifar_folder_without_all_its_files_names_the_missing_one(tmp_path, cifar):
-    del cifar["files"]["data_batch_4"]
-    folder(tmp_path / "cifar-10-batches-py", cifar["files"])
-    with pytest.raises(DataError, match="data_batch_4"):
-        data.load("cifar10", 32, 32, data_dir=tmp_path)
-
-
-def test_cifar_is_fetched_once_and_quietly_into_a_new_folder(tmp_path, cifar, site, capsys):
-    place = tmp_path / "new" / "folder"
-    for _ in range(2):
-        check_cifar(data.load("cifar10", 32, 32, data_dir=place), cifar)
-    assert site.asked == [None] and os.listdir(place) == [ARCHIVE]
-    assert (place / ARCHIVE).read_bytes() == cifar["archive"]
-    assert capsys.readouterr() == ("", "")
-
-
-def test_a_cut_download_is_continued_from_its_part(tmp_path, cifar, site):
-    folder(tmp_path, {PART: cifar["archive"][:1000]})
-    site.content = b"?" * 1000 + cifar["archive"][1000:]  # what is there must not be asked for
-    check_cifar(data.load("cifar10", 32, 32, data_dir=tmp_path), cifar)
-    assert site.asked == ["bytes=1000-"] and os.listdir(tmp_path) == [ARCHIVE]
-
-
-def test_a_download_starts_afresh_where_the_server_cannot_continue(tmp_path, cifar, site):
-    folder(tmp_path, {PART: b"?" * 1000})
-    site.ranges = False
-    check_cifar(data.load("cifar10", 32, 32, data_dir=tmp_path), cifar)
-    assert site.asked == ["bytes=1000-"] and os.listdir(tmp_path) == [ARCHIVE]
-
-
-def test_a_connection_that_breaks_leaves_a_part_that_the_next_try_continues(tmp_path, cifar, site):
-    site.cut = 5000
-    with pytest.raises(DataError, match="CIFAR-10 can't be had"):
-        data.load("cifar10", 32, 32, data_dir=tmp_path)
-    assert os.listdir(tmp_path) == [PART]
-    site.cut = None
-    check_cifar(data.load("cifar10", 32, 32, data_dir=tmp_path), cifar)
-    assert site.asked == [None, "bytes=5000-"] and os.listdir(tmp_path) == [ARCHIVE]
-
-
-@pytest.mark.parametrize("more", [0, 10])
-def test_a_part_as_long_as_the_archive_or_longer_does_not_block_the_next_try(
-    tmp_path, cifar, site, more
-):
-    folder(tmp_path, {PART: b"?" * (len(cifar["archive"]) + more)})
-    check_cifar(data.load("cifar10", 32, 32, data_dir=tmp_path), cifar)
-
-
-def test_a_wrong_download_is_refused_and_does_not_block_the_next_try(tmp_path, cifar, site):
-    site.content = b"?" * len(cifar["archive"])
-    with pytest.raises(DataError, match=r"not the official CIFAR-10 archive.*try again"):
-        data.load("cifar10", 32, 32, data_dir=tmp_path)
-    site.content = b"<html>Please log in</html>"
-    with pytest.raises(DataError, match="CIFAR-10 can't be had"):
-        data.load("cifar10", 32, 32, data_dir=tmp_path)
-    assert not (tmp_path / ARCHIVE).exists()
-    (tmp_path / PART).unlink()
-    site.content = cifar["archive"]
-    check_cifar(data.load("cifar10", 32, 32, data_dir=tmp_path), cifar)
-
-
-def ways_out(error, data_dir):
-    words = [ARCHIVE, data.CIFAR_URL, str(data_dir), "--data-dir", "--data PATH", "--data shapes"]
-    return all(word in str(error.value) for word in words)
-
-
-def test_without_a_network_the_ways_out_are_named(tmp_path, cifar):
-    with pytest.raises(DataError, match=r"can't be had.*refused") as error:
-        data.load("cifar10", 32, 32, data_dir=tmp_path)
-    assert ways_out(error, tmp_path)
-
-
-def test_a_server_that_answers_nonsense_is_a_data_error(tmp_path, cifar, site, monkeypatch):
-    monkeypatch.setattr(Handler, "do_GET", lambda self: self.wfile.write(b"nonsense\r\n\r\n"))
-    with pytest.raises(DataError) as error:
-        data.load("cifar10", 32, 32, data_dir=tmp_path)
-    assert ways_out(error, tmp_path)
-
-
-def test_a_data_folder_that_cannot_be_made_is_a_data_error(tmp_path, cifar, site):
-    (tmp_path / "file").write_text("in the way")
-    for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(DataError) as error:
-            data.load("cifar10", 32, 32, data_dir=place)
-        assert ways_out(error, place)
-
-
-def test_a_data_folder_that_cannot_be_written_is_a_data_error(tmp_path, cifar, site, monkeypatch):
-    def refuse(path, mode="r"):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(data, "open", refuse, raising=False)  # root may write anywhere
-    with pytest.raises(DataError, match="Permission denied") as error:
-        data.load("cifar10", 32, 32, data_dir=tmp_path)
-    assert ways_out(error, tmp_path)
-
-
-def test_joined_tensors_are_read_as_one_and_not_before(tmp_path):
-    """Rows in any order are those of the tensors end to end; of mapped files no more memory is
-    taken than the rows asked for (anonymous memory: what is not the files' own)."""
-
-    def anonymous():
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) << 10 for line in file if "RssAnon" in line)
-
-    parts = [torch.randn(n, 3, 64, 64).half() for n in (300, 1, 500)]
-    whole = torch.cat(parts)
-    for i, part in enumerate(parts):
-        sample.save(dict(x0=part), tmp_path / f"{i}.pt")
-    before = anonymous()
-    joined = data.Joined([sample.mapped(tmp_path / f"{i}.pt")["x0"] for i in range(3)])
-    rows = np.array([800, 0, 299, 300, 301, 5, 800])
-    assert torch.equal(joined[rows], whole[rows])
-    assert len(joined) == 801 and joined.shape == whole.shape
-    assert anonymous() - before < whole.nbytes / 4
+class Stripes(data.DataSet):
+    """Stripes that lie or stand, of a brightness that is the image's own: all that it takes."""
+
+    name, size = "stripes", (8, 8)
+    captions, labels = ("lying stripes", "standing stripes"), torch.tensor([[0], [1]])
+    attributes, train_size = {"way": ("lying", "standing")}, None  # None: endless
+
+    def batch(self, index, held_out=False):
+        index = torch.as_tensor(index)
+        caption = index % 2
+        lying = (torch.arange(8)[:, None] % 2).expand(8, 8)
+        images = torch.where(caption[:, None, None] == 0, lying, lying.T)
+        images = images * (100 + index * 7 % 100)[:, None, None] + 50 * held_out
+        return images[:, None].expand(-1, 3, -1, -1).to(torch.uint8), caption
+
+
+def test_a_new_data_set_is_one_class(tmp_path, monkeypatch, capsys):
+    """It is learned from in every stage, scored and sampled from."""
+    monkeypatch.setattr(data, "load", lambda name, sizes, **options: Stripes())
+    words = [*TINY.split(), "--data", "stripes", "--data-dir", f"{tmp_path}", "--out"]
+    assert ladd.main([*words, f"{tmp_path}/run"]) == 0, capsys.readouterr().err
+    assert "student, 1 step" in (tmp_path / "run" / "report.md").read_text()
+    made = torch.load(tmp_path / "run" / "synthetic" / "00000.pt", weights_only=True)
+    assert made["captions"] == ["lying stripes", "standing stripes"] * 16
+    own = ["--prompts", "@captions", "--num", "3", "--out", f"{tmp_path}/own", "--device", "cpu"]
+    assert sample.main([f"{tmp_path}/run", *own]) == 0, capsys.readouterr().err
+    with Image.open(tmp_path / "own" / "00001.png") as picture:
+        assert picture.size == (8, 8) and picture.info["prompt"] == "standing stripes"

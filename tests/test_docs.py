@@ -7,76 +7,111 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageSequence
-from test_hostile import run_folder
+from PIL import Image
 
-import data
-import ladd
-import sample
+from tools import pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """script(name, words) -> exit status of a script of docs/."""
-
-    def script(name, *words):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(ROOT / "docs" / name), run_name="__main__")
-        return stop.value.code
-
-    return script
-
-
-def test_the_readmes_table_of_results_is_that_of_the_kept_metrics(script):
-    assert script("tables.py") == 0
-
-
-def test_the_picture_of_the_architecture_has_the_numbers_of_the_code(script):
-    assert script("architecture.py", "--check") == 0
-
-
-@pytest.mark.parametrize("change", [dict(taps=(0, 2)), dict(head_width=32), dict(qk_norm=False)])
-def test_a_picture_of_another_network_is_found_out(script, monkeypatch, change):
-    monkeypatch.setitem(ladd.PRESETS, "nano", change)
-    assert script("architecture.py", "--check") == 1
-
-
-def test_trajectories_begin_with_the_same_noise_and_end_with_the_samples(script, tmp_path):
-    """A frame a step of the longer way; the shorter one waits at its end."""
-    made = run_folder(tmp_path / "made")
-    words = [made, "--out", tmp_path / "way.gif", "--num", 4, "--scale", 2]
-    assert script("trajectories.py", *words) == 0
-    with Image.open(tmp_path / "way.gif") as moving:
-        frames = [np.asarray(f.convert("RGB"), int) for f in ImageSequence.Iterator(moving)]
-    assert len(frames) == 1 + 4  # the student's four steps, the teacher's two
-    left, right = (slice(0, 80), slice(104, 184))
-    assert (frames[0][44:, left] == frames[0][44:, right]).all()
-    assert (frames[2][44:, left] == frames[4][44:, left]).all()
-    assert (frames[3][44:, right] != frames[4][44:, right]).any()
-    generator = sample.load_generator(made)
-    ((captions, _),) = sample.held_out_captions(data.load("shapes", 8, 8), 4)
-    want = sample.grid(data.to_uint8(generator.sample(captions, seed=3)), 4, 2)
-    off = np.abs(frames[-1][44:, right] - np.asarray(want, int))
-    assert np.median(off) < 16  # a palette of 160 colours
-
-
-def test_trajectories_of_no_run_are_one_line(script, tmp_path, capsys):
-    assert script("trajectories.py", tmp_path, "--out", tmp_path / "way.gif") == 2
-    assert "teacher.pt: no such file" in capsys.readouterr().err
-    assert not (tmp_path / "way.gif").exists()
-
-
+README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+NOW = [path for path in DOCUMENTS if path.name != "log.md"]  # which tells what was, not what is
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 TORCHRUN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"}
+GONE = {"--conditional", "--shared-pass", "--student-depth", "--student-init"}  # with an ablation
+PROGRAMS = [
+    "ladd", "ladd --sweep=a", "ladd --dry-run", "sample", "sample --evaluate", "sd3.encode",
+    "tools.architecture", "tools.benchmark", "tools.pictures", "tools.trajectory",
+]  # fmt: skip
 
 
-def test_every_flag_that_the_readme_names_exists(capsys):
-    for program in (ladd, sample, data):
-        with pytest.raises(SystemExit):
-            program.main(["--help"])
-    known = set(FLAG.findall(capsys.readouterr().out)) | TORCHRUN
-    named = set(FLAG.findall((ROOT / "README.md").read_text("utf-8")))
-    assert named <= known, named - known
+@pytest.fixture
+def flags(monkeypatch, capsys):
+    """All flags of all programs, by their --help."""
+    for words in PROGRAMS:
+        name, *words = words.split()
+        monkeypatch.setattr(sys, "argv", [name, *words, "--help"])
+        monkeypatch.delitem(sys.modules, name, raising=False)  # of which runpy would warn
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_module(name, run_name="__main__")
+        assert stop.value.code == 0, name
+    return set(FLAG.findall(capsys.readouterr().out)) | TORCHRUN | {"--write"}  # tools.table's
+
+
+def test_every_flag_that_the_documents_name_exists(flags):
+    for path in NOW:
+        text = re.sub("```diff.*?```", "", path.read_text("utf-8"), flags=re.S)
+        named = set(FLAG.findall(text))
+        if path.name == "ablations.md":
+            named -= GONE
+        assert named <= flags, (path.name, named - flags)
+
+
+def test_a_flag_that_is_gone_is_said_to_be_where_its_ablation_is(flags):
+    text = (ROOT / "docs" / "ablations.md").read_text("utf-8")
+    for flag in GONE:
+        assert flag not in flags
+        assert f"The flag `{flag}` was removed after this ablation; at commit 3816901" in text
+
+
+def slug(heading):
+    """The anchor that a Markdown heading gets."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+def headings(path):
+    return re.findall(r"^#+ (.+)$", path.read_text("utf-8"), flags=re.M)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_of_a_document_leads_somewhere(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text("utf-8")):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        found = path.parent / file if file else path
+        assert found.exists(), target
+        assert not anchor or anchor in map(slug, headings(found)), target
+
+
+def test_the_readme_leads_to_every_document_and_is_short():
+    text = README.read_text("utf-8")
+    assert len(text.splitlines()) <= 180
+    for path in DOCUMENTS[1:]:
+        assert f"docs/{path.name}" in text, path.name
+
+
+@pytest.mark.parametrize("path", NOW, ids=lambda path: path.name)
+def test_every_program_that_a_document_names_exists(path):
+    for name in re.findall(r"python -m ([a-z][\w.]*)", path.read_text("utf-8")):
+        module = ROOT / Path(*name.split(".")).with_suffix(".py")
+        assert name == "pytest" or module.exists(), name
+
+
+def test_the_warning_of_a_bad_sign_names_a_section_that_exists():
+    file, heading = re.search(
+        r"docs/(\w+\.md): ([\w ]+)", (ROOT / "lib" / "loop.py").read_text("utf-8")
+    ).groups()
+    assert heading in headings(ROOT / "docs" / file)
+
+
+def test_the_table_of_passes_is_that_of_the_code():
+    text = (ROOT / "docs" / "passes.md").read_text("utf-8")
+    assert f"<!-- passes -->\n{pictures.pass_table()}\n<!-- end -->" in text
+
+
+def test_the_pictures_of_levels_and_health_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    kept = ROOT / "docs" / "results"
+    logs = {name: kept / f"health-{name}.jsonl" for name in ("healthy", "broken")}
+    for figure in (pictures.draw_levels(), pictures.draw_health(logs)):
+        figure.savefig(tmp_path / "a.png")
+        with Image.open(tmp_path / "a.png") as image:
+            assert np.asarray(image.convert("L")).std() > 10
+
+
+def test_pictures_without_matplotlib_name_the_command(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert pictures.main(["a", "b"]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err

@@ -53,6 +53,8 @@ def answers(tmp_path_factory):
         folder.mkdir()
         for name in FILES:
             shutil.copy(ROOT / name, folder / name)
+        for name in ("lib", "tools", "sd3"):  # which no exercise touches
+            (folder / name).symlink_to(ROOT / name)
         words = ["git", "apply", "--unsafe-paths", f"--directory={folder}", str(patch)]
         done = subprocess.run(words, cwd=root, capture_output=True, text=True)
         assert done.returncode == 0, f"{patch.name}: {done.stderr}"
@@ -79,6 +81,12 @@ def test_the_answer_in_the_text_is_the_patch(patch):
 def test_the_first_nine_change_at_most_twenty_lines(patch):
     changed = [x for x in patch.read_text("utf-8").splitlines() if re.match(r"[+-](?![+-]{2})", x)]
     assert 0 < len(changed) <= 20
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda p: p.stem)
+def test_an_exercise_touches_the_five_files_alone(patch):
+    touched = re.findall(r"^\+\+\+ b/(\S+)", patch.read_text("utf-8"), re.M)
+    assert touched and set(touched) <= set(FILES)
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda p: p.stem)

@@ -13,16 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdit import (
-    PREFIX,
-    JointBlock,
-    MMDiT,
-    PatchEmbed,
-    attention,
-    from_sd3,
-    position_table,
-    timestep_sinusoid,
-)
+from lib.memory import kept_by
+from mmdit import JointBlock, MMDiT, PatchEmbed, attention, position_table, timestep_sinusoid
+from sd3.weights import PREFIX, from_sd3
 
 TINY = dict(
     depth=3, width=24, heads=4, patch=2, channels=5, context_dim=7, pooled_dim=9, pos_size=8
@@ -557,6 +550,23 @@ def test_gradient_of_the_features_in_the_latent_is_that_of_finite_differences():
     assert torch.autograd.gradcheck(
         lambda x: model(x, t, context, pooled, taps=(0,), features_only=True)[1], x, fast_mode=True
     )
+
+
+def test_checkpointing_changes_no_velocity_feature_or_gradient():
+    """Of the weights and of x, through the taps and through v; and it keeps less for backward."""
+    model = tiny(qk_norm=True, attn2_blocks=1)
+    _, *rest = inputs(H=4, W=12)
+    results, kept = [], []
+    for model.checkpointing in (False, True):
+        model.zero_grad()
+        x = randn(2, 5, 4, 12, seed=1).requires_grad_()
+        (v, features), pieces = kept_by([model], lambda x=x: model(x, *rest, taps=(0, 2)))
+        (v.square().sum() + sum(f.sin().sum() for f in features)).backward()
+        grads = [p.grad for p in model.parameters()]
+        results.append([v, *features, x.grad, *grads])
+        kept.append(sum(pieces.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert kept[1] < kept[0] / 3
 
 
 def test_bf16_autocast_stays_close_to_float32():

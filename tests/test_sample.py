@@ -1,4 +1,4 @@
-"""Rectified flow, the samplers, checkpoints, pictures, scores, and the command line of sample.py.
+"""Rectified flow, the samplers, the generator, and the command line of sample.py.
 
 The mathematics is compared with closed forms: a single data point, whose velocity field is known
 and straight, and Gaussian data, whose field is known and curved. The command line runs in this
@@ -6,32 +6,22 @@ process on a folder that `ladd.py --smoke` made and whose weights are then drawn
 every option shows in the pixels.
 """
 
-import json
 import math
-import pickle
-import shutil
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import CPU, MAKING, everything, randn, run_folder, seeded
 from PIL import Image
 
-import data
 import ladd
 import sample
+from lib.errors import CheckpointError
 from mmdit import MMDiT
 
 EXACT = dict(rtol=1e-10, atol=1e-10)
 SINGLE = dict(rtol=1e-5, atol=1e-5)  # for what is computed in float32
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=seeded(seed), dtype=dtype)
 
 
 def randomise(model, seed=0):
@@ -96,7 +86,7 @@ def test_the_velocity_is_the_derivative_of_xt_by_t():
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (1.0, 1.0), (-2.0, 0.5)])
 def test_logit_normal_has_its_quantiles(mean, std):
     """P(t < sigmoid(m + s·Φ⁻¹(q))) = q; the median is sigmoid(m)."""
-    t = sample.logit_normal(100_000, mean, std, seeded())
+    t = sample.logit_normal(100_000, mean, std, np.random.default_rng(0))
     q = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
     bounds = torch.sigmoid(mean + std * torch.special.ndtri(q))
     share = (t[:, None] < bounds).double().mean(dim=0)
@@ -125,8 +115,8 @@ def test_two_shifts_are_one_by_the_product():
 
 def test_a_shifted_logit_normal_is_the_logit_normal_moved_by_ln_alpha():
     """shift_α of logit-normal(0, 1) is logit-normal(ln α, 1), draw by draw."""
-    shifted = sample.shift_t(sample.logit_normal(1000, 0.0, 1.0, seeded()), 3.0)
-    moved = sample.logit_normal(1000, math.log(3.0), 1.0, seeded())
+    shifted = sample.shift_t(sample.logit_normal(1000, 0.0, 1.0, np.random.default_rng(0)), 3.0)
+    moved = sample.logit_normal(1000, math.log(3.0), 1.0, np.random.default_rng(0))
     torch.testing.assert_close(shifted, moved, **SINGLE)
 
 
@@ -293,38 +283,13 @@ def test_renoising_a_single_data_point_gives_that_point_at_every_step():
 
 
 # ---------------------------------------------------------------------------------------------
-# Noise and the generator
+# The generator
 # ---------------------------------------------------------------------------------------------
-
-
-def test_noise_belongs_to_the_image_not_to_its_batch():
-    """Image i has the same noise in any batch, of any size, at any place."""
-    together = sample.noise_of(5, range(7), (3, 2, 4))
-    for indices in ([3], [6, 0, 3], range(2, 5)):
-        assert torch.equal(sample.noise_of(5, indices, (3, 2, 4)), together[list(indices)])
-
-
-def test_noise_differs_between_seeds_steps_and_images():
-    """No two of these fields have anything to do with each other."""
-    fields = torch.cat(
-        [sample.noise_of(seed, range(4), (300,), step) for seed in (0, 1, 2) for step in range(4)]
-    )
-    correlation = torch.corrcoef(fields) - torch.eye(len(fields))
-    assert correlation.abs().max() < 0.3  # five standard deviations
-
-
-def test_noise_is_standard_normal():
-    """Mean 0, variance 1, fourth moment 3, and the images are independent."""
-    noise = sample.noise_of(0, range(400), (3, 10, 10)).double()
-    assert noise.mean().abs() < 0.012
-    assert noise.square().mean() == pytest.approx(1, abs=0.017)
-    assert noise.pow(4).mean() == pytest.approx(3, abs=0.12)
-    assert noise.mean(dim=(1, 2, 3)).var() * 300 == pytest.approx(1, abs=0.3)
 
 
 SETTINGS = dict(
     text_dim=6, text_length=4, levels=(1.0, 0.75, 0.5, 0.25), teacher_steps=5, cfg=3.0, shift=2.0,
-    size=8, patch=2, pos_size=8,
+    size=(8, 8), patch=2, pos_size=8, downscale=1, aspects=(), data="shapes", seed=0,
 )  # fmt: skip
 NETWORK = dict(depth=2, width=16, heads=2, patch=2, channels=3, context_dim=6, pooled_dim=6)
 CAPTIONS = ["a red circle", "a blue cross", "", "a large square", "green"]
@@ -334,8 +299,12 @@ def network(seed=0):
     return randomise(MMDiT(**NETWORK, pos_size=8, qk_norm=False), seed).requires_grad_(False)
 
 
+def settings(**changes):
+    return SimpleNamespace(**SETTINGS | changes)
+
+
 def generator(kind="student", model=None):
-    return sample.Generator(model or network(), SETTINGS, kind, precision="fp32")
+    return sample.Generator(model or network(), settings(), kind, precision="fp32")
 
 
 @pytest.mark.parametrize("kind", ["student", "teacher"])
@@ -362,7 +331,7 @@ def test_a_student_renoises_with_fresh_noise_on_its_levels():
     """With v = 0 is x̂_0 = x_t: every step's noise can be read off the samples."""
     field = Field(lambda x, t: torch.zeros_like(x))
     steps = list(generator("student", field).trajectory(["", ""], [7, 4], seed=3))
-    noise = [sample.noise_of(3, [7, 4], (3, 8, 8), step) for step in range(4)]
+    noise = [sample.noise_of(3, "sampling", [7, 4], (3, 8, 8), step) for step in range(4)]
     want = [noise[0]]
     for t, fresh in zip((0.75, 0.5, 0.25), noise[1:], strict=True):
         want.append((1 - t) * want[-1] + t * fresh)
@@ -385,7 +354,7 @@ def test_a_start_image_is_noised_to_its_strength_and_no_further(sampler):
     start = randn(1, 3, 8, 8, seed=9, dtype=torch.float32)
     options = dict(sampler=sampler, cfg=1.0, steps=2, start=(start, 0.4), seed=3)
     list(generator("teacher", field).trajectory(["", ""], [0, 1], **options))
-    first = 0.6 * start + 0.4 * sample.noise_of(3, [0, 1], (3, 8, 8))
+    first = 0.6 * start + 0.4 * sample.noise_of(3, "sampling", [0, 1], (3, 8, 8))
     torch.testing.assert_close(field.asked[0][0], first, **SINGLE)
     assert field.levels[0] == pytest.approx(0.4)
     assert field.levels[1] < 0.4
@@ -398,7 +367,7 @@ def test_other_sizes_than_the_trained_one_can_be_sampled():
 
 def test_a_generator_leaves_the_callers_arithmetic_alone():
     """Between two steps of a trajectory the caller's own code must not run under autocast."""
-    made = sample.Generator(network(), SETTINGS, "student", precision="bf16")
+    made = sample.Generator(network(), settings(), "student", precision="bf16")
     for _ in made.trajectory(["a"], [0]):
         assert not torch.is_autocast_enabled("cpu")
 
@@ -426,16 +395,6 @@ def test_a_checkpoint_rebuilds_its_network(tmp_path):
         assert torch.equal(again.sample(CAPTIONS), same)
 
 
-class Bomb:
-    """Unpickled without care, this writes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 def foreign_files(folder):
     """Files that are no checkpoint, each with a word of the message that it deserves."""
     torch.save({"weights": {}}, folder / "other.pt")
@@ -457,188 +416,10 @@ def foreign_files(folder):
 def test_what_is_no_checkpoint_is_refused_by_name(tmp_path):
     """Missing, damaged, cut short, or somebody else's: one line that names the file."""
     for name, reason in foreign_files(tmp_path).items():
-        with pytest.raises(sample.CheckpointError) as refusal:
+        with pytest.raises(CheckpointError) as refusal:
             sample.read_checkpoint(tmp_path / name)
         assert reason in str(refusal.value) and name in str(refusal.value)
         assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("save", [torch.save, lambda bomb, file: pickle.dump(bomb, file, 2)])
-def test_a_checkpoint_never_runs_code(tmp_path, save):
-    """A file that would run code on loading is refused, and its code has not run."""
-    mark = tmp_path / "mark"
-    with open(tmp_path / "bomb.pt", "wb") as file:
-        save(Bomb(mark), file)
-    with pytest.raises(sample.CheckpointError):
-        sample.read_checkpoint(tmp_path / "bomb.pt")
-    assert not mark.exists()
-    pickle.loads(pickle.dumps(Bomb(mark)))  # the bomb is live
-    assert mark.exists()
-
-
-# ---------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------
-
-
-def test_a_grid_shows_image_i_in_row_i_div_columns_and_column_i_mod_columns():
-    """5 images of 3 × 7 pixels, 2 columns, enlarged twice, with a white border of one pixel."""
-    images = torch.randint(0, 255, (5, 3, 3, 7), generator=seeded(), dtype=torch.uint8)
-    sheet = np.asarray(sample.grid(images, 2, scale=2))
-    assert sheet.shape == (3 * (3 + 2) * 2, 2 * (7 + 2) * 2, 3)
-    small = sheet[::2, ::2]
-    assert (np.kron(small, np.ones((2, 2, 1), np.uint8)) == sheet).all()  # not smoothed
-    for i, image in enumerate(images):
-        row, column = divmod(i, 2)
-        cell = small[5 * row : 5 * row + 5, 9 * column : 9 * column + 9]
-        assert (cell[1:-1, 1:-1] == image.permute(1, 2, 0).numpy()).all()
-        assert (cell[[0, -1]] == 255).all() and (cell[:, [0, -1]] == 255).all()
-    assert (small[10:, 9:] == 255).all()  # the sixth place is empty
-
-
-def test_a_png_carries_its_notes(tmp_path):
-    """Any text can be read back, whatever its alphabet."""
-    notes = dict(prompt="ein großer Kreis, 円", seed=7, steps=4, model="student of runs/nano")
-    sample.save_png(Image.new("RGB", (3, 2)), tmp_path / "new" / "a.png", **notes)
-    with Image.open(tmp_path / "new" / "a.png") as picture:
-        assert {k: picture.info[k] for k in notes} == {k: str(v) for k, v in notes.items()}
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.png"]
-
-
-def test_a_picture_of_our_own_is_replaced(tmp_path):
-    for colour in ("red", "blue"):
-        sample.save_png(Image.new("RGB", (3, 2), colour), tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as picture:
-        assert picture.getpixel((0, 0)) == (0, 0, 255)
-
-
-def test_a_strangers_file_is_never_replaced(tmp_path):
-    """A photo, or anything that is no picture: refused, and not a byte changes."""
-    Image.new("RGB", (3, 2), "red").save(tmp_path / "photo.png")
-    (tmp_path / "notes.png").write_text("not a picture")
-    for path in sorted(tmp_path.iterdir()):
-        before = path.read_bytes()
-        with pytest.raises(FileExistsError, match=path.name):
-            sample.save_png(Image.new("RGB", (3, 2), "blue"), path)
-        assert path.read_bytes() == before
-
-
-# ---------------------------------------------------------------------------------------------
-# Scores
-# ---------------------------------------------------------------------------------------------
-
-
-def white(n, d, seed):
-    """n points whose mean is exactly 0 and whose covariance is exactly I."""
-    x = randn(n, d, seed=seed)
-    x = x - x.mean(0)
-    return x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
-
-
-def test_frechet_distance_of_independent_coordinates():
-    """Σ (μ_a - μ_b)² + Σ (σ_a - σ_b)² where both covariances are diagonal."""
-    mean_a, mean_b = randn(5, seed=1), randn(5, seed=2)
-    std_a, std_b = randn(5, seed=3).abs(), randn(5, seed=4).abs()
-    a = white(40, 5, seed=5) * std_a + mean_a
-    b = white(30, 5, seed=6) * std_b + mean_b
-    want = (mean_a - mean_b).square().sum() + (std_a - std_b).square().sum()
-    assert sample.frechet_distance(a, b) == pytest.approx(want.item(), rel=1e-8)
-
-
-def test_frechet_distance_of_correlated_coordinates():
-    """tr (Σ_a Σ_b)^½ is the sum of the roots of the eigenvalues of the product."""
-    a = white(40, 4, seed=1) @ randn(4, 4, seed=2)
-    b = white(30, 4, seed=3) @ randn(4, 4, seed=4)
-    cov_a, cov_b = np.cov(a.numpy().T), np.cov(b.numpy().T)
-    roots = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real)
-    want = np.trace(cov_a) + np.trace(cov_b) - 2 * roots.sum()
-    assert sample.frechet_distance(a, b) == pytest.approx(want, rel=1e-8)
-
-
-def test_frechet_distance_is_zero_for_the_same_set_and_symmetric():
-    """Also where the covariance is singular: 8 points in 11 dimensions."""
-    a, b = randn(8, 11, seed=1), 2 + 3 * randn(9, 11, seed=2)
-    assert sample.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
-    assert sample.frechet_distance(a, b) == pytest.approx(sample.frechet_distance(b, a), rel=1e-6)
-    assert sample.frechet_distance(a, b) > 1
-
-
-def test_precision_and_recall_of_identical_sets_are_1():
-    x = randn(60, 3)
-    assert sample.precision_recall(x, x.clone()) == (1, 1)
-
-
-def test_precision_and_recall_of_sets_far_apart_are_0():
-    assert sample.precision_recall(randn(60, 3), 100 + randn(60, 3, seed=1)) == (0, 0)
-
-
-def test_dropping_a_mode_costs_recall_and_not_precision():
-    """Reals in two places, fakes in one of them: every fake is good, half the reals unreached."""
-    here, there = randn(300, 2, seed=1), 50 + randn(300, 2, seed=2)
-    precision, recall = sample.precision_recall(torch.cat([here, there]), randn(300, 2, seed=3))
-    assert precision > 0.9
-    assert 0.4 < recall <= 0.5
-
-
-def test_adding_a_mode_costs_precision_and_not_recall():
-    """The other way round, half of the fakes are nowhere near a real."""
-    here, there = randn(300, 2, seed=1), 50 + randn(300, 2, seed=2)
-    precision, recall = sample.precision_recall(randn(300, 2, seed=3), torch.cat([here, there]))
-    assert 0.4 < precision <= 0.5
-    assert recall > 0.9
-
-
-class FakeJudge:
-    """Answers what it was told to, with features of its own."""
-
-    def __init__(self, answers):
-        self.answers = answers
-
-    def read(self, images):
-        return randn(len(images), 3, seed=len(images)), self.answers
-
-
-def test_alignment_is_the_share_of_images_with_every_attribute_right():
-    """Of 8 images one has its first attribute wrong, one its second, one both: 5/8 are aligned."""
-    labels = torch.arange(16).reshape(8, 2)
-    answers = labels.clone()
-    answers[2, 0] += 1
-    answers[5, 1] += 1
-    answers[6] += 1
-    images = torch.zeros(8, 3, 4, 4, dtype=torch.uint8)
-    row = sample.score(images, labels, randn(9, 3, seed=8), FakeJudge(answers))
-    assert row["alignment"] == 5 / 8
-
-
-def test_scores_of_the_reference_itself_are_perfect():
-    """Fréchet distance 0, precision and recall 1, alignment 1."""
-    labels = torch.zeros(8, 1, dtype=torch.int64)
-    images = torch.zeros(8, 3, 4, 4, dtype=torch.uint8)
-    row = sample.score(images, labels, randn(8, 3, seed=8), FakeJudge(labels))
-    assert row == dict(alignment=1, frechet=pytest.approx(0, abs=1e-6), precision=1, recall=1)
-
-
-def test_captions_without_attributes_are_scored_all_but_the_alignment():
-    """Where no word divides the set there is nothing to be right about, and no table of lies."""
-    images = torch.randint(0, 256, (40, 3, 8, 8), generator=seeded(), dtype=torch.uint8)
-    caption = torch.arange(40)
-    labels = torch.zeros(40, 0, dtype=torch.int64)
-    captions = [f"w{i}" for i in range(40)]
-    dataset = data.ImageSet("bare", (images, caption), (images, caption), captions, {}, labels)
-    judge = sample.train_judge(dataset, (8, 8), "cpu", steps=2, width=8, precision="fp32")
-    reference, _ = judge.read(images)
-    row = sample.score(images, labels, reference, judge)
-    assert row["alignment"] is None
-    assert row["frechet"] == pytest.approx(0, abs=1e-4)
-
-
-def test_one_judge_scores_the_runs_of_all_seeds(tmp_path):
-    """Trained once per data set: scores of different seeds have the same measure."""
-    options = dict(data_dir=tmp_path, steps=2, width=8, precision="fp32")
-    judges = [sample.get_judge(data.Shapes(8, 8, s), (8, 8), "cpu", **options) for s in (0, 1)]
-    assert len(list(tmp_path.iterdir())) == 1
-    a, b = (judge.state_dict() for judge in judges)
-    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -646,21 +427,20 @@ def test_one_judge_scores_the_runs_of_all_seeds(tmp_path):
 # ---------------------------------------------------------------------------------------------
 
 SMALL = ["--size", "12", "--width", "32", "--depth", "3", "--heads", "1", "--text-dim", "16"]
-SMALL += ["--head-width", "16", "--precision", "fp32", "--device", "cpu"]
+SMALL += ["--head-width", "16", *CPU]
 PROMPT = "a large red circle on a blue background"
 
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """A finished run of 12 × 12 images with weights drawn at random; data is its --data-dir."""
+    """A run of 12 × 12 images, finished but for its report, with weights drawn at random."""
     folder = tmp_path_factory.mktemp("sample") / "run"
-    where = ["--out", str(folder), "--data-dir", str(folder.parent / "data")]
-    assert ladd.main([*where, *SMALL, "--smoke"]) == 0
+    for stage in MAKING:
+        assert ladd.main(["--out", str(folder), *SMALL, "--smoke", "--stage", stage]) == 0
     for seed, kind in enumerate(("teacher", "student")):
         checkpoint = torch.load(folder / f"{kind}.pt", weights_only=True)
         checkpoint["weights"] = randomise(MMDiT(**checkpoint["model"]), seed).state_dict()
         torch.save(checkpoint, folder / f"{kind}.pt")
-    (folder / "metrics.json").unlink()  # those of the weights before
     return folder
 
 
@@ -673,7 +453,7 @@ def call(*words):
 
 
 def cpu(*words):
-    return call(*words, "--device", "cpu", "--precision", "fp32")
+    return call(*words, *CPU)
 
 
 def pixels(path):
@@ -715,9 +495,18 @@ def test_a_folder_gets_one_png_per_image_with_its_own_prompt(run, tmp_path):
     assert np.abs(first - third).mean() > 5  # the same prompt with another noise
 
 
+def test_odd_prompts_are_drawn_as_clean_lines(tmp_path, capsys):
+    path, made = tmp_path / "prompts.txt", run_folder(tmp_path / "made")
+    path.write_bytes(b"\xef\xbb\xbfa \x1b[31mcat\0\r\n" + b"very " * 100_000 + b"long\n")
+    assert cpu(made, "--prompts", path, "--out", tmp_path / "out") == 0
+    assert notes(tmp_path / "out" / "00000.png")["prompt"] == "a  [31mcat"
+    said = capsys.readouterr().err
+    assert "only the first 4 words" in said and len(said) < 1000
+
+
 def test_captions_of_the_data_are_prompts_too(run, tmp_path):
-    out, folder = tmp_path / "out", run.parent / "data"
-    assert cpu(run, "--prompts", "@captions", "--num", 2, "--data-dir", folder, "--out", out) == 0
+    out = tmp_path / "out"
+    assert cpu(run, "--prompts", "@captions", "--num", 2, "--out", out) == 0
     assert [notes(p)["prompt"][:2] for p in sorted(out.iterdir())] == ["a ", "a "]
 
 
@@ -815,75 +604,6 @@ def test_little_strength_stays_near_the_image(run, tmp_path):
     assert (forgotten == drawn(run, tmp_path / "none")).all()
 
 
-def test_evaluate_prints_the_table_and_keeps_it(run, tmp_path, capsys):
-    """One row per way of sampling, in metrics.json beside what is there; the real images first."""
-    path = run / "metrics.json"
-    made_from = sample.fingerprints(run)
-    path.write_text(json.dumps(dict(rows=[], preset="x", checkpoints=made_from)))
-    assert cpu(run, "--evaluate", "--data-dir", run.parent / "data") == 0
-    metrics, printed = json.loads(path.read_text()), capsys.readouterr().out
-    names = [row["name"] for row in metrics["rows"]]
-    assert names == [
-        "real, held out", "teacher, 4 steps, CFG 4",
-        "untrained, 4 steps", "untrained, 2 steps", "untrained, 1 step",
-        "student, 4 steps", "student, 2 steps", "student, 1 step",
-    ]  # fmt: skip
-    assert all(f"| {name} |" in printed for name in names)
-    assert [row.get("evaluations") for row in metrics["rows"]] == [None, 8, 4, 2, 1, 4, 2, 1]
-    for row in metrics["rows"]:
-        assert 0 <= row["alignment"] <= 1 and 0 <= row["precision"] <= 1 and row["frechet"] > 0
-    assert metrics["preset"] == "x"  # the report's other facts stay
-    assert metrics["samples"] == 32 and metrics["checkpoints"] == made_from
-
-
-@pytest.mark.parametrize("flags", [["--num", 16], ["--seed", 5], ["--steps", 2], ["--cfg", 1.5]])
-def test_a_table_of_other_samples_than_the_runs_own_is_printed_and_not_kept(
-    run, tmp_path, capsys, flags
-):
-    folder = shutil.copytree(run, tmp_path / "run")
-    before = snapshot(folder)
-    assert cpu(folder, "--evaluate", *flags, "--data-dir", run.parent / "data") == 0
-    assert "| student, 1 step |" in (printed := capsys.readouterr().out)
-    assert "Not kept" in printed and snapshot(folder) == before
-    name, value = flags
-    steps, cfg = value if name == "--steps" else 4, value if name == "--cfg" else 4
-    assert f"| teacher, {steps} steps, CFG {cfg} |" in printed
-
-
-@pytest.mark.parametrize("kind", ["teacher", "student"])
-def test_metrics_of_another_checkpoint_are_refused_and_kept(run, tmp_path, capsys, kind):
-    """Their table, command and commit tell nothing of the weights that lie beside them."""
-    folder = shutil.copytree(run, tmp_path / "run")
-    made_from = sample.fingerprints(folder) | {kind: "0" * 64}
-    (folder / "metrics.json").write_text(json.dumps(dict(rows=[], checkpoints=made_from)))
-    before = snapshot(folder)
-    assert cpu(folder, "--evaluate", "--data-dir", run.parent / "data") == 2
-    message = capsys.readouterr().err
-    assert "metrics.json: not made from" in message and message.count("\n") == 1
-    assert snapshot(folder) == before
-
-
-def test_the_untrained_rows_are_the_student_before_distillation(run, tmp_path):
-    """A student with the teacher's weights has the very scores of the untrained rows."""
-    folder = shutil.copytree(run, tmp_path / "run")
-    checkpoint = torch.load(folder / "teacher.pt", weights_only=True)
-    torch.save(checkpoint | dict(kind="student"), folder / "student.pt")
-    (folder / "metrics.json").unlink(missing_ok=True)
-    assert cpu(folder, "--evaluate", "--data-dir", run.parent / "data") == 0
-    rows = json.loads((folder / "metrics.json").read_text())["rows"]
-    for row in rows:
-        row.pop("seconds", None)
-    score = {row.pop("name"): row for row in rows}
-    for steps in ("4 steps", "2 steps", "1 step"):
-        assert score[f"student, {steps}"] == score[f"untrained, {steps}"]
-    assert score["student, 4 steps"] != score["student, 1 step"]
-
-
-def snapshot(folder):
-    """Every file under a folder, with its content."""
-    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 # What is wrong: the command line, and what the message must name.
 BAD = {
     "missing run": ("{dir}/gone --prompt x", "gone"),
@@ -894,7 +614,7 @@ BAD = {
     "empty prompts": ("{run} --prompts {dir}/empty.txt", "no prompt"),
     "no prompt": ("{run}", "no prompt"),
     "indivisible size": ("{run} --prompt x --size 8x13", "8x13"),
-    "half a size": ("{run} --prompt x --size 8", "--size"),
+    "half a size": ("{run} --prompt x --size 8x", "--size"),
     "enormous size": ("{run} --prompt x --size 8x800", "8x800"),
     "no size": ("{run} --prompt x --size 0x8", "0x8"),
     "too many steps": ("{run} --prompt x --steps 5", "1 to 4 steps"),
@@ -904,12 +624,7 @@ BAD = {
     "missing image": ("{run} --prompt x --init-image {dir}/gone.png", "gone.png"),
     "foreign image": ("{run} --prompt x --init-image {dir}/text.jpg", "text.jpg"),
     "stranger's file": ("{run} --prompt x --out {dir}/photo.png", "photo.png"),
-    "foreign data": ("{run} --evaluate --data {dir}/gone", "gone"),
-    "too few to score": ("{run} --evaluate --num 3", "--num"),
-    "a way to score": ("{run} --evaluate --sampler euler", "--sampler"),
-    "whom to score": ("{run} --evaluate --teacher", "--teacher"),
     "stranger's film": ("{run} --prompt x --trajectory {dir}/photo.png", "photo.png"),
-    "no run to score": ("{run}/student.pt --evaluate", "run folder"),
     "abbreviation": ("{run} --prompt x --tea", "--tea"),
     "unknown sampler": ("{run} --prompt x --sampler heun", "heun"),
 }
@@ -923,9 +638,9 @@ def test_bad_input_is_one_clear_line_and_status_2(run, tmp_path, capsys, monkeyp
     (tmp_path / "text.jpg").write_text("no image")
     Image.new("RGB", (3, 2)).save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)  # where the default samples.png would go
-    before = snapshot(tmp_path) | snapshot(run)
+    before = everything(tmp_path) | everything(run)
     assert call(*words.format(run=run, dir=tmp_path).split()) == 2
     usage, message = capsys.readouterr().err.rsplit("sample.py: ", 1)
     assert named in message and message.count("\n") == 1
     assert "Traceback" not in usage and "sample.py: " not in usage
-    assert snapshot(tmp_path) | snapshot(run) == before
+    assert everything(tmp_path) | everything(run) == before

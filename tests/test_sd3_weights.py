@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import struct
 import subprocess
 import sys
@@ -14,9 +15,12 @@ from test_mmdit import VARIANTS, inputs, randomise
 
 import ladd
 import sample
-from mmdit import PREFIX, CheckpointError, MMDiT, Weights, meta_sd3, open_sd3, write_sd3
+from lib.errors import CheckpointError
+from mmdit import MMDiT
+from sd3.weights import PREFIX, Weights, meta_sd3, open_sd3, write_sd3
 
 safetensors = pytest.importorskip("safetensors.torch")
+safe_open = pytest.importorskip("safetensors").safe_open
 
 SHAPE = dict(depth=3, heads=2, patch=2, channels=5, context_dim=7, pooled_dim=9, pos_size=8)
 OURS = {  # the three released architectures at small depth
@@ -32,9 +36,14 @@ def tensors(variant="sd3.5-medium", seed=0):
 
 
 def export(path, weights, heads=2, dtype="F32"):
-    with open(path, "wb") as file:
-        write_sd3(file, weights, heads, dtype)
+    write_sd3(path, weights, heads, dtype)
     return path
+
+
+def content(path):
+    """A file's tensors, and what it says beside them."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 def same(a, b):
@@ -81,7 +90,7 @@ def test_diffusers_reads_our_export_and_computes_the_same(variant, tmp_path):
 @pytest.mark.parametrize("files", ["one file", "shards", "fp16 beside", "one file by its name"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_folder_of_diffusers_comes_back_bit_for_bit(variant, files, tmp_path):
-    """Export -> diffusers -> its folder -> ours -> export: the same bytes."""
+    """Export -> diffusers -> its folder -> ours -> export: the same file."""
     first = export(tmp_path / "a.safetensors", tensors(variant))
     theirs, folder = diffusers_model(safetensors.load_file(first), variant), tmp_path / "folder"
     theirs.save_pretrained(folder, max_shard_size="100kB" if files == "shards" else "1GB")
@@ -92,7 +101,8 @@ def test_a_folder_of_diffusers_comes_back_bit_for_bit(variant, files, tmp_path):
         folder = folder / "diffusion_pytorch_model.safetensors"
     model, weights = open_sd3(folder)
     assert model.config == OURS[variant]
-    assert export(tmp_path / "b.safetensors", weights).read_bytes() == first.read_bytes()
+    before, after = content(first), content(export(tmp_path / "b.safetensors", weights))
+    assert same(before[0], after[0]) and before[1] == after[1]
 
 
 def test_a_folder_with_a_shard_missing_is_refused_by_the_shards_name(tmp_path):
@@ -164,11 +174,11 @@ def test_a_file_is_in_memory_once_and_only_where_it_is_read(tmp_path):
     zeros = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
     path = export(tmp_path / "big.safetensors", zeros, heads=16)
     script = """
-        import sys, safetensors.torch, torch, mmdit
+        import sys, safetensors.torch, torch, mmdit, sd3.weights
         def peak(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) << 10
         with torch.device("meta"): mmdit.MMDiT(depth=1)  # what it imports is no weight
         start = peak()
-        model, weights = mmdit.open_sd3(sys.argv[1])
+        model, weights = sd3.weights.open_sd3(sys.argv[1])
         model.load_state_dict(weights, assign=True)
         opened = peak()
         for tensor in model.state_dict().values(): tensor.sum()
@@ -416,9 +426,8 @@ def test_an_export_has_official_names_and_the_type_that_was_asked_for(run, tmp_p
 def test_an_export_overwrites_nothing_and_leaves_nothing_half_written(run, tmp_path, capsys):
     out = tmp_path / "mine.safetensors"
     out.write_bytes(b"mine")
-    with pytest.raises(SystemExit) as stop:
-        sample.main([str(run), "--export", str(out)])
-    assert stop.value.code == 2 and "mine.safetensors: exists" in capsys.readouterr().err
+    assert sample.main([str(run), "--export", str(out)]) == 2
+    assert "mine.safetensors: exists" in capsys.readouterr().err
     checkpoint = torch.load(run / "teacher.pt", weights_only=True)
     checkpoint["weights"]["t_embedder.mlp.0.bias"][3] = 1e5  # beyond fp16
     torch.save(checkpoint, tmp_path / "large.pt")
@@ -427,6 +436,19 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_written(run, tmp_p
     assert "t_embedder.mlp.0.bias holds numbers that F16 can't" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["large.pt", "mine.safetensors"]
     assert out.read_bytes() == b"mine"
+
+
+def test_an_export_to_a_full_disk_is_one_line_and_leaves_no_file(run, tmp_path, capsys):
+    """A limit of 10 kB per file stands for the disk."""
+    out, old = tmp_path / "student.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))
+    try:
+        assert sample.main([str(run), "--export", str(out)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    message = capsys.readouterr().err
+    assert message.startswith(f"sample.py: {out}: ") and message.count("\n") == 1
+    assert "File too large" in message and not list(tmp_path.iterdir())
 
 
 def test_heads_start_from_those_of_another_run_with_their_optimiser(run, tmp_path):

@@ -1,420 +1,273 @@
 """Draws docs/architecture.png: one batch of LADD, the network, its joint block, a head.
 
-python docs/architecture.py            draws it, from nano's networks as they run
-python docs/architecture.py --check    checks the picture's numbers against them; status 1 if not
+python -m tools.architecture            draws it, from nano's networks as they run (matplotlib)
+python -m tools.architecture --check    checks the picture's numbers against them; status 1 if not
 
-Every shape and number in the picture is read off a forward and backward pass of `nano`. They are
-also kept in the PNG as text, which is what --check compares: fonts may differ, numbers may not.
+Every shape and number is read off a forward and backward pass of `nano`. All words of the picture
+are also kept in the PNG as text, which is what --check compares.
 """
 
-import argparse
 import json
-import re
 import sys
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import ladd
+import mmdit
+from discriminator import Discriminator
+from lib.errors import Parser, UsageError, exit_status
 
-import ladd  # noqa: E402
-import mmdit  # noqa: E402
-from discriminator import Discriminator  # noqa: E402
-
-PICTURE = ROOT / "docs" / "architecture.png"
-
-# ---------------------------------------------------------------------------------------------
-# What the code says
-# ---------------------------------------------------------------------------------------------
+PICTURE = Path(__file__).resolve().parent.parent / "docs" / "architecture.png"
+SIZE = 1840, 2000  # pixels
+IMAGE, TEXT, CONDITION = ("#dbe9f8", "#2f6fb4"), ("#dcf0e1", "#2e8653"), ("#fcefcb", "#b5840f")
+FROZEN, HEADS, PLAIN = ("#e9edf1", "#7c8896"), ("#ebe1f7", "#7a4fb5"), ("white", "#1f2a37")
+RED = "#d1495b"
 
 
-def shape_of(value):
-    return "×".join(map(str, value.shape))
-
-
-def watch(network, seen, prefix):
-    """Hooks that note the shapes going into and out of every module of a network."""
-
-    def note(name):
-        def hook(_, inputs, output):
-            for key, values in (("in", inputs), ("out", output)):
-                values = values if isinstance(values, tuple) else (values,)
-                shapes = [shape_of(v) for v in values if torch.is_tensor(v)]
-                seen[f"{prefix}{name} {key}"] = shapes[0] if len(shapes) == 1 else shapes
-
-        return hook
-
-    for name, module in network.named_modules():
-        module.register_forward_hook(note(name))
+def shape_of(tensor):
+    return "×".join(map(str, tensor.shape))
 
 
 def read_code():
-    """{name: number, shape or list of them} of one batch of nano, followed through the code."""
+    """Shapes and numbers of one batch of nano, followed through the code; `out` has the shapes
+    that leave the modules, by name."""
     s = ladd.parse(["--preset", "nano", "--device", "cpu"])[0]
     torch.manual_seed(0)
     student, teacher = mmdit.MMDiT(**s.model()), mmdit.MMDiT(**s.model()).requires_grad_(False)
-    heads, seen = Discriminator(**s.head_sizes()), {}
+    networks = dict(student=student, teacher=teacher, heads=Discriminator(**s.head_sizes()))
     for parameter in (*student.parameters(), *teacher.parameters()):
         torch.nn.init.normal_(parameter, std=0.02)  # adaLN-Zero has no gradient at the start
-    networks = dict(student=student, teacher=teacher, heads=heads)
-    watch(student, seen, "")
-    watch(heads, seen, "heads.")
-    attention = mmdit.attention
+    n = SimpleNamespace(s=s, student=student, heads=networks["heads"], out={}, gradient={})
+    for module in (student, n.heads):
+        for name, part in module.named_modules():
 
-    def noted(q, k, v):
-        seen["attention in"], seen["attention out"] = (
-            shape_of(q),
-            shape_of(out := attention(q, k, v)),
-        )
-        return out
+            def note(_, inputs, output, name=name):
+                if torch.is_tensor(output):
+                    n.out[name] = shape_of(output)
 
-    x0, t = torch.randn(s.batch, s.channels, s.size, s.size), torch.rand(s.batch)
+            part.register_forward_hook(note)
+    x0, t = torch.randn(s.batch, s.channels, *s.size), torch.rand(s.batch)
     text = torch.randn(s.batch, s.text_length, s.text_dim), torch.randn(s.batch, s.text_dim)
-    mmdit.attention = noted
-    x0_hat = ladd.student_predict(student, x0, text, t, torch.randn_like(x0))
-    mmdit.attention = attention
-    fake = ladd.teacher_features(teacher, x0_hat, text, t, torch.randn_like(x0), s.tapped)
-    with torch.no_grad():
-        real = ladd.teacher_features(teacher, x0, text, t, torch.randn_like(x0), s.tapped)
-    grid = (s.size // s.patch, s.size // s.patch)
-    loss_d, logits, _ = ladd.discriminator_loss(heads, real, fake, t, text[1], grid, s.r1)
-    losses = dict(L_D=loss_d, L_G=ladd.generator_loss(heads, fake, t, text[1], grid))
-    for loss, value in losses.items():
-        for network in networks.values():
-            network.zero_grad(set_to_none=True)
+    n.x0, n.t, n.c, n.y = map(shape_of, (x0, t, *text))
+    grid = [side // s.patch for side in s.size]
+    with mock.patch.object(mmdit, "attention", wraps=mmdit.attention) as attention:
+        x0_hat = ladd.student_predict(student, x0, text, t, x0)
+    n.qkv, n.x0_hat = shape_of(attention.call_args.args[0]), shape_of(x0_hat)
+    fake = ladd.teacher_features(teacher, x0_hat, text, t, x0, s.tapped)
+    real = ladd.teacher_features(teacher, x0, text, t, x0, s.tapped)
+    loss_d, logits, _ = ladd.discriminator_loss(n.heads, real, fake, t, text[1], grid, s.r1)
+    loss_g = ladd.generator_loss(n.heads, fake, t, text[1], grid)
+    n.features, n.logits = f"{len(fake)} × {shape_of(fake[0])}", shape_of(logits)
+    for loss, value in dict(D=loss_d, G=loss_g).items():
         value.backward(retain_graph=True)
-        with_grad = [
-            k for k, n in networks.items() if any(p.grad is not None for p in n.parameters())
-        ]
-        seen[f"gradient of {loss}"] = with_grad
-    block = student.joint_blocks[0]
-    numbers = dict(x0=shape_of(x0), x0_hat=shape_of(x0_hat), t=shape_of(t), c=shape_of(text[0]))
-    numbers |= dict(y=shape_of(text[1]), features=[shape_of(f) for f in fake])
-    numbers |= dict(logits=shape_of(logits), taps=list(s.tapped), depth=len(student.joint_blocks))
-    numbers |= {
-        f"parameters, {k}": sum(p.numel() for p in n.parameters()) for k, n in networks.items()
-    }
-    numbers |= dict(qk_norm=block.x_block.attn.ln_q is not None, chunks=block.x_block.chunks)
-    numbers |= dict(last_chunks=student.joint_blocks[-1].context_block.chunks)
-    numbers |= dict(levels=list(s.levels), weight=s.distill_weight, patch=s.patch)
-    for name, module in heads.heads[0].named_modules():
-        if hasattr(module, "kernel_size"):
-            numbers[f"kernel {name}"] = list(module.kernel_size)
-    return json.loads(json.dumps(seen | numbers))
-
-
-# ---------------------------------------------------------------------------------------------
-# Drawing
-# ---------------------------------------------------------------------------------------------
-
-WIDTH, HEIGHT, FINE = 1840, 2150, 2  # drawn twice as large, for smooth lines
-INK, QUIET = "#1f2a37", "#5d6b7a"
-IMAGE, TEXT, CONDITION = ("#dbe9f8", "#2f6fb4"), ("#dcf0e1", "#2e8653"), ("#fcefcb", "#b5840f")
-FROZEN, HEADS, PLAIN = ("#e9edf1", "#7c8896"), ("#ebe1f7", "#7a4fb5"), ("#ffffff", "#9aa5b1")
-GRADIENT_G, GRADIENT_D = "#d1495b", "#7a4fb5"
-
-
-def font(size, bold=False):
-    try:
-        return ImageFont.truetype(f"DejaVuSans{'-Bold' * bold}.ttf", size * FINE)
-    except OSError:
-        return ImageFont.load_default(size * FINE)  # without Greek letters: do for --check
+        learn = [k for k, m in networks.items() if any(p.grad is not None for p in m.parameters())]
+        n.gradient[loss] = " and ".join(learn)
+        n.heads.zero_grad()
+    return n
 
 
 class Sheet:
-    """A picture in units of its final pixels."""
+    """Boxes, arrows and words before they are drawn; x and y in pixels, y downwards."""
 
     def __init__(self):
-        self.image = Image.new("RGB", (WIDTH * FINE, HEIGHT * FINE), "white")
-        self.draw = ImageDraw.Draw(self.image)
+        self.boxes, self.arrows, self.words = [], [], []
 
-    def parts(self, text, size, bold):
-        """[(text, font, lowering, width)]; _{…} is a subscript."""
-        for i, part in enumerate(re.split(r"_\{(.*?)\}", text)):
-            own = font(size * 0.7 if i % 2 else size, bold)
-            yield part, own, size * 0.22 * (i % 2), self.draw.textlength(part, own) / FINE
+    def write(self, x, y, text, size=18, colour="#4a5766", align="center"):
+        self.words.append((x, y, text, size, colour, align))
 
-    def text(self, x, y, text, size=22, bold=False, colour=INK, anchor="m", most=WIDTH):
-        """One line whose middle is at height y; it starts, is centred or ends at x."""
-        parts = list(self.parts(text, size, bold))
-        if (total := sum(width for *_, width in parts)) > most:
-            size = size * most / total
-            parts = list(self.parts(text, size, bold))
-        x -= sum(width for *_, width in parts) * {"l": 0, "m": 0.5, "r": 1}[anchor]
-        for part, own, low, width in parts:
-            at = (x * FINE, (y + low + size * 0.36) * FINE)
-            self.draw.text(at, part, colour, own, anchor="ls")
-            x += width
-
-    def box(self, x, y, w, h, lines=(), colour=PLAIN, radius=12):
-        """A box with centred lines; the first is bold, the others are quiet."""
-        fill, edge = colour
-        corners = [v * FINE for v in (x, y, x + w, y + h)]
-        self.draw.rounded_rectangle(corners, radius * FINE, fill, edge, 2 * FINE)
-        step = 29
+    def box(self, x, y, w, h, colour, *lines):
+        """A box around (x, y), with a title and lines below it. -> what `join` takes"""
+        self.boxes.append((x - w / 2, y - h / 2, w, h, colour))
         for i, line in enumerate(lines):
-            at = y + h / 2 + (i - (len(lines) - 1) / 2) * step
-            size, colour = (23, INK) if i == 0 else (19, QUIET)
-            self.text(x + w / 2, at, line, size, i == 0, colour, most=w - 14)
+            style = (18,) if i else (23, PLAIN[1])
+            self.write(x, y + 28 * (i - (len(lines) - 1) / 2), line, *style)
+        return x, y, w, h
 
-    def arrow(self, *points, colour=INK, width=3, head=True):
-        """A line along the points, with a tip at the last."""
-        scaled = [(x * FINE, y * FINE) for x, y in points]
-        (x0, y0), (x1, y1) = points[-2:]
-        length = max(1e-6, ((x1 - x0) ** 2 + (y1 - y0) ** 2) ** 0.5)
-        dx, dy = (x1 - x0) / length, (y1 - y0) / length
-        if head:
-            scaled[-1] = ((x1 - 8 * dx) * FINE, (y1 - 8 * dy) * FINE)
-        self.draw.line(scaled, colour, width * FINE, joint="curve")
-        if head:
-            tip = [(x1, y1), (x1 - 15 * dx - 7 * dy, y1 - 15 * dy + 7 * dx)]
-            tip += [(x1 - 15 * dx + 7 * dy, y1 - 15 * dy - 7 * dx)]
-            self.draw.polygon([(x * FINE, y * FINE) for x, y in tip], colour)
+    def arrow(self, colour, *points, tip="-|>"):
+        self.arrows.append((colour, points, tip))
 
-    def sign(self, x, y, text, colour=INK):
-        """A small circle with a sign in it."""
-        corners = [v * FINE for v in (x - 16, y - 16, x + 16, y + 16)]
-        self.draw.ellipse(corners, "white", colour, 2 * FINE)
-        self.text(x, y, text, 24, True, colour)
-
-    def heading(self, x, y, text, more=""):
-        self.text(x, y, text, 32, True, anchor="l")
-        wide = self.draw.textlength(text, font(32, True)) / FINE
-        self.text(x + wide + 18, y + 2, more, 21, colour=QUIET, anchor="l")
+    def join(self, colour, *boxes):
+        """Arrows from box to box, each of which is beside, above or below the next."""
+        for (ax, ay, aw, ah), (bx, by, bw, bh) in pairwise(boxes):
+            if abs(ax - bx) > (aw + bw) / 2:  # at the height of the smaller one
+                y, side = (by if bh < ah else ay), (1 if bx > ax else -1)
+                self.arrow(colour, (ax + side * aw / 2, y), (bx - side * bw / 2, y))
+            else:
+                x, side = (bx if bw < aw else ax), (1 if by > ay else -1)
+                self.arrow(colour, (x, ay + side * ah / 2), (x, by - side * bh / 2))
 
 
-def millions(n):
-    return f"{n / 1e6:.2f} M weights"
-
-
-def draw_batch(s, n):
-    """The path of one batch: boxes 1 to 6 of ladd.py."""
-    x, w, h = [40 + 226 * i for i in range(8)], 180, 116
-    top, low = 190, 470
-    mid = (top + low + h) / 2
-    assert n("gradient of L_G") == ["student"] and n("gradient of L_D") == ["heads"]
-    s.heading(40, 50, "One batch of LADD", "student and heads learn, the teacher is frozen")
-    taps = " and ".join(map(str, n("taps")))
-    features = f"{len(n('features'))} × {n('features')[0]}"
-    tall = low + h - top
-    for column, y, height, lines, colour in (
-        (0, top, h, ["x_{t}", n("x0"), f"t of {len(n('levels'))} levels"], IMAGE),
-        (0, low, h, ["x_{0}", n("x0"), "teacher's sample"], IMAGE),
-        (1, top, h, ["student v_{θ}", millions(n("parameters, student"))], IMAGE),
-        (2, top, h, ["x̂_{0}", n("x0_hat"), "x_{t} − t·v"], IMAGE),
-        (3, top, h, ["x̂_{t̂}", n("x0_hat"), "fresh noise"], IMAGE),
-        (3, low, h, ["x_{t̂}", n("x0"), "fresh noise"], IMAGE),
-        (
-            4,
-            top,
-            tall,
-            ["frozen teacher", "the student", "before training;", "sees c, y and t̂"],
-            FROZEN,
-        ),
-        (5, top, h, ["f", features, f"of blocks {taps}"], IMAGE),
-        (5, low, h, ["r", features, f"of blocks {taps}"], IMAGE),
-        (6, top, tall, ["heads D", millions(n("parameters, heads")), "one per block"], HEADS),
-        (7, top, h, ["D(f)", n("logits"), "L_{G} = −mean D(f)"], HEADS),
-        (7, low, h, ["D(r)", n("logits"), "L_{D}, hinge"], HEADS),
+def draw_batch(sheet, n):
+    """The path of one batch: numbers 1 to 6 are those of ladd.py."""
+    sheet.write(40, 50, "One batch of LADD: student and heads learn, the teacher is frozen", 30, PLAIN[1], "left")
+    x, top, low, made = [130 + 226 * i for i in range(8)], 250, 530, {}
+    of_blocks = f"of blocks {' and '.join(map(str, n.s.tapped))}"
+    student = sum(p.numel() for p in n.student.parameters()) / 1e6
+    heads = sum(p.numel() for p in n.heads.parameters()) / 1e6
+    for name, column, y, colour, *lines in (
+        ("x_0", 0, low, IMAGE, "$x_0$", n.x0, "teacher's sample"),
+        ("x_t", 0, top, IMAGE, "1   $x_t$", n.x0, f"t of {len(n.s.levels)} levels"),
+        ("student", 1, top, IMAGE, r"student $v_\theta$", f"{student:.2f} M weights"),
+        ("predicted", 2, top, IMAGE, r"2   $\hat{x}_0$", n.x0_hat, r"$x_t - t \cdot v$"),
+        ("fake", 3, top, IMAGE, r"3   noised $\hat{x}_0$", n.x0_hat, r"to $\hat{t}$"),
+        ("real", 3, low, IMAGE, "3   noised $x_0$", n.x0, r"to the same $\hat{t}$"),
+        ("teacher", 4, 390, FROZEN, "frozen teacher", "the student", "before training", r"given c, y, $\hat{t}$"),
+        ("f", 5, top, IMAGE, "4   f", n.features, of_blocks),
+        ("r", 5, low, IMAGE, "4   r", n.features, of_blocks),
+        ("heads", 6, 390, HEADS, "heads D", f"{heads:.2f} M weights", "one per block"),
+        ("D(f)", 7, top, HEADS, "6   D(f)", n.logits, "$L_G$: −mean D(f)"),
+        ("D(r)", 7, low, HEADS, "5   D(r), D(f)", n.logits, "$L_D$: hinge"),
+    ):  # fmt: skip
+        made[name] = sheet.box(x[column], y, 184, 396 if y == 390 else 116, colour, *lines)
+    for chain in (
+        "x_0 x_t student predicted fake teacher f heads D(f)",
+        "x_0 real teacher r heads D(r)",
+        "D(f) D(r)",
     ):
-        s.box(x[column], y, w, height, lines, colour)
-    for a in range(7):
-        s.arrow((x[a] + w, top + h / 2), (x[a + 1], top + h / 2))
-    for a, b in ((0, 3), (3, 4), (4, 5), (5, 6), (6, 7)):
-        s.arrow((x[a] + w, low + h / 2), (x[b], low + h / 2))
-    s.arrow((x[0] + w / 2, low), (x[0] + w / 2, top + h))
-    s.text(x[0] + w / 2 + 12, mid, "1  noise ε to t", 19, colour=QUIET, anchor="l")
-    for a, number in ((1, "2"), (3, "3"), (4, "4"), (6, "5, 6")):
-        s.text(x[a] - 23, top + h / 2 - 20, number, 19, colour=QUIET)
-    between = (x[0] + w + x[3]) / 2
-    s.text(between, low + h / 2 + 22, "3  the same t̂ ~ logit-normal(m, s)", 19, colour=QUIET)
-    s.arrow((x[7] + w / 2, top + h), (x[7] + w / 2, low))
-    s.text(x[7] + w / 2 - 12, mid, "sg f", 19, colour=QUIET, anchor="r")
-    gap = top + h + 34
-    s.box(x[2] - 30, gap, w + 60, 74, [f"+ {n('weight'):g} · smooth L1", "x̂_{0} to x_{0}; ours"])
-    s.arrow((x[2] + w / 2, top + h), (x[2] + w / 2, gap))
-    s.arrow((x[0] + w, low + 26), (x[2] + w / 2, low + 26), (x[2] + w / 2, gap + 74))
-    up, down = top - 44, low + h + 44
-    ends = (x[7] + w / 2, top), (x[7] + w / 2, up), (x[1] + w / 2, up), (x[1] + w / 2, top)
-    s.arrow(*ends, colour=GRADIENT_G, width=4)
-    told = "gradient of L_{G}: through heads and teacher, which keep none of it, to the student"
-    s.text((x[1] + x[7] + w) / 2, up - 22, told, 21, colour=GRADIENT_G)
-    ends = (x[7] + w / 2, low + h), (x[7] + w / 2, down), (x[6] + w / 2, down)
-    s.arrow(*ends, (x[6] + w / 2, low + h), colour=GRADIENT_D, width=4)
-    told = "gradient of L_{D}: to the heads alone"
-    s.text(x[6] + w / 2 - 14, down, told, 21, colour=GRADIENT_D, anchor="r")
+        sheet.join(PLAIN[1], *(made[name] for name in chain.split()))
+    weight = f"{n.s.distill_weight:g} · smooth L1"
+    extra = sheet.box(x[2], 390, 224, 76, PLAIN, weight, r"of $\hat{x}_0$ and $x_0$; ours")
+    sheet.join(PLAIN[1], made["predicted"], extra)
+    sheet.arrow(PLAIN[1], (x[0] + 92, 500), (x[2], 500), (x[2], 428))
+    sheet.write(x[7] - 10, 390, "without gradient", align="right")
+    sheet.arrow(RED, (x[7], 192), (x[7], 145), (x[1], 145), (x[1], 192))
+    way = f"gradient of $L_G$: through heads and teacher, which keep none of it, to the {n.gradient['G']}"
+    sheet.write((x[1] + x[7]) / 2, 120, way, 20, RED)
+    sheet.arrow(HEADS[1], (x[7], 588), (x[7], 635), (x[6], 635), (x[6], 588))
+    sheet.write(x[6] - 14, 635, f"gradient of $L_D$: to the {n.gradient['D']} alone", 20, HEADS[1], "right")
 
 
-def draw_network(s, n):
+def draw_network(sheet, n):
     """MMDiT from its inputs to v, with the taps."""
-    top, w, h, text, image, cond = 760, 168, 84, 270, 452, 634
-    s.heading(40, 700, "The network: MMDiT")
-    streams = (
-        (text, TEXT, ["c", n("c")], ["Linear", n("context_embedder out")]),
-        (image, IMAGE, ["x_{t}", n("x0")], ["patches + place", n("x_embedder out")]),
-        (cond, CONDITION, ["t, y", f"{n('t')}, {n('y')}"], ["two MLPs, sum", n("t_embedder out")]),
-    )
-    for x, colour, given, embedded in streams:
-        s.box(x - w / 2, top, w, h, given, colour)
-        s.arrow((x, top + h), (x, top + 124))
-        s.box(x - w / 2, top + 124, w, h, embedded, colour)
-    first, step, deep = top + 268, 128, 80
-    last = first + step * (n("depth") - 1)
-    left, right = text - w / 2, image + w / 2
-    bus = cond
-    s.arrow((bus, top + 124 + h), (bus, last + 156), (right, last + 156), colour=CONDITION[1])
-    for i in range(n("depth")):
-        y = first + step * i
-        for x, colour in ((text, TEXT), (image, IMAGE)):
-            s.arrow((x, y - (step - deep if i else 60)), (x, y), colour=colour[1])
-        s.box(left, y, right - left, deep, [f"joint block {i}"])
-        s.arrow((bus, y + deep / 2), (right, y + deep / 2), colour=CONDITION[1])
-        if i in n("taps"):
-            s.arrow((image, y + deep + 24), (150, y + deep + 24), colour=HEADS[1])
-            s.box(40, y + deep - 4, 110, 56, ["head"], HEADS)
-    shapes = n("joint_blocks.0 out")
-    s.text(text - 12, first + deep + 22, shapes[0], 17, colour=TEXT[1], anchor="r")
-    s.text(image + 12, first + deep + 22, shapes[1], 17, colour=IMAGE[1], anchor="l")
-    s.arrow((image, last + deep), (image, last + 116), colour=IMAGE[1])
-    s.box(left, last + 116, right - left, h, ["modulate, Linear", n("final_layer out")], IMAGE)
-    s.arrow((image, last + 200), (image, last + 236))
-    s.box(image - w / 2, last + 236, w, h, ["v", n(" out")], IMAGE)
-    s.text(text, last + 236 + h / 2, "unpatchify", 19, colour=QUIET)
-    s.arrow(
-        (text + 58, last + 236 + h / 2), (image - w / 2, last + 236 + h / 2), head=False, width=1
-    )
-
-
-def draw_block(s, n):
-    """Both streams of a joint block, and where they meet."""
-    top, w, text, image = 760, 290, 995, 1605
-    mid = (text + image) / 2
-    s.heading(800, 700, "A joint block", "two streams, one attention")
-    block = "joint_blocks.0."
-    shapes, chunks = n("joint_blocks.0 in"), n("chunks")
-    s.box(mid - 120, top, 240, 72, ["t and y", shapes[2]], CONDITION)
-    s.arrow((mid, top + 72), (mid, top + 110), colour=CONDITION[1])
-    made = n(block + "x_block.adaLN_modulation out")
-    vectors = [f"adaLN: {chunks} vectors", f"for each stream, {made}", "SiLU, Linear"]
-    s.box(mid - 120, top + 110, 240, 112, vectors, CONDITION)
-    rows = dict(norm=110, qkv=224, attention=344, proj=462, add=586, norm2=636, mlp=744, add2=868)
-    y = {name: top + offset for name, offset in rows.items()}
-    for x, name, colour, shape, side in (
-        (text, "context_block.", TEXT, shapes[0], -1),
-        (image, "x_block.", IMAGE, shapes[1], 1),
+    sheet.write(40, 720, "The network: MMDiT", 30, PLAIN[1], "left")
+    text, image, cond, depth = 270, 452, 634, n.s.depth
+    final = sheet.box(361, 1090 + 115 * depth, 350, 80, IMAGE, "modulate, Linear", n.out["final_layer"])
+    blocks = [sheet.box(361, 1050 + 115 * i, 350, 76, PLAIN, f"joint block {i}") for i in range(depth)]
+    for x, colour, given, *embedded in (
+        (text, TEXT, ("c", n.c), "Linear", n.out["context_embedder"]),
+        (image, IMAGE, ("$x_t$", n.x0), "patches + place", n.out["x_embedder"]),
+        (cond, CONDITION, ("t, y", f"{n.t}, {n.y}"), "two MLPs, sum", n.out["t_embedder"]),
     ):
-        own = f"{block}{name}"
-        title = "text tokens" if side < 0 else "image tokens"
-        s.box(x - w / 2, top, w, 72, [title, shape], colour)
-        normed = ["LayerNorm", "· (1 + scale) + shift"]
-        s.box(x - w / 2, y["norm"], w, 80, normed, colour)
-        qkv = "RMSNorm of q and k" if n("qk_norm") else "Linear"
-        s.box(x - w / 2, y["qkv"], w, 86, [f"q, k, v  {n(own + 'attn.qkv out')}", qkv], colour)
-        s.box(x - w / 2, y["proj"], w, 80, ["Linear · gate", n(own + "attn.proj out")], colour)
-        s.box(x - w / 2, y["norm2"], w, 74, normed, colour)
-        inner = f"{n(own + 'mlp.fc1 out')} inside"
-        s.box(x - w / 2, y["mlp"], w, 80, ["MLP · gate", inner], colour)
-        for a, b in (
-            (top + 72, y["norm"]),
-            (y["norm"] + 80, y["qkv"]),
-            (y["qkv"] + 86, y["attention"]),
-            (y["attention"] + 84, y["proj"]),
-            (y["proj"] + 80, y["add"] - 16),
-            (y["add"] + 16, y["norm2"]),
-            (y["norm2"] + 74, y["mlp"]),
-            (y["mlp"] + 80, y["add2"] - 16),
-            (y["add2"] + 16, y["add2"] + 56),
-        ):
-            s.arrow((x, a), (x, b), colour=colour[1])
-        out = x + side * (w / 2 + 34)
-        for a, b in ((top + 36, y["add"]), (y["add"], y["add2"])):
-            start = x + side * (w / 2 if a == top + 36 else 16)
-            s.arrow((start, a), (out, a), (out, b), (x + side * 16, b), colour=colour[1])
-        for b in (y["add"], y["add2"]):
-            s.sign(x, b, "+", colour[1])
-        inside = x - side * w / 2
-        bus = mid + side * 90
-        s.arrow((mid - 120 if side < 0 else mid + 120, y["norm"] + 40), (inside, y["norm"] + 40),
-                colour=CONDITION[1])  # fmt: skip
-        for name in ("proj", "norm2", "mlp"):
-            s.arrow((bus, y[name] + 40), (inside, y[name] + 40), colour=CONDITION[1])
-        s.arrow(
-            (bus, y["attention"] + 84 + 4), (bus, y["mlp"] + 40), colour=CONDITION[1], head=False
-        )
-        s.arrow((bus, y["norm"] + 112), (bus, y["attention"] - 4), colour=CONDITION[1], head=False)
-    joint = [f"one attention over {shapes[0].split('×')[1]} + {shapes[1].split('×')[1]} tokens",
-             f"q, k, v  {n('attention in')} each"]  # fmt: skip
-    s.box(text - w / 2 - 10, y["attention"], image - text + w + 20, 84, joint)
-    told = f"the last block's text gives q, k and v alone: {n('last_chunks')} vectors"
-    s.text(mid, y["add2"] + 34, told, 19, colour=QUIET)
+        sheet.join(colour[1], sheet.box(x, 800, 168, 80, colour, *given), sheet.box(x, 920, 168, 80, colour, *embedded))
+    for colour, x, end in ((TEXT[1], text, depth), (IMAGE[1], image, depth + 1)):
+        edges = [(920, 40), *((y, h / 2) for _, y, _, h in blocks), (final[1], 40)]
+        for (a, ha), (b, hb) in pairwise(edges[: end + 1]):
+            sheet.arrow(colour, (x, a + ha), (x, b - hb))
+    sheet.arrow(CONDITION[1], (cond, 960), (cond, final[1]), (536, final[1]))
+    for i, (_, y, *_) in enumerate(blocks):
+        sheet.arrow(CONDITION[1], (cond, y), (536, y))
+        if i in n.s.tapped:
+            sheet.box(95, y + 57, 110, 50, HEADS, "head")
+            sheet.arrow(HEADS[1], (image, y + 57), (150, y + 57))
+    sheet.join(IMAGE[1], final, sheet.box(image, final[1] + 120, 168, 80, IMAGE, "v", n.x0_hat))
 
 
-def draw_head(s, n):
+def draw_block(sheet, n):
+    """Both streams of a joint block, and where they meet."""
+    sheet.write(800, 720, "A joint block: two streams, one attention", 30, PLAIN[1], "left")
+    mid, text, image = 1300, 995, 1605
+    block, first = n.student.joint_blocks[0], "joint_blocks.0."
+    count = block.x_block.chunks
+    vectors = f"{n.out[first + 'x_block.adaLN_modulation']} for each stream"
+    adaln = sheet.box(mid, 925, 250, 104, CONDITION, f"adaLN: {count} vectors", vectors, "SiLU, Linear")
+    sheet.join(CONDITION[1], sheet.box(mid, 800, 250, 76, CONDITION, "t and y", n.out["t_embedder"]), adaln)
+    sheet.arrow(CONDITION[1], (mid, 977), (mid, 1540), tip="-")
+    for y in (915, 1265, 1430, 1540):
+        sheet.arrow(CONDITION[1], (mid, y), (text + 145, y))
+        sheet.arrow(CONDITION[1], (mid, y), (image - 145, y))
+    for x, side, colour, title, embedder, own in (
+        (text, -1, TEXT, "text tokens", "context_embedder", first + "context_block."),
+        (image, 1, IMAGE, "image tokens", "x_embedder", first + "x_block."),
+    ):
+        norm = "RMSNorm of q and k" if n.s.qk_norm else "Linear"
+        modulated = "LayerNorm", "· (1 + scale) + shift"
+        column = [
+            sheet.box(x, 800, 290, 76, colour, title, n.out[embedder]),
+            sheet.box(x, 915, 290, 76, colour, *modulated),
+            sheet.box(x, 1030, 290, 76, colour, f"q, k, v  {n.out[own + 'attn.qkv']}", norm),
+            (x, 1150, 290, 80),
+            sheet.box(x, 1265, 290, 76, colour, "Linear · gate", n.out[own + "attn.proj"]),
+            sheet.box(x, 1345, 34, 34, colour, "+"),
+            sheet.box(x, 1430, 290, 76, colour, *modulated),
+            sheet.box(x, 1540, 290, 76, colour, "MLP · gate", f"{n.out[own + 'mlp.fc1']} inside"),
+            sheet.box(x, 1625, 34, 34, colour, "+"),
+            (x, 1690, 0, 20),
+        ]
+        sheet.join(colour[1], *column)
+        out, plus = x + 175 * side, x + 17 * side
+        sheet.arrow(colour[1], (x + 145 * side, 800), (out, 800), (out, 1345), (plus, 1345))
+        sheet.arrow(colour[1], (x, 1376), (out, 1376), (out, 1625), (plus, 1625))
+    tokens = [n.out[name].split("×")[1] for name in ("context_embedder", "x_embedder")]
+    joint = f"one attention over {' + '.join(tokens)} tokens"
+    sheet.box(mid, 1150, 920, 80, PLAIN, joint, f"q, k, v  {n.qkv} each")
+    last = n.student.joint_blocks[-1].context_block.chunks
+    sheet.write(mid, 1660, f"the last block's text gives q, k, v alone: {last} vectors")
+
+
+def draw_head(sheet, n):
     """One head, from a block's tokens to logits."""
-    top, w, h = 1866, 224, 108
-    x = [40 + 306 * i for i in range(6)]
-    s.heading(
-        40,
-        1806,
-        "A head",
-        f"one for each of the {len(n('taps'))} tapped blocks of the frozen teacher",
-    )
-    own = "heads.heads.0."
-    size = lambda name: "×".join(map(str, n(f"kernel {name}")))  # noqa: E731
-    for i, (lines, colour) in enumerate((
-        (["tokens", n("heads.heads.0 in")[0], "LayerNorm"], FROZEN),
-        ([f"conv {size('reduce')}", n(own + "reduce out"), "norm, leaky ReLU"], HEADS),
-        ([f"conv {size('conv')}", n(own + "conv out"), "norm, leaky ReLU"], HEADS),
-        ([f"conv {size('features')}", n(own + "features out")], HEADS),
-        (["inner product", "at every position"], HEADS),
-        (["logits", n("heads.heads.0 out"), "> 0 real, < 0 fake"], HEADS),
-    )):  # fmt: skip
-        s.box(x[i], top, w, h, lines, colour)
-        if i:
-            s.arrow((x[i - 1] + w, top + h / 2), (x[i], top + h / 2))
-    join = (x[2] + w + x[3]) / 2 - 2
-    s.arrow(
-        (x[1] + w + 12, top + h / 2),
-        (x[1] + w + 12, top + h + 30),
-        (join, top + h + 30),
-        (join, top + h / 2 + 8),
-        colour=HEADS[1],
-        head=False,
-    )
-    s.sign(join, top + h / 2, "+", HEADS[1])
-    low = top + h + 56
-    lines = ["t̂, y", f"{n('heads.embed_t out')}, sum of two"]
-    s.box(x[3], low, w, 84, lines, CONDITION)
-    s.box(x[4], low, w, 84, ["Linear", n(own + "condition out")], CONDITION)
-    s.arrow((x[3] + w, low + 42), (x[4], low + 42), colour=CONDITION[1])
-    s.arrow((x[4] + w / 2, low), (x[4] + w / 2, top + h), colour=CONDITION[1])
+    sheet.write(40, 1770, f"A head, one for each of the {len(n.s.tapped)} tapped blocks of the frozen teacher", 30, PLAIN[1], "left")
+    conv = {name: f"conv {'×'.join(map(str, part.kernel_size))}" for name, part in n.heads.heads[0].named_modules() if hasattr(part, "kernel_size")}
+    y, w, h, act = 1860, 224, 104, "norm, leaky ReLU"
+    tokens = sheet.box(152, y, w, h, FROZEN, "tokens", n.out["x_embedder"], "LayerNorm")
+    reduce = sheet.box(458, y, w, h, HEADS, conv["reduce"], n.out["heads.0.reduce"], act)
+    middle = sheet.box(764, y, w, h, HEADS, conv["conv"], n.out["heads.0.conv"], act)
+    plus = sheet.box(922, y, 34, 34, HEADS, "+")
+    features = sheet.box(1080, y, w, h, HEADS, conv["features"], n.out["heads.0.features"])
+    product = sheet.box(1386, y, w, h, HEADS, "inner product", "at every position")
+    logits = sheet.box(1692, y, w, h, HEADS, "logits", n.out["heads.0"], "> 0 real, < 0 fake")
+    sheet.join(HEADS[1], tokens, reduce, middle, plus, features, product, logits)
+    sheet.arrow(HEADS[1], (458, y + 52), (458, y + 82), (922, y + 82), (922, y + 17))
+    given = sheet.box(1080, y + 130, w, 84, CONDITION, r"$\hat{t}$, y", f"{n.out['embed_t']}, sum of two")
+    linear = sheet.box(1386, y + 130, w, 84, CONDITION, "Linear", n.out["heads.0.condition"])
+    sheet.join(CONDITION[1], given, linear, product)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare the numbers, draw nothing")
-    args = parser.parse_args()
-    sheet, numbers, told = Sheet(), read_code(), {}
+def save(sheet, words):
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.patches import FancyBboxPatch
+    except ImportError:
+        raise UsageError("matplotlib is missing: pip install matplotlib") from None
+    width, height = SIZE
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
+    for colour, points, tip in sheet.arrows:
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=2, solid_capstyle="butt")
+        style = dict(arrowstyle=tip, color=colour, linewidth=2, mutation_scale=18, shrinkA=0, shrinkB=0)
+        axes.annotate("", points[-1], points[-2], arrowprops=style)
+    for x, y, w, h, (fill, edge) in sheet.boxes:
+        style = dict(boxstyle="round,pad=0,rounding_size=12", fc=fill, ec=edge, lw=2, zorder=3)
+        axes.add_patch(FancyBboxPatch((x, y), w, h, **style))
+    for x, y, text, size, colour, align in sheet.words:
+        axes.text(x, y, text, fontsize=0.72 * size, color=colour, ha=align, va="center", zorder=4)
+    figure.savefig(PICTURE, metadata=dict(words=words))
 
-    def n(name):
-        """A number of the code, which is thereby one of the picture."""
-        told[name] = numbers[name]
-        return numbers[name]
 
+def main(argv=None):
+    parser = Parser("tools/architecture.py", "Draws docs/architecture.png from the code.")
+    parser.add_argument("--check", action="store_true", help="compare the words, draw nothing")
+    args = parser.parse_args(argv)
+    sheet, n = Sheet(), read_code()
     for part in (draw_batch, draw_network, draw_block, draw_head):
         part(sheet, n)
+    words = json.dumps([text for _, _, text, *_ in sheet.words])
     if args.check:
         with Image.open(PICTURE) as old:
-            same = json.loads(old.text.get("numbers", "{}")) == told
+            same = old.text.get("words") == words
         if not same:
-            print("docs/architecture.png is not of this code: run python docs/architecture.py")
+            print("docs/architecture.png is not of this code: python -m tools.architecture")
         return 0 if same else 1
-    image = sheet.image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt("numbers", json.dumps(told))
-    image.quantize(256, dither=Image.Dither.NONE).save(PICTURE, pnginfo=info, optimize=True)
+    try:
+        save(sheet, words)
+    except UsageError as error:
+        return exit_status("tools/architecture.py", error)
     return 0
 
 

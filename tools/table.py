@@ -1,113 +1,130 @@
-"""Rebuilds the tables of README.md, ablations.md and exercises.md from the files in docs/results.
+"""Rebuilds the tables of the documents from the files in docs/results.
 
-python docs/tables.py            checks that the texts agree with the files; status 1 if not
-python docs/tables.py --write    writes the tables into the texts
+python -m tools.table            checks that the texts agree with the files; status 1 if not
+python -m tools.table --write    writes the tables into the texts
 """
 
+import itertools
 import json
 import re
 import statistics
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from ladd import mean_and_deviation, sweep_table  # noqa: E402
-
-START, END = "<!-- results: docs/tables.py -->", "<!-- end of results -->"
-COLUMNS = (("alignment", 3), ("frechet", 1), ("precision", 2), ("recall", 2))
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCUMENTS = ("../README.md", "results.md", "ablations.md", "exercises.md")
+TITLES = dict(alignment="alignment", frechet="Fréchet", precision="precision", recall="recall")
+STEPS = (1, 2, 4)  # of a sweep's students
 
 
-def cell(runs, i, key, digits):
-    """mean ± standard deviation over the runs of one row's value."""
-    return mean_and_deviation([run["rows"][i][key] for run in runs], digits)
+def mean_and_deviation(values, digits):
+    """Of the values that are known: not None."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "–"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
-def table(name, title):
-    runs = [
-        json.loads(p.read_text()) for p in sorted((ROOT / "docs/results").glob(f"{name}-*.json"))
-    ]
-    if not runs:
-        return ""
-    head = (
-        "| | " + " | ".join(("alignment", "Fréchet", "precision", "recall", "evaluations")) + " |"
-    )
-    lines = [f"**{title}**", "", head, "|---" * 6 + "|"]
-    for i, row in enumerate(runs[0]["rows"]):
-        cells = [row["name"], *(cell(runs, i, key, digits) for key, digits in COLUMNS)]
-        lines.append("| " + " | ".join([*cells, str(row.get("evaluations", "–"))]) + " |")
-    seeds = ", ".join(str(run["seed"]) for run in runs)
-    took = {}  # threads -> minutes of every run
-    for run in runs:
-        took.setdefault(run["threads"], []).append(sum(run["seconds"].values()) / 60)
-    minutes = ", ".join(
-        f"{statistics.fmean(own):.1f} minutes on {n} thread{'s' * (n > 1)}"
-        for n, own in sorted(took.items(), reverse=True)
-    )
+def markdown(rows):
+    """Rows of cells, the head first, as a table."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def plural(n, word):
+    return f"{n} {word}" if n == 1 else f"{n} {word}s"
+
+
+def origin(runs, times, file):
+    """The line below a table. times: how long on how many threads; file: what it is made from."""
+    seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in runs}))
     commits = ", ".join(sorted({run["commit"][:9] for run in runs}))
-    first = runs[0]
-    kept = f"docs/results/{name}-*.json"
-    several = len(runs) > 1
-    lines += [
-        "",
-        f"Seed{'s' if several else ''} {seeds}{', mean ± standard deviation' if several else ''}; "
-        f"`{first['command']}`; {minutes}, {first['gpu'] or first['processor']}, "
-        f"torch {first['torch']}; commit {commits}; {kept}.",
-    ]
-    return "\n".join(lines)
+    dirty = " with uncommitted changes" if any(run["dirty"] for run in runs) else ""
+    return (
+        f"Seeds {seeds}, mean ± standard deviation; commit {commits}{dirty}, torch "
+        f"{runs[0]['torch']}, {runs[0]['gpu'] or runs[0]['processor']}, {times}; {file}."
+    )
 
 
-def results():
-    parts = [
-        table("nano-shapes", "`nano`, built-in shapes"),
-        table("nano-pure", "`nano`, built-in shapes, LADD without the distillation loss"),
-        table("nano-cifar10", "`nano`, CIFAR-10 photographs at 16×16"),
-    ]
-    return "\n\n".join(part for part in parts if part)
+def run_table(name, short):
+    """The scores of all runs docs/results/NAME-*.json, which differ in the seed."""
+    paths = sorted((DOCS / "results").glob(f"{name}-*.json"))
+    runs = [json.loads(path.read_text("utf-8")) for path in paths]
+    digits = dict(alignment=3, frechet=1, precision=2, recall=2)
+    if short:
+        del digits["precision"]
+    rows = [["samples", *(TITLES[key] for key in digits), "evaluations"]]
+    for same in zip(*(run["rows"] for run in runs), strict=True):
+        title = same[0]["name"]
+        if not short or title.startswith("teacher") or title.endswith(("4 steps", "1 step")):
+            scores = [mean_and_deviation([r[key] for r in same], n) for key, n in digits.items()]
+            rows.append([title, *scores, same[0].get("evaluations", "–")])
+    times = []
+    for n in sorted({run["threads"] for run in runs}, reverse=True):
+        minutes = [sum(run["seconds"].values()) / 60 for run in runs if run["threads"] == n]
+        times.append(f"{statistics.fmean(minutes):.1f} minutes on {plural(n, 'thread')}")
+    source = origin(runs, ", ".join(times), f"docs/results/{name}-*.json")
+    return f"{markdown(rows)}\n\n`{runs[0]['command']}`. {source}"
 
 
-def ablation(name):
-    """The table of a sweep kept in docs/results/ablations, with its command and machine."""
-    result = json.loads((ROOT / "docs/results/ablations" / f"{name}.json").read_text("utf-8"))
-    commits = sorted({run["commit"] for member in result["members"] for run in member["runs"]})
-    dirty = any(run["dirty"] for member in result["members"] for run in member["runs"])
-    seeds = ", ".join(map(str, result["seeds"]))
-    lines = ["```", result["command"], "```", "", sweep_table(result), ""]
-    lines += [
-        f"Seeds {seeds}, mean ± standard deviation; commit {', '.join(c[:9] for c in commits)}"
-        f"{' with uncommitted changes' * dirty}, torch {result['torch']}, "
-        f"{result['gpu'] or result['processor']}, {result['threads']} thread"
-        f"{'s' * (result['threads'] > 1)}; docs/results/ablations/{name}.json."
-    ]
-    return "\n".join(lines)
+def sweep_table(result):
+    """A sweep.json's content as a table: mean ± standard deviation over its seeds."""
+    names = list(result["members"][0]["values"])
+    digits = dict(alignment=2, frechet=1, recall=2)
+
+    def scores(who, tables):
+        for key, n in itertools.product(digits, STEPS):
+            name = f"{who}, {plural(n, 'step')}"
+            found = [row[key] for table in tables for row in table if row["name"] == name]
+            yield mean_and_deviation(found, digits[key])
+
+    columns = [f"{TITLES[key]}, {n}" for key, n in itertools.product(digits, STEPS)]
+    rows = [[*names, *columns, "s"]]
+    blank = [""] * (len(names) - 1)
+    rows.append(["*untrained*", *blank, *scores("untrained", [result["reference"]]), ""])
+    for own in result["members"]:
+        seconds = mean_and_deviation([run["seconds"]["distillation"] for run in own["runs"]], 0)
+        tables = [run["rows"] for run in own["runs"]]
+        rows.append([*own["values"].values(), *scores("student", tables), seconds])
+    return markdown(rows)
+
+
+def kept_sweep(name):
+    """The table of docs/results/ablations/NAME.json, with its command and machine."""
+    result = json.loads((DOCS / "results/ablations" / f"{name}.json").read_text("utf-8"))
+    runs = [run for member in result["members"] for run in member["runs"]]
+    times = plural(result["threads"], "thread")
+    source = origin(runs, times, f"docs/results/ablations/{name}.json")
+    return f"```\n{result['command']}\n```\n\n{sweep_table(result)}\n\n{source}"
 
 
 def filled(text):
-    """A document with the table of results and every `<!-- sweep: NAME -->` made anew."""
-    block = f"{START}\n{results()}\n{END}"
-    text = re.sub(re.escape(START) + ".*?" + re.escape(END), lambda _: block, text, flags=re.S)
-    return re.sub(
-        r"(<!-- sweep: (\S+) -->).*?(<!-- end -->)",
-        lambda m: f"{m[1]}\n{ablation(m[2])}\n{m[3]}",
-        text,
-        flags=re.S,
-    )
+    """A document whose tables are made anew, of runs and of sweeps: `<!-- sweep: NAME -->`,
+    `<!-- results: NAME: … -->`, or in short `<!-- results: NAME, five rows: … -->`."""
+
+    def results(match):
+        return f"{match[1]}\n{run_table(match[2], short=bool(match[3]))}\n{match[4]}"
+
+    def sweep(match):
+        return f"{match[1]}\n{kept_sweep(match[2])}\n{match[3]}"
+
+    start = r"(<!-- results: ([\w-]+)(, five rows)?: tools/table.py -->)"
+    text = re.sub(start + r".*?(<!-- end of results -->)", results, text, flags=re.S)
+    return re.sub(r"(<!-- sweep: (\S+) -->).*?(<!-- end -->)", sweep, text, flags=re.S)
 
 
-def main():
-    status = 0
-    for name in ("README.md", "docs/ablations.md", "docs/exercises.md"):
-        path = ROOT / name
-        text = path.read_text(encoding="utf-8")
-        wanted = filled(text)
-        if "--write" in sys.argv:
-            path.write_text(wanted, encoding="utf-8")
-        elif wanted != text:
-            print(f"{name} does not agree with docs/results: run python docs/tables.py --write")
-            status = 1
-    return status
+def main(argv):
+    stale = 0
+    for path in (DOCS / name for name in DOCUMENTS):
+        text = path.read_text("utf-8")
+        if "--write" in argv:
+            path.write_text(filled(text), "utf-8")
+        elif filled(text) != text:
+            print(f"{path.name} is not what docs/results says: run python -m tools.table --write")
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""SD3's encoders, the shards that `data.py encode` writes, and `sample.py --decode`.
+"""SD3's encoders, the shards that `python -m sd3.encode` writes, and `sample.py --decode`.
 
 The encoders are those of a tiny random pipeline in diffusers' layout, built and saved here; the
 features are compared with diffusers' own. All widths differ, so that a swapped part would show.
@@ -6,8 +6,10 @@ features are compared with diffusers' own. All widths differ, so that a swapped 
 
 import errno
 import json
+import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +19,14 @@ from PIL import Image
 import data
 import ladd
 import sample
-from mmdit import MMDiT, open_sd3
+from data import SYNTHETIC_INDEX
+from lib.errors import DataError
+from lib.images import decode_file
+from lib.run import Run
+from mmdit import MMDiT
+from sd3.encode import main
+from sd3.encoders import Encoders
+from sd3.weights import open_sd3
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -115,8 +124,14 @@ def images(tmp_path_factory):
 
 
 def encode(*arguments):
-    """`python data.py encode …` in this process. -> exit status"""
-    return data.main(["encode", "--device", "cpu", *map(str, arguments)])
+    """`python -m sd3.encode …` in this process. -> exit status"""
+    return main(["--device", "cpu", *map(str, arguments)])
+
+
+def network(**changes):
+    """The settings of a network that takes the tiny pipeline's features and latents."""
+    settings = dict(text_dim=24, pooled_dim=16, channels=16, patch=1, data="shards")
+    return SimpleNamespace(**settings | changes)
 
 
 def contents(folder):
@@ -138,7 +153,7 @@ def test_text_features_are_those_of_diffusers(pipeline, sd3, t5):
         context, empty, pooled, empty_pooled = StableDiffusion3Pipeline(**parts).encode_prompt(
             PROMPTS, None, None, max_sequence_length=77
         )
-    mine, mine_pooled = data.Encoders(sd3, t5=t5).text([*PROMPTS, ""])
+    mine, mine_pooled = Encoders(sd3, t5=t5).text([*PROMPTS, ""])
     assert mine.shape == (5, 154, 24) and mine_pooled.shape == (5, 16)
     torch.testing.assert_close(mine, torch.cat([context, empty[:1]]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
@@ -150,13 +165,13 @@ def test_text_features_are_those_of_diffusers(pipeline, sd3, t5):
 def test_latents_are_shifted_and_scaled_as_the_vae_says(pipeline, sd3):
     """x_0 = (mean - 0.25)·1.4, and pixels are the decoded x_0 / 1.4 + 0.25."""
     images = torch.randint(0, 256, (5, 3, 32, 48), generator=torch.manual_seed(0)).byte()
-    encoders = data.Encoders(sd3, vae=True)
-    x0 = encoders.latents(images)
+    encoders = Encoders(sd3, vae=True)
+    x0 = encoders.encode(images)
     with torch.no_grad():
         z = pipeline.vae.encode(images / 127.5 - 1).latent_dist.mean
         pixels = pipeline.vae.decode(z).sample
     torch.testing.assert_close(x0, (z - 0.25) * 1.4, rtol=1e-4, atol=1e-5)
-    difference = encoders.pixels(x0).float() - data.to_uint8(pixels).float()
+    difference = encoders.decode(x0).float() - data.to_uint8(pixels).float()
     assert x0.shape == (5, 16, 4, 6) and difference.abs().max() <= 1
 
 
@@ -165,12 +180,12 @@ def test_a_vae_that_says_nothing_has_sd3s_scale_and_shift(sd3, tmp_path):
     config = json.loads((folder / "vae" / "config.json").read_text())
     del config["scaling_factor"], config["shift_factor"]
     (folder / "vae" / "config.json").write_text(json.dumps(config))
-    assert data.Encoders(folder, vae=True).scale() == (1.5305, 0.0609)
+    assert Encoders(folder, vae=True).scale() == (1.5305, 0.0609)
 
 
 def test_every_encoder_is_on_the_device_only_while_it_works(sd3, monkeypatch):
     """Moves are recorded: one encoder's way back comes before the next one's way there."""
-    encoders, moves = data.Encoders(sd3), []
+    encoders, moves = Encoders(sd3), []
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         model = encoders.part(name)
         monkeypatch.setattr(
@@ -218,7 +233,7 @@ def test_shards_give_back_the_features_of_every_prompt(sd3, prompts, tmp_path):
     """The encoders' numbers in bf16, for any order of captions, and row 0 the empty caption."""
     out = tmp_path / "shards"
     assert encode("--model", sd3, "--prompts", prompts, "--out", out, "--shard", 16) == 0
-    dataset, encoders = data.load(str(out), 8, 8), data.Encoders(sd3)
+    dataset, encoders = data.load(str(out), [(8, 8)]), Encoders(sd3)
     assert len(list(out.glob("*.safetensors"))) == 1 + 3
     assert dataset.captions == ["", *(f"prompt number {i}" for i in range(40))]
     asked = ["prompt number 39", "", "prompt number 16", "prompt number 39"]
@@ -226,7 +241,7 @@ def test_shards_give_back_the_features_of_every_prompt(sd3, prompts, tmp_path):
         torch.testing.assert_close(got, wanted.bfloat16().float(), rtol=0.01, atol=1e-4)
     dropped = dataset.features(dataset.ids(asked) * torch.tensor([[0], [1], [1], [0]]))
     assert torch.equal(dropped[0][0], dataset([""])[0][0])  # as teachers drop captions
-    with pytest.raises(data.DataError, match="no features of the caption 'unheard'"):
+    with pytest.raises(DataError, match="no features of the caption 'unheard'"):
         dataset(["unheard"])
 
 
@@ -234,9 +249,9 @@ def test_prompts_are_drawn_without_gaps_or_doubles(sd3, prompts, tmp_path):
     out = tmp_path / "shards"
     encode("--model", sd3, "--prompts", prompts, "--out", out, "--shard", 16)
     sizes = [(4, 4), (2, 6), (6, 2)]
-    dataset, drawn = data.load(str(out), 4, 4, seed=3, sizes=sizes), []
+    dataset, drawn = data.load(str(out), sizes, seed=3), []
     for bucket in dataset.sets:
-        images, caption = bucket.batch(np.arange(bucket.train_size) + data.SYNTHETIC_INDEX)
+        images, caption = bucket.batch(np.arange(bucket.train_size) + SYNTHETIC_INDEX)
         assert images is None and bucket.size in sizes and bucket.train_size in (13, 14)
         drawn += caption.tolist()
     assert sorted(drawn) == list(range(1, 41))
@@ -254,15 +269,15 @@ def test_images_are_sorted_into_buckets_of_one_size(sd3, images, tmp_path):
     out = tmp_path / "shards"
     options = ("--size", 64, "--multiple", 16, "--shard", 3, "--aspects", "1:1,5:3,3:5")
     assert encode("--model", sd3, "--images", images, "--out", out, *options) == 0
-    dataset, encoders = data.load(str(out), 8, 8), data.Encoders(sd3, vae=True)
-    dataset.expect(24, 16, 16)
+    dataset, encoders = data.load(str(out), [(8, 8)]), Encoders(sd3, vae=True)
+    dataset.check(network(), 1, True)
     assert {s.size: s.train_size for s in dataset.sets} == {(6, 10): 2, (8, 8): 3, (10, 6): 4}
     x0, caption = dataset.sets[2].batch(np.arange(4))
     assert x0.shape == (4, 16, 10, 6) and x0.dtype == torch.float32
     assert {dataset.captions[i] for i in caption} == {f"picture {i}" for i in (0, 1, 4, 7)}
     row = [dataset.captions[i] for i in caption].index("picture 4")
-    pixels = torch.from_numpy(data.decode((images / "4.png").read_bytes(), 80, 48).copy())
-    wanted = encoders.latents(pixels[None])[0]
+    pixels = torch.from_numpy(decode_file(images / "4.png", 80, 48).copy())
+    wanted = encoders.encode(pixels[None])[0]
     torch.testing.assert_close(x0[row], wanted, rtol=0.01, atol=1e-3)
 
 
@@ -270,7 +285,7 @@ def test_a_cut_run_goes_on_and_keeps_what_is_finished(sd3, prompts, tmp_path, mo
     """A full disk at the third shard ends the run; the same command makes the same folder."""
     arguments = ("--model", sd3, "--prompts", prompts, "--shard", 16, "--out")
     encode(*arguments, tmp_path / "whole")
-    real, calls = data.os.fsync, []
+    real, calls = os.fsync, []
 
     def full(descriptor):
         calls.append(descriptor)
@@ -279,15 +294,15 @@ def test_a_cut_run_goes_on_and_keeps_what_is_finished(sd3, prompts, tmp_path, mo
         return real(descriptor)
 
     out = tmp_path / "cut"
-    monkeypatch.setattr(data.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert encode(*arguments, out) == 1
     monkeypatch.undo()
     before = contents(out)
     assert sorted(before) == [
         "000000.json", "000000.safetensors", "000001.json", "000001.safetensors", "shards.json",
     ]  # fmt: skip
-    with pytest.raises(data.DataError, match=r"000002\.safetensors is missing"):
-        data.load(str(out), 8, 8)
+    with pytest.raises(DataError, match=r"000002\.safetensors is missing"):
+        data.load(str(out), [(8, 8)])
     old = (out / "000001.safetensors").stat().st_mtime_ns
     assert encode(*arguments, out) == 0
     assert contents(out) == contents(tmp_path / "whole")
@@ -310,7 +325,7 @@ def test_two_processes_share_the_work(sd3, prompts, tmp_path, monkeypatch):
 def test_processes_that_start_together_finish_one_folder(sd3, prompts, tmp_path, monkeypatch):
     """All of rank 0's work falls between rank 1's first encoding and its first file."""
     arguments = ("--model", sd3, "--prompts", prompts, "--out", tmp_path / "out", "--shard", 4)
-    text, status = data.Encoders.text, []
+    text, status = Encoders.text, []
 
     def interrupted(self, captions):
         if not status:
@@ -318,9 +333,9 @@ def test_processes_that_start_together_finish_one_folder(sd3, prompts, tmp_path,
             status[0] = encode(*arguments, "--world", 2, "--rank", 0)
         return text(self, captions)
 
-    monkeypatch.setattr(data.Encoders, "text", interrupted)
+    monkeypatch.setattr(Encoders, "text", interrupted)
     assert encode(*arguments, "--world", 2, "--rank", 1) == 0 and status == [0]
-    assert data.load(str(tmp_path / "out"), 8, 8).sets[0].train_size == 40
+    assert data.load(str(tmp_path / "out"), [(8, 8)]).sets[0].train_size == 40
 
 
 @pytest.mark.parametrize("damage", ["cut", "altered", "missing", "note"])
@@ -337,17 +352,23 @@ def test_damaged_shards_are_refused(sd3, prompts, tmp_path, damage):
         path.unlink()
     else:
         path.with_suffix(".json").write_text('{"bytes": 1')
-    with pytest.raises(data.DataError, match="000002"):
-        data.load(str(out), 8, 8)
+    with pytest.raises(DataError, match="000002"):
+        data.load(str(out), [(8, 8)])
 
 
 def test_features_of_another_width_are_refused(sd3, prompts, tmp_path):
     out = tmp_path / "shards"
     encode("--model", sd3, "--prompts", prompts, "--out", out)
-    dataset = data.load(str(out), 8, 8)
-    dataset.expect(24, 16, 16)
-    with pytest.raises(data.DataError, match="text features 24 wide, but the network takes 4096"):
-        dataset.expect(4096, 16, 16)
+    dataset = data.load(str(out), [(8, 8)])
+    dataset.check(network(), 1, False)
+    with pytest.raises(DataError, match="text features 24 wide, but the network takes 4096"):
+        dataset.check(network(text_dim=4096), 1, False)
+    with pytest.raises(DataError, match="pooled text features 16 wide, but the network takes 24"):
+        dataset.check(network(pooled_dim=0), 1, False)
+    with pytest.raises(DataError, match="40 prompts are fewer than the 41 processes"):
+        dataset.check(network(), 41, False)
+    with pytest.raises(DataError, match="no images, prompts alone"):
+        dataset.check(network(), 1, True)
 
 
 @pytest.mark.parametrize(
@@ -389,13 +410,10 @@ def test_an_unreadable_image_among_many_is_named_and_left_out(sd3, tmp_path, cap
     arguments += ("--aspects", "4:1,1:1")
     assert encode(*arguments, "--out", tmp_path / "shards") == 0
     assert "7.png" in capsys.readouterr().err
-    dataset = data.load(str(tmp_path / "shards"), 8, 8)
+    dataset = data.load(str(tmp_path / "shards"), [(8, 8)])
     (bucket,) = dataset.sets  # another had only the bad image
-    assert (
-        bucket.size == (2, 2)
-        and bucket.train_size == 109
-        and dataset.captions == ["", "a photo of a red fox"]
-    )
+    assert bucket.size == (2, 2) and bucket.train_size == 109
+    assert dataset.captions == ["", "a photo of a red fox"]
 
 
 def test_missing_packages_are_named(sd3, prompts, tmp_path, capsys, monkeypatch):
@@ -445,12 +463,14 @@ def test_features_reach_the_teacher_and_dropped_captions_are_empty(sd3, prompts,
     """Run.text is the shards': what HashedText does with words, they do with rows."""
     encode("--model", sd3, "--prompts", prompts, "--out", tmp_path / "shards")
     settings, _ = ladd.parse([*TINY.split(), "--data", str(tmp_path / "shards")])
-    run = ladd.Run(settings)
+    dataset = data.load(settings.data, settings.sizes)
+    text = data.text_features(dataset, settings.text_dim, settings.text_length)
+    run = Run(settings, dataset, text, watch=None)
     words = run.text.ids(["prompt number 3", "prompt number 5"])
     context, pooled = run.text.features(words * torch.tensor([[0], [1]]))
     wanted = run.text(["", "prompt number 5"])
     assert torch.equal(context, wanted[0]) and torch.equal(pooled, wanted[1])
-    assert run.generator("teacher", ladd.MMDiT(**settings.model())).text is run.text
+    assert ladd.generator(run, "teacher", MMDiT(**settings.model())).text is run.text
 
 
 # ---------------------------------------------------------------------------------------------
@@ -482,10 +502,10 @@ def test_decode_makes_pictures_of_any_size_from_real_prompts(student, sd3, tmp_p
     arguments = [str(student), "--decode", str(sd3), "--prompt", "a fox", "--prompt", "x"]
     arguments += ["--size", "48x112", "--device", "cpu", "--precision", "fp32"]
     assert sample.main([*arguments, "--out", str(out)]) == 0
-    encoders = data.Encoders(sd3, vae=True)
+    encoders = Encoders(sd3, vae=True)
     generator = sample.load_generator(student, device="cpu", precision="fp32")
     generator.text = encoders.text
-    wanted = encoders.pixels(generator.sample(["a fox", "x"], size=(6, 14)))
+    wanted = encoders.decode(generator.sample(["a fox", "x"], size=(6, 14)))
     for i in range(2):
         pixels = np.asarray(Image.open(out / f"{i:05d}.png")).transpose(2, 0, 1)
         assert pixels.shape == (3, 48, 112) and np.array_equal(pixels, wanted[i].numpy())
@@ -500,8 +520,8 @@ def test_decode_starts_at_images_and_shows_the_way(student, sd3, tmp_path):
     arguments += ["--init-image", str(tmp_path / "start.png"), "--strength", "0.0001"]
     arguments += ["--trajectory", str(tmp_path / "way.gif"), "--device", "cpu"]
     assert sample.main([*arguments, "--precision", "fp32", "--out", str(tmp_path / "out")]) == 0
-    encoders = data.Encoders(sd3, vae=True)
-    wanted = encoders.pixels(encoders.latents(pixels))[0].numpy()
+    encoders = Encoders(sd3, vae=True)
+    wanted = encoders.decode(encoders.encode(pixels))[0].numpy()
     got = np.asarray(Image.open(tmp_path / "out" / "00000.png")).transpose(2, 0, 1)
     assert np.abs(got.astype(int) - wanted).max() <= 2
     with Image.open(tmp_path / "way.gif") as moving:
@@ -510,11 +530,9 @@ def test_decode_starts_at_images_and_shows_the_way(student, sd3, tmp_path):
 
 def test_decode_refuses_what_does_not_fit(student, sd3, capsys, tmp_path):
     run = [str(student), "--prompt", "x", "--device", "cpu", "--out", str(tmp_path / "a.png")]
-    with pytest.raises(SystemExit, match="2"):
-        sample.main(run)
-    assert "16 channels: add --decode" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        sample.main([*run, "--decode", str(sd3), "--size", "40x64"])
+    assert sample.main(run) == 2
+    assert "makes latents: add --decode SD3_DIR" in capsys.readouterr().err
+    assert sample.main([*run, "--decode", str(sd3), "--size", "40x64"]) == 2
     assert "multiples of the patch, 16" in capsys.readouterr().err
     checkpoint = torch.load(student / "student.pt")
     model = MMDiT(**checkpoint["model"] | dict(context_dim=32))

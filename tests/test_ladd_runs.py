@@ -1,0 +1,318 @@
+"""Whole runs: what they leave, what they refuse, what happens where something can't be had."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FEW, SMALL, lines, same, snapshot, weights
+from PIL import Image
+
+import ladd
+import lib.cifar10
+import sample
+from lib.errors import DataError
+from lib.settings import locked
+
+# ---------------------------------------------------------------------------------------------
+# What a run leaves
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory, cache):
+    """`python ladd.py --preset nano --smoke`, as a user would try it."""
+    out = tmp_path_factory.mktemp("smoke") / "run"
+    words = ["--preset", "nano", "--smoke", "--out", str(out), "--data-dir", str(cache)]
+    assert ladd.main(words) == 0
+    return out
+
+
+def test_a_run_leaves_every_promised_file(smoke):
+    """Checkpoints, synthetic set, grids, table and report, and no half-written or stale one."""
+    assert set(snapshot(smoke)) == {
+        "config.json", "log.jsonl", "teacher.pt", "student.pt", "heads.pt", "synthetic/00000.pt",
+        "samples/teacher-000002.png", "samples/student-000002.png", "samples.png",
+        "metrics.json", "report.md",
+    }  # fmt: skip
+
+
+def test_the_logs_first_row_says_what_ran_where(smoke):
+    """All settings, the commit, the versions; then the updates, then the seconds of each stage."""
+    first, *rest = lines(smoke)
+    assert set(first["settings"]) == {f.name for f in dataclasses.fields(ladd.Settings)}
+    assert first["settings"]["preset"] == "nano" and first["settings"]["iterations"] == 2
+    assert first["torch"] == torch.__version__ and first["method"] == "ladd"
+    assert {"commit", "dirty", "python", "numpy", "processor", "threads", "gpu"} <= set(first)
+    updates = [(row["stage"], row["step"]) for row in rest if "step" in row]
+    assert updates == [(stage, i) for stage in ("teacher", "distillation") for i in (1, 2)]
+    assert [row["stage"] for row in rest if row.get("finished")] == list(ladd.STAGES)
+    health = {"loss_d", "loss_g", "loss_distill", "d_real", "d_fake", "ranked", "diversity"}
+    assert health | {"grad_norm", "grad_norm_heads", "images_per_s"} <= set(rest[-3])
+
+
+def test_the_report_holds_the_student_against_the_untrained_one(smoke):
+    """metrics.json and report.md have the same rows, the student before distillation among them."""
+    metrics, report = json.loads((smoke / "metrics.json").read_text()), (smoke / "report.md")
+    names = [row["name"] for row in metrics["rows"]]
+    for kind in ("untrained", "student"):
+        assert {f"{kind}, 4 steps", f"{kind}, 2 steps", f"{kind}, 1 step"} <= set(names)
+    text = report.read_text()
+    assert all(f"| {name} |" in text for name in names)
+    assert metrics["seed"] == 0 and metrics["judge_accuracy"].keys() == {
+        "size", "colour", "shape", "background",
+    }  # fmt: skip
+    assert "![samples](samples.png)" in text
+
+
+def test_the_report_has_a_verdict_on_every_stage(smoke):
+    report = (smoke / "report.md").read_text()
+    assert all(f"\n- {stage}: " in report for stage in ladd.STAGES)
+    assert "- teacher: not judged: 2 rows" in report and "- synthesis: healthy" in report
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_a_checkpoint_is_data_alone_and_rebuilds_its_model(smoke, kind):
+    """Loaded without running code, by sample.py, which knows nothing of the trainer."""
+    checkpoint = torch.load(smoke / f"{kind}.pt", weights_only=True)
+    generator = sample.load_generator(smoke, kind == "teacher", "cpu")
+    assert generator.kind == kind == checkpoint["kind"]
+    state = generator.model.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in checkpoint["weights"].items())
+    assert checkpoint["step"] == 2
+
+
+def test_the_students_average_moves_away_from_the_teacher(smoke):
+    """The EMA that is saved starts as the teacher; it was updated, in most tensors. (After two
+    updates adaLN's gates are all but closed: what lies behind them may stand still.)"""
+    before, after = weights(smoke / "teacher.pt"), weights(smoke / "student.pt")
+    moved = [k for k in before if not torch.equal(before[k], after[k])]
+    assert len(moved) > 0.6 * len(before)
+    assert {"x_embedder.proj.weight", "final_layer.linear.weight"} <= set(moved)
+
+
+def test_the_synthetic_set_is_the_teachers_samples_for_its_captions(smoke):
+    """Sample i, made again from its caption and number by the finished teacher."""
+    file = torch.load(smoke / "synthetic" / "00000.pt", weights_only=True)
+    s = torch.load(smoke / "teacher.pt", weights_only=True)["settings"]
+    assert len(file["captions"]) == len(file["x0"]) == s["synthetic"] == 32
+    again = sample.load_generator(smoke, teacher=True, device="cpu").sample(
+        file["captions"][3:5], [3, 4], seed=file["seed"], stream="synthesis",
+        steps=s["synthetic_steps"], cfg=s["synthetic_cfg"],
+    )  # fmt: skip
+    torch.testing.assert_close(file["x0"][3:5].float(), again, rtol=0, atol=0.05)
+
+
+# ---------------------------------------------------------------------------------------------
+# The same folder again
+# ---------------------------------------------------------------------------------------------
+
+
+def rerun(smoke, cache, *extra):
+    """The same command again."""
+    words = ["--preset", "nano", "--smoke", "--out", str(smoke), "--data-dir", str(cache)]
+    return ladd.main([*words, *extra])
+
+
+def test_the_same_command_again_does_nothing(smoke, cache, capsys):
+    """Every stage is skipped; no file changes but the log, which is only added to."""
+    before = snapshot(smoke)
+    assert rerun(smoke, cache) == 0
+    after = snapshot(smoke)
+    old, new = before.pop("log.jsonl")[0], after.pop("log.jsonl")[0]
+    assert after == before
+    assert new.startswith(old)
+    assert capsys.readouterr().out.count("done before") == len(ladd.STAGES)
+
+
+def test_how_a_run_is_logged_may_change_between_two_commands(smoke, cache):
+    """Settings that change no result need no new folder."""
+    assert rerun(smoke, cache, "--save-every", "7", "--device", "cpu", "--tensorboard") == 0
+
+
+def test_a_folder_of_other_settings_is_refused_and_kept(smoke, cache, capsys):
+    """The differing fields are named, and the way out; not even the log changes."""
+    before = snapshot(smoke)
+    assert rerun(smoke, cache, "--seed", "9", "--r1", "0.5") == 2
+    message = capsys.readouterr().err
+    assert "seed 0 → 9" in message and "r1 0.0 → 0.5" in message and "--out" in message
+    assert "depth" not in message
+    assert snapshot(smoke) == before
+
+
+def test_a_strangers_folder_is_refused_and_kept(launch, tmp_path, capsys):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("It was a dark and stormy night.")
+    before = snapshot(tmp_path)
+    assert launch("thesis", FEW) == 2
+    assert "thesis" in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
+
+
+def test_a_damaged_run_folder_is_refused_and_kept(launch, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{")
+    assert launch("run", FEW) == 2
+    assert "config.json" in capsys.readouterr().err
+    assert list(snapshot(tmp_path)) == ["run/config.json"]
+
+
+def test_a_run_folder_that_is_a_file_is_one_line(launch, tmp_path, capsys):
+    (tmp_path / "run").write_text("mine")
+    assert launch("run", FEW) in (1, 2)
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "run" in message
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_run_folder_in_use_is_refused(launch, tmp_path, capsys):
+    """Status 2, one line; the lock goes with the process that holds it."""
+    with locked(Path("run")):
+        assert launch("run", FEW) == 2
+        message = capsys.readouterr().err
+        assert "run: another process is at work" in message and message.count("\n") == 1
+        assert snapshot(Path("run")) == {}
+    assert launch("run", f"{FEW} --stage teacher") == 0
+
+
+def test_a_report_of_other_checkpoints_is_refused(smoke, cache, tmp_path, capsys):
+    """A student that was put there later has not been scored."""
+    run = shutil.copytree(smoke, tmp_path / "run")
+    assert rerun(run, cache) == 0
+    shutil.copy(run / "teacher.pt", run / "student.pt")
+    assert rerun(run, cache) == 2
+    message = capsys.readouterr().err
+    assert "metrics.json: not made from" in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("stage", ["synthesis", "distillation", "report"])
+def test_a_stage_before_its_turn_names_what_is_missing(launch, capsys, stage):
+    assert launch("run", f"{FEW} --stage {stage}") == 2
+    assert "needs the stage teacher first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["teacher.pt", "synthetic/00000.pt"])
+def test_a_damaged_result_of_an_earlier_stage_is_named(launch, train, capsys, name):
+    """Never trained on: the student's stage ends with one line."""
+    path = train("run", stages=("teacher", "synthesis")) / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+    capsys.readouterr()
+    assert launch("run", f"{FEW} --stage distillation") in (1, 2)
+    message = capsys.readouterr().err
+    assert name in message and message.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Seeds
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train):
+    """Two identical runs are identical bit for bit, whatever this process drew in between."""
+    first = train("first")
+    torch.rand(17)
+    again, other = train("again"), train("other", "--seed 1")
+    for kind in ("teacher", "student"):
+        assert same(first / f"{kind}.pt", again / f"{kind}.pt")
+        assert not same(first / f"{kind}.pt", other / f"{kind}.pt")
+
+
+def test_a_run_leaves_the_callers_random_numbers_alone(launch):
+    """All randomness comes from the seed: the global generator is not consumed."""
+    torch.manual_seed(3)
+    want = torch.rand(2)
+    torch.manual_seed(3)
+    assert launch("run", FEW + " --stage teacher") == 0
+    assert torch.equal(torch.rand(2), want)
+
+
+def test_deterministic_kernels_are_asked_for_during_the_run_alone(launch, whole, monkeypatch):
+    """On a CPU they are the same bits as ever."""
+    loss, asked = ladd.teacher_loss, set()
+
+    def look(*arguments):
+        asked.add(torch.are_deterministic_algorithms_enabled())
+        return loss(*arguments)
+
+    monkeypatch.setattr(ladd, "teacher_loss", look)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which would outlive the run
+    assert launch("run", f"{FEW} --deterministic --stage teacher") == 0
+    assert asked == {True} and not torch.are_deterministic_algorithms_enabled()
+    assert same("run/teacher.pt", whole / "teacher.pt")
+
+
+# ---------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------
+
+
+def test_data_that_does_not_exist_is_one_line_and_status_2(launch, tmp_path, capsys):
+    assert launch("run", FEW + " --data nowhere") == 2
+    message = capsys.readouterr().err
+    assert "nowhere" in message and message.count("\n") == 1
+    assert snapshot(tmp_path) == {} and not (tmp_path / "run").exists()
+
+
+def test_a_network_for_grey_images_is_refused_as_the_data_are_coloured(launch, tmp_path, capsys):
+    assert launch("run", FEW + " --channels 1") == 2
+    message = capsys.readouterr().err
+    assert "1 channels" in message and "images of 3" in message and message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_of_two_levels_gets_its_report(launch, tmp_path):
+    """The table and the pictures have as many steps as there are levels."""
+    levels = "--levels 1,0.5 --level-p 0.6,0.4 --warmup-p 0.5,0.5"
+    assert launch("run", f"{SMALL} {levels} --smoke") == 0
+    names = [r["name"] for r in json.loads((tmp_path / "run/metrics.json").read_text())["rows"]]
+    assert names[-2:] == ["student, 2 steps", "student, 1 step"]
+
+
+@pytest.mark.parametrize("images", [3, 50, 90])
+def test_a_folder_of_images_runs_through(launch, tmp_path, capsys, images):
+    """Two classes, from decoding to the report; too few images are refused before any work."""
+    for i in range(images):
+        path = tmp_path / "pets" / ("cat", "dog")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 11), (i, 2 * i, 255 - i)).save(path)
+    if launch("run", f"{SMALL} --smoke --data pets") == 0:
+        assert (tmp_path / "run" / "report.md").exists()
+    else:
+        assert images < 90 and "pets" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*arguments, **options):
+        raise DataError("CIFAR-10 can't be had (no network).")
+
+    monkeypatch.setattr(lib.cifar10, "read_cifar10", refuse)
+
+
+def test_a_preset_whose_data_cannot_be_had_takes_shapes_and_says_so(
+    launch, offline, tmp_path, capsys
+):
+    """Said on stderr, in the log, the metrics and the report; the same command goes on later."""
+    flags = f"--preset tiny {SMALL} --smoke"
+    assert launch("run", flags) == 0
+    out, message = tmp_path / "run", capsys.readouterr().err
+    assert "!!! cifar10 can't be had, so this run uses the built-in shapes" in message
+    assert "built-in shapes" in (out / "report.md").read_text()
+    assert "tiny on shapes" in (out / "report.md").read_text()
+    assert "built-in shapes" in json.loads((out / "metrics.json").read_text())["notes"][0]
+    assert "built-in shapes" in lines(out)[0]["note"]
+    assert json.loads((out / "config.json").read_text())["data"] == "shapes"
+    assert launch("run", flags) == 0
+
+
+def test_data_that_was_asked_for_is_never_replaced(launch, offline, tmp_path, capsys):
+    """--data cifar10 without a network: status 2, nothing made."""
+    assert launch("run", f"--preset tiny {SMALL} --smoke --data cifar10") == 2
+    message = capsys.readouterr().err
+    assert "CIFAR-10 can't be had" in message and message.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,166 @@
+"""lib/archive.py: zips that are broken or meant to harm are refused by name, in one line.
+
+Every file is made here, by code.
+"""
+
+import io
+import os
+import stat
+import struct
+import zipfile
+
+import pytest
+from conftest import PICTURE, plain, run_on, zipped
+
+import ladd
+from lib import archive
+from lib.errors import DataError
+
+PETS = {f"cat/{k}.png": plain(k) for k in range(12)}
+
+
+MEMBERS = {
+    "absolute": ({"/etc/x.png": PICTURE}, 0, "/etc/x.png leads out of its folder"),
+    "a drive": ({"C:\\x.png": PICTURE}, 0, "leads out"),
+    "upwards": ({"cat/../../x.png": PICTURE}, 0, "cat/../../x.png leads out"),
+    "upwards by backslashes": ({"cat\\..\\..\\x.png": PICTURE}, 0, "leads out"),
+    "upwards, no picture": ({"../.bashrc": b"echo"}, 0, "../.bashrc leads out"),
+    "a link": ({"cat/x.png": b"/etc/passwd"}, stat.S_IFLNK, "cat/x.png is a link or a device"),
+    "a device": ({"cat/x.png": b""}, stat.S_IFCHR, "cat/x.png is a link or a device"),
+    "a pipe": ({"cat/x.png": b""}, stat.S_IFIFO, "cat/x.png is a link or a device"),
+    "other case": ({"Cat/1.PNG": PICTURE}, 0, "Cat/1.PNG is there twice"),
+    "other case, beyond ASCII": ({"é.png": PICTURE, "É.png": PICTURE}, 0, "is there twice"),
+    "escapes in its name": ({"\x1b[2J/../x.png": PICTURE}, 0, "leads out"),
+}
+
+
+@pytest.mark.parametrize("case", MEMBERS)
+def test_a_zip_that_would_not_unpack_to_what_it_shows_is_refused_by_name(tmp_path, refused, case):
+    files, mode, reason = MEMBERS[case]
+    path = zipped(tmp_path / "set.zip", PETS | files, mode=mode)
+    refused(ladd, run_on(path), 2, path, reason)
+
+
+def test_a_file_without_a_name_is_refused(tmp_path, refused):
+    """zipfile ends a name at its first zero byte."""
+    path = zipped(tmp_path / "set.zip", PETS | {"?.png": PICTURE})
+    path.write_bytes(path.read_bytes().replace(b"?.png", b"\0.png"))
+    refused(ladd, run_on(path), 2, path, "one of its files has no name")
+
+
+def test_a_name_that_is_there_twice_is_refused(tmp_path, refused):
+    path = zipped(tmp_path / "set.zip", PETS)
+    with zipfile.ZipFile(path, "a") as out, pytest.warns(UserWarning, match="Duplicate"):
+        out.writestr("cat/1.png", PICTURE)
+    refused(ladd, run_on(path), 2, path, "cat/1.png is there twice")
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        (zipfile.ZIP_DEFLATED, "bytes unpacked"),
+        (zipfile.ZIP_BZIP2, "another method than deflate"),
+        (zipfile.ZIP_LZMA, "another method than deflate"),
+    ],
+)
+@pytest.mark.parametrize("name", ["cat/bomb.png", "captions.jsonl", "cat/1.txt"])
+def test_a_compression_bomb_is_named_and_not_unpacked(tmp_path, refused, name, method, reason):
+    path = zipped(tmp_path / "set.zip", PETS | {name: b"\0" * (20 << 20)}, method)
+    said = refused(ladd, run_on(path), 2, path)
+    assert name in said and reason in said
+
+
+def test_a_bomb_that_lies_about_its_size_is_unpacked_no_further(tmp_path, monkeypatch):
+    """What counts is what comes out, not what the header says."""
+    path = zipped(tmp_path / "set.zip", {"cat/bomb.png": b"\0" * (20 << 20)})
+    content = bytearray(path.read_bytes())
+    for at, place in ((content.rindex(b"PK\1\2"), 24), (0, 22)):
+        content[at + place : at + place + 4] = struct.pack("<I", 1 << 30)  # claims 1 GB
+    path.write_bytes(content)
+    files = archive.Files(path)
+    monkeypatch.setattr(archive, "MOST_BYTES", 1 << 16)
+    with pytest.raises(ValueError, match="more than 65,536 bytes"):
+        files.read("cat/bomb.png")
+
+
+@pytest.mark.parametrize("claim", ["many entries", "a long list", "both, in zip64"])
+def test_a_zip_that_claims_millions_of_files_is_refused_before_they_are_read(
+    tmp_path, refused, claim
+):
+    path = zipped(tmp_path / "set.zip", PETS)
+    content = bytearray(path.read_bytes())
+    end = content.rindex(b"PK\5\6")
+    if claim == "many entries":
+        content[end + 8 : end + 12] = b"\xfe\xff\xfe\xff"
+        content[end + 12 : end + 16] = struct.pack("<I", 46 * 65534)
+    elif claim == "a long list":
+        content[end + 12 : end + 20] = struct.pack("<II", 3 << 30, 0)
+    else:
+        record = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, *[10**9] * 2, 46 * 10**9, 0)
+        record += struct.pack("<4sLQL", b"PK\6\7", 0, end, 1)
+        content[end:end] = record
+    path.write_bytes(content)
+    refused(ladd, run_on(path), 2, path, "not a readable zip")
+
+
+def test_a_zip_whose_list_of_names_is_too_long_is_refused_before_it_is_read(
+    tmp_path, refused, monkeypatch
+):
+    path = zipped(tmp_path / "set.zip", {f"cat/{k}.png": b"" for k in range(500)})
+    monkeypatch.setattr(archive, "MOST_BYTES", 20_000)
+    refused(ladd, run_on(path), 2, path, "too many files")
+
+
+def encrypt(content):
+    content = bytearray(content)
+    for mark, place in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        at = content.find(mark)
+        while at >= 0:
+            content[at + place] |= 1
+            at = content.find(mark, at + 1)
+    return bytes(content)
+
+
+def harmed_zips():
+    whole = zipped(io.BytesIO(), PETS).getvalue()
+    inner = zipped(io.BytesIO(), {"set/inner.zip": whole}).getvalue()
+    flipped = bytearray(whole)
+    for at in range(40, len(whole) - 700, 97):
+        flipped[at] ^= 0xFF
+    return {
+        "encrypted": (encrypt(whole), "can't be read, more than 1 %"),
+        "in a zip": (inner, "no images in it"),
+        "cut short": (whole[:-200], "not a readable zip"),
+        "cut in front": (whole[200:], ""),
+        "empty": (b"PK\5\6" + b"\0" * 18, "no images in it"),
+        "flipped": (bytes(flipped), ""),
+    }
+
+
+@pytest.mark.parametrize("case", harmed_zips())
+def test_a_zip_that_cannot_be_read_is_refused_by_name(tmp_path, refused, case):
+    content, reason = harmed_zips()[case]
+    (tmp_path / "set.zip").write_bytes(content)
+    refused(ladd, run_on("set.zip"), 2, "set.zip", reason)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to itself"])
+def test_data_that_is_neither_folder_nor_file_is_refused_at_once(tmp_path, refused, kind):
+    path = tmp_path / "set.zip"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.symlink_to(path)
+    refused(ladd, run_on(path), 2, path)
+
+
+@pytest.mark.parametrize("content", [b"hello", b"", None], ids=["text", "empty", "cut"])
+def test_a_file_that_is_no_whole_zip_is_refused_by_name(tmp_path, content):
+    whole = zipped(tmp_path / "set.zip", PETS).read_bytes()
+    path = tmp_path / "bad.zip"
+    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(DataError, match=r"not a readable zip.*cut short") as error:
+        archive.Files(path)
+    assert str(path) in str(error.value)

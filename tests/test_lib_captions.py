@@ -1,0 +1,36 @@
+"""lib/captions.py: captions as questions with few answers."""
+
+import torch
+
+from lib.captions import class_attributes, word_attributes
+
+
+def test_class_names_become_captions_and_labels():
+    captions, attributes, labels = class_attributes(["cat", "polar bear"])
+    assert captions == ["a photo of a cat", "a photo of a polar bear"]
+    assert attributes == {"class": ("cat", "polar bear")} and labels.tolist() == [[0], [1]]
+
+
+def test_words_that_divide_free_captions_become_attributes():
+    """Of 100: runs 55, sleeps 41, cat 61, the 39, fox 35; not everywhere 100, rare 4, short a."""
+    captions = [
+        "A cat runs everywhere",
+        "a cat, sleeps everywhere",
+        "the fox runs everywhere",
+        "the rare everywhere",
+    ]
+    attributes, labels = word_attributes(captions, [20, 41, 35, 4])
+    assert list(attributes) == ["runs", "sleeps", "cat", "the", "fox"]
+    assert set(attributes.values()) == {("no", "yes")}
+    assert labels.tolist() == [[1, 0, 1, 0, 0], [0, 1, 1, 0, 0], [1, 0, 0, 1, 1], [0, 0, 0, 1, 0]]
+
+
+def test_no_more_words_than_asked_for_become_attributes_the_most_even_first():
+    captions = ["red one", "red two", "blue three", "blue four", "blue five"]
+    attributes, labels = word_attributes(captions, [1] * 5, most=2)
+    assert list(attributes) == ["blue", "red"] and labels[:, 0].tolist() == [0, 0, 1, 1, 1]
+
+
+def test_captions_that_all_say_the_same_have_no_attributes():
+    attributes, labels = word_attributes(["a photo", "photo!"], [3, 4])
+    assert attributes == {} and labels.shape == (2, 0) and labels.dtype == torch.int64

@@ -1,0 +1,246 @@
+"""Files are whole or not there, damage is found, and no reader runs code."""
+
+import contextlib
+import json
+import os
+import pickle
+import random
+import resource
+import stat
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Bomb
+
+from lib import files
+from lib.errors import CheckpointError, DataError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_never_half_written(tmp_path, monkeypatch):
+    """Cut in the middle of writing, the old content is still there under the name."""
+    path = tmp_path / "teacher.pt"
+    files.save(dict(a=1), path)
+
+    def half(value, file):
+        file.write(b"PK")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(torch, "save", half)
+        files.save(dict(a=2), path)
+    assert torch.load(path, weights_only=True) == dict(a=1)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_so_is_the_name(tmp_path, monkeypatch):
+    """What a loss of power leaves is the old file or the new one: synced, renamed, synced."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def renamed(*names):
+        done.append("name")
+        replace(*names)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    files.save(dict(a=1), tmp_path / "state.pt")
+    assert done == ["file", "name", "folder"]
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_none(tmp_path, size):
+    """Also where torch.save hides it; a limit of 500 bytes per file stands for the disk."""
+    path, old = tmp_path / "state.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, old[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as full:
+            files.save(dict(a=torch.zeros(size)), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert full.value.filename == str(path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("linked", [True, False], ids=["a second name", "a copy"])
+def test_a_linked_file_has_the_same_content_and_nothing_is_overwritten(
+    tmp_path, monkeypatch, linked
+):
+    """Where the file system has no links it is a copy."""
+
+    def refuse(old, new):
+        raise OSError("no links here")
+
+    if not linked:
+        monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "a").write_bytes(b"first")
+    files.link(tmp_path / "a", tmp_path / "new" / "b")
+    assert (tmp_path / "new" / "b").read_bytes() == b"first"
+    assert (tmp_path / "a").samefile(tmp_path / "new" / "b") == linked
+    (tmp_path / "c").write_bytes(b"second")
+    files.link(tmp_path / "c", tmp_path / "new" / "b")
+    assert (tmp_path / "new" / "b").read_bytes() == b"first"
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("name", ["a.pt", "caf\udce9.pt"], ids=["plain", "not UTF-8"])
+def test_what_was_saved_is_read_again_whole_and_mapped(tmp_path, name, mmap):
+    """With a file name that is no text, too."""
+    value, path = dict(a=torch.arange(500), b=[1, "x"]), tmp_path / name
+    try:
+        files.save(value, path)
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    read = files.read(path, mmap=mmap)
+    assert torch.equal(read["a"], value["a"]) and read["b"] == value["b"]
+    assert not files.differs(path)
+
+
+def test_any_flipped_byte_is_found(tmp_path):
+    """In 300 places, the checksum's own among them: refused by name, or read as it was written."""
+    path, rng = tmp_path / "state.pt", random.Random(0)
+    files.save(dict(a=torch.arange(500)), path)
+    content, refused = path.read_bytes(), 0
+    for at in [*rng.sample(range(len(content)), 200), *range(len(content) - 100, len(content))]:
+        path.write_bytes(
+            content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
+        )
+        try:
+            assert torch.equal(files.read(path)["a"], torch.arange(500))
+        except CheckpointError as error:
+            assert "state.pt" in str(error)
+            refused += 1
+    assert refused >= 264 + 200 - 100 - 73  # all but the mark between content and checksum
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("protocol", ["torch", "pickle"])
+def test_code_in_a_file_is_never_run(tmp_path, protocol, mmap):
+    """A file that would run code on loading is refused, and its code has not run."""
+    mark, path = tmp_path / "mark", tmp_path / "bomb.pt"
+    if protocol == "torch":
+        torch.save(Bomb(mark), path)
+    else:
+        path.write_bytes(pickle.dumps(Bomb(mark), 2))
+    with pytest.raises(CheckpointError, match="can't be read"):
+        files.read(path, mmap=mmap)
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Bomb(mark)))  # the bomb is live
+    assert mark.exists()
+
+
+def test_a_compressed_file_is_refused_before_it_is_unpacked(tmp_path):
+    """torch.load would make 20 MB of 20 kB, and 10 GB of 10 MB."""
+    torch.save(dict(more=torch.zeros(5_000_000)), tmp_path / "plain.pt")
+    path = tmp_path / "packed.pt"
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as old,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert torch.load(path, weights_only=True)["more"].shape == (5_000_000,)
+    with pytest.raises(CheckpointError, match="it is compressed"):
+        files.read(path)
+
+
+def test_pickles_and_arrays_are_only_read_by_readers_that_run_no_code():
+    """In the source of every program."""
+    sources = [path for path in ROOT.rglob("*.py") if "tests" not in path.parts]
+    assert len(sources) > 30
+    for path in sources:
+        source = path.read_text(encoding="utf-8")
+        for call in source.split("torch.load(")[1:]:
+            assert "weights_only=True" in call.split("\n")[0]
+        for call in source.split("np.load(")[1:]:
+            assert "allow_pickle=False" in call.split("\n")[0]
+        assert "pickle.load" not in source and "eval(" not in source.replace(".eval(", "")
+
+
+# ---------------------------------------------------------------------------------------------
+# Text and JSON
+# ---------------------------------------------------------------------------------------------
+
+PROMPTS = {
+    "not UTF-8": (b"caf\xe9\n", "can't be read"),
+    "UTF-16": ("a cat\n".encode("utf-16"), "can't be read"),
+    "empty": (b"", "no prompt"),
+    "nothing but control characters": (b"\0\x1b\x07\n\r\n\x7f", "no prompt"),
+    "a folder": (None, "can't be read"),
+    "a device": ("/dev/zero", "can't be read"),
+}
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_a_bad_file_of_prompts_is_refused_by_name(tmp_path, case):
+    content, reason = PROMPTS[case]
+    path = tmp_path / "prompts.txt"
+    if content is None:
+        path.mkdir()
+    elif isinstance(content, str):
+        path.symlink_to(content)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=reason) as refused:
+        files.read_lines(path, "--prompts")
+    assert f"--prompts {path}" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_file_of_prompts_has_an_end(tmp_path):
+    """After so many bytes it is refused; up to there it is read."""
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"x" * 100)
+    assert files.read_lines(path, "--prompts", most=100) == ["x" * 100]
+    with pytest.raises(DataError, match="more than 99 bytes"):
+        files.read_lines(path, "--prompts", most=99)
+
+
+def test_odd_prompts_are_read_as_clean_lines(tmp_path):
+    """Each once; a device that never ends is refused."""
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xef\xbb\xbfa \x1b[31mcat\0\r\n\x07\n\na  [31mcat\nb\n")
+    assert files.read_lines(path, "--prompts") == ["a  [31mcat", "b"]
+    with pytest.raises(DataError, match="/dev/zero: can't be read"):
+        files.read_lines("/dev/zero", "--prompts")
+
+
+JSON = {
+    "empty": b"",
+    "cut": b'{"seed": ',
+    "a list": b"[1, 2]",
+    "a number": b"7",
+    "not UTF-8": b'{"preset": "\xff"}',
+    "nested": b'{"preset":' + b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("case", JSON)
+def test_a_damaged_object_is_refused_by_name(tmp_path, case):
+    path = tmp_path / "config.json"
+    path.write_bytes(JSON[case])
+    with pytest.raises(DataError, match=f"{path} is damaged"):
+        files.read_object(path)
+
+
+def test_an_object_that_was_written_is_read_again(tmp_path):
+    """Text that is half a character becomes a question mark, and stops nothing."""
+    files.write_json(dict(a=[1, 2.5], b="ü猫"), tmp_path / "a.json")
+    assert files.read_object(tmp_path / "a.json") == dict(a=[1, 2.5], b="ü猫")
+    files.write_text("caf\udce9", tmp_path / "a.txt")
+    assert (tmp_path / "a.txt").read_bytes() == b"caf?"
+    assert json.loads((tmp_path / "a.json").read_text())

@@ -1,0 +1,33 @@
+"""tools/explain.py: what a reader is shown of one batch is what happens."""
+
+from conftest import FEW, snapshot
+
+import ladd
+
+
+def test_explain_follows_a_batch_and_says_who_receives_gradient(train, tmp_path, capsys):
+    """From the run's own teacher; L_D moves the heads alone, L_G the student alone."""
+    out = train("run", "", ["teacher"])
+    before, _ = snapshot(tmp_path), capsys.readouterr()
+    assert ladd.main([*FEW.split(), "--out", str(out), "--explain"]) == 0
+    said, told = capsys.readouterr().out, {}
+    for line in said.splitlines():
+        if line.startswith("    gradient of "):
+            loss, _, _, network, *norm = line.split()[2:]
+            told[loss, network.rstrip(":")] = float(norm[1]) if norm[0] == "norm" else None
+    assert told.keys() == {(i, n) for i in ("L_D", "L_G") for n in ("student", "teacher", "heads")}
+    assert [pair for pair, norm in told.items() if norm] == [("L_D", "heads"), ("L_G", "student")]
+    s, _ = ladd.parse(FEW.split())
+    h = s.size[0] // s.patch
+    for symbol, *shape in (
+        ("x_0", 4, 3, *s.size),
+        ("c", 4, s.text_length, s.text_dim),
+        ("x̂_0", 4, 3, *s.size),
+        (f"f, block {s.tapped[0]}", 4, h * h, s.width),
+        ("D(r)", 4, len(s.tapped), h, h),
+    ):
+        assert any(
+            line.startswith(f"{symbol} ") and "×".join(map(str, shape)) in line.split()
+            for line in said.splitlines()
+        ), symbol
+    assert "untrained" not in said and snapshot(tmp_path) == before

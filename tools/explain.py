@@ -1,0 +1,84 @@
+"""Follows one batch through an iteration of LADD: every quantity, and who receives gradient.
+
+    python ladd.py --preset nano --explain
+
+Of the run's finished teacher, if there is one; the student is before its first update. x_0 are real
+images here, not yet the teacher's samples. Nothing is written.
+"""
+
+import copy
+
+import torch
+
+import data
+import ladd
+from lib.run import Run
+from mmdit import MMDiT
+from sample import add_noise
+from tools.train import open_data, run_program
+
+
+def show(symbol, value, what):
+    value = value.detach().float()
+    shape = "×".join(map(str, value.shape)) or "scalar"
+    low, high, mean = (f"{v:8.2f}" for v in (value.min(), value.max(), value.mean()))
+    symbol += " " * (12 - len(symbol.replace("\u0302", "")))  # a hat takes no room
+    print(f"{symbol}{shape:18}{low}{high}{mean}  {what}")
+
+
+def show_gradients(loss, symbol, networks):
+    loss.backward(retain_graph=True)
+    for name, network in networks.items():
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        told = f"norm {norm:.3g}" if gradients else "none"
+        print(f"    gradient of {symbol} to the {name}: {told}")
+        network.zero_grad(set_to_none=True)
+
+
+def explain(s, watch, given):
+    s, dataset, _ = open_data(s, given)
+    run = Run(s, dataset, data.text_features(dataset, s.text_dim, s.text_length), watch)
+    taught = run.path("teacher").exists()
+    teacher = ladd.load(run, "teacher") if taught else run.make(MMDiT, **s.model())
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    heads, _ = ladd.start_heads(run)
+    networks = dict(student=student, teacher=teacher.requires_grad_(False), heads=heads)
+    images = ladd.Samples(run.dataset, run.text.ids(run.dataset.captions), None)
+    step = s.heads_warmup + s.warmup_iterations  # the first that is like most
+    b = ladd.draw_batch(run, images, step, s.heads_warmup)
+    condition = b.t_hat, b.text.pooled, tuple(side // s.patch for side in b.x0.shape[2:])
+    with run.autocast():
+        x0_hat = ladd.student_predict(student, b.x0, b.text, b.t, b.noise)
+        fake = ladd.teacher_features(teacher, x0_hat, b.text, b.t_hat, b.noise_fake, s.tapped)
+        real = ladd.teacher_features(teacher, b.x0, b.text, b.t_hat, b.noise_real, s.tapped)
+        loss_d, on_real, on_fake = ladd.discriminator_loss(heads, real, fake, *condition, s.r1)
+        loss_g = ladd.generator_loss(heads, fake, *condition)
+        distill = ladd.distillation_loss(x0_hat, b.x0, b.paired)
+
+    print(f"{'quantity':12}{'shape':18}{'from':>8}{'to':>8}{'mean':>8}  what it is")
+    show("x_0", b.x0, "images")
+    show("c", b.text.context, "the captions' features, one row a token")
+    show("y", b.text.pooled, "the captions' pooled features")
+    show("t", b.t, f"the student's noise levels, of {s.levels}")
+    show("x_t", add_noise(b.x0, b.noise, b.t), "1  what the student sees: (1 - t)·x_0 + t·ε")
+    show("x̂_0", x0_hat, "2  what it makes of it: x_t - t·v")
+    show("t̂", b.t_hat, f"3  the level of the re-noising, logit-normal({s.m:.2f}, {s.t_hat_std})")
+    show("x̂_t̂", add_noise(x0_hat, b.noise_fake, b.t_hat), "   what the frozen teacher sees")
+    for block, f, r in zip(s.tapped, fake, real, strict=True):
+        show(f"f, block {block}", f, "4  image tokens of the fakes after this block")
+        show(f"r, block {block}", r, "   and of the real ones")
+    show("D(r)", on_real, "5  logits: one a head and position")
+    show("D(sg f)", on_fake, "   and those of the fakes")
+    show("L_D", loss_d, "   hinge loss of the heads; 2 is chance")
+    show_gradients(loss_d, "L_D", networks)
+    show("L_G", loss_g, "6  -mean logit: the student's loss")
+    show_gradients(loss_g, "L_G", networks)
+    show("smooth_l1", distill, f"   of x̂_0 and x_0: added {s.distill_weight:g} times")
+    if not taught:
+        print(f"The networks are untrained: {run.path('teacher')} is not there yet.")
+
+
+def main(argv):
+    words = [word for word in argv if word != "--explain"]
+    return run_program(words, "ladd.py", ladd.parse, explain)

@@ -1,0 +1,120 @@
+"""Draws docs/levels.png and docs/health.png, and prints the table of docs/passes.md.
+
+python -m tools.pictures docs/results/health-healthy.jsonl docs/results/health-broken.jsonl
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import ladd
+from discriminator import Discriminator
+from lib.errors import Parser, UsageError, exit_status
+from mmdit import MMDiT
+
+NUMBERS = {"loss_d": (2.0, "chance"), "ranked": (0.5, "chance"), "diversity": (0.7, "too alike")}
+
+
+def subplots(rows):
+    """The axes of a figure, one above the other. Nothing else here needs matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("matplotlib is missing: pip install matplotlib") from None
+    return Figure(figsize=(8, 6.5), layout="constrained").subplots(rows, sharex=True)
+
+
+def draw_levels():
+    """For two sizes, one above the other: t̂'s density, and the student's levels as bars."""
+    axes = subplots(2)
+    t = torch.linspace(0.001, 0.999, 999)
+    titles = {"nano": "16² pixels (nano)", "sd3-8b": "1024² pixels (sd3-2b and sd3-8b)"}
+    for axis, (preset, title) in zip(axes, titles.items(), strict=True):
+        s = ladd.Settings(**ladd.PRESETS[preset]).scaled()
+        normal = torch.distributions.Normal(s.m, s.t_hat_std)
+        density = normal.log_prob(t.logit()).exp() / (t * (1 - t))  # du/dt of t = sigmoid(u)
+        axis.fill_between(t, density / density.max(), alpha=0.4, label=f"t̂, m = {s.m:.2f}")
+        bars = axis.bar(s.levels, s.level_p, 0.012, color="tab:red", label="t of the student")
+        axis.bar_label(bars, [f"t = {level:.2g}" for level in s.levels])
+        axis.set(title=title, ylabel="probability of t, density of t̂")
+        axis.legend(loc="upper center")
+    axes[-1].set_xlabel("noise level: 0 is data, 1 is pure noise")
+    return axes[0].figure
+
+
+def flops(function, *arguments):
+    """FLOPs of a pass, and of its backward if it has one."""
+    with FlopCounterMode(display=False) as forward:
+        out = sum(x.sum() for x in tree_leaves(function(*arguments)))
+    with FlopCounterMode(display=False) as backward:
+        if out.requires_grad:
+            out.backward()
+    return torch.tensor([forward.get_total_flops(), backward.get_total_flops()])
+
+
+def pass_table():
+    """The passes of an update of nano, in forwards of its whole network, as a Markdown table."""
+    s = ladd.Settings().scaled()
+    with torch.device("meta"):  # tensors without data: what is computed is only counted
+        student, teacher = MMDiT(**s.model()), MMDiT(**s.model()).requires_grad_(False)
+        heads, t = Discriminator(**s.head_sizes()), torch.zeros(s.batch)
+        x0, noise = torch.zeros(2, s.batch, s.channels, *s.size)
+        text = torch.zeros(s.batch, s.text_length, s.text_dim), torch.zeros(s.batch, s.text_dim)
+    at_t_hat = text, t, noise, s.tapped
+    x0_hat = x0.clone().requires_grad_()
+    real = ladd.teacher_features(teacher, x0, *at_t_hat)
+    fake = [f.clone().requires_grad_() for f in real]
+    told = t, text[1], [side // s.patch for side in s.size]
+    passes = [
+        ("student on x_t | student | learn", ladd.student_predict, student, x0, text, t, noise),
+        ("teacher on fakes | student | frozen", ladd.teacher_features, teacher, x0_hat, *at_t_hat),
+        ("teacher on reals | nobody | frozen", ladd.teacher_features, teacher, x0, *at_t_hat),
+        ("heads, for L_D | heads | learn", ladd.discriminator_loss, heads, real, fake, *told, s.r1),
+        ("heads, for L_G | student | held", ladd.generator_loss, heads, fake, *told),
+    ]
+    whole, _ = flops(teacher, x0, t, *text)
+    costs = {name: flops(*words) / whole for name, *words in passes}
+    costs["all | |"] = sum(costs.values())
+    lines = ["| pass | gradient to | its weights | forward | backward |", "|---|---|---|---|---|"]
+    for name, (forward, backward) in costs.items():
+        lines.append(f"| {name} | {forward:.2f} | {backward:.2f} |")
+    return "\n".join(lines)
+
+
+def draw_health(logs):
+    """The numbers of some runs, {label: log.jsonl}, with a line where each is a bad sign."""
+    runs = {}
+    for label, path in logs.items():
+        lines = Path(path).read_text("utf-8").splitlines()
+        runs[label] = [json.loads(line) for line in lines if "loss_g" in line]
+    axes = subplots(len(NUMBERS))
+    for axis, (name, (bad, meaning)) in zip(axes, NUMBERS.items(), strict=True):
+        for label, rows in runs.items():
+            axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=label)
+        axis.axhline(bad, color="grey", linestyle="--", label=f"{bad:g}: {meaning}")
+        axis.set_ylabel(name)
+        axis.legend(ncols=3)
+    axes[-1].set_xlabel("update")
+    return axes[0].figure
+
+
+def main(argv=None):
+    parser = Parser("tools/pictures.py", "Draws the pictures that explain LADD.")
+    parser.add_argument("healthy", help="log.jsonl of a healthy run")
+    parser.add_argument("broken", help="log.jsonl of a broken run")
+    args = parser.parse_args(argv)
+    print(pass_table())
+    try:
+        draw_levels().savefig("docs/levels.png", dpi=110)
+        draw_health(vars(args)).savefig("docs/health.png", dpi=110)
+    except (UsageError, OSError) as error:
+        return exit_status("tools/pictures.py", error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

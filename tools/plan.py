@@ -1,0 +1,149 @@
+"""What a full-size run needs, reckoned by the same networks and losses without data (PyTorch's
+meta device), on any machine, in half a minute. Nothing is read or written.
+
+python ladd.py --preset sd3-8b --dry-run --gpus 128
+"""
+
+import math
+import sys
+
+import torch
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+import ladd
+from discriminator import Discriminator
+from lib.errors import Parser, UserError, exit_status
+from lib.memory import in_bytes, kept_by
+from mmdit import MMDiT
+
+NETWORK = 50e9  # bytes a second that one GPU exchanges with the others: 400 Gbit/s
+
+
+def meta_networks(s):
+    """Student, frozen teacher and heads without data, and the precision that they compute in."""
+    dtype = torch.float32 if s.precision == "fp32" else torch.bfloat16
+    with torch.device("meta"):
+        student, teacher = MMDiT(**s.model()), MMDiT(**s.model()).requires_grad_(False)
+        return student, teacher, Discriminator(**s.head_sizes()), dtype
+
+
+def meta_iteration(s, n, checkpointing):
+    """One update of n images without data -> the most bytes kept for the backward, FLOPs of one
+    forward, and of all. Up to 512 tokens (float32: 128) attention is counted as on a CPU."""
+    *networks, dtype = meta_networks(s)
+    student, teacher, heads = networks
+    student.checkpointing = teacher.checkpointing = checkpointing
+
+    def cast(_, inputs):  # as autocast does, which knows no meta device
+        return tree_map(lambda x: x.to(dtype) if torch.is_tensor(x) else x, inputs)
+
+    for network in networks:
+        network.to(dtype).register_forward_pre_hook(cast)
+    with torch.device("meta"):
+        x0, t = torch.empty(n, s.channels, *s.sizes[0]), torch.empty(n)
+        y = torch.empty(n, s.pooled_dim or s.text_dim)
+        text = torch.empty(n, s.text_length, s.text_dim), y
+    grid = tuple(side // s.patch for side in s.sizes[0])
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        ladd.student_predict(student, x0, text, t, x0)
+    with FlopCounterMode(display=False) as flops:
+        x0_hat, by_student = kept_by(networks, ladd.student_predict, student, x0, text, t, x0)
+        levels = t, x0, s.tapped
+        fake, by_teacher = kept_by(networks, ladd.teacher_features, teacher, x0_hat, text, *levels)
+        with torch.no_grad():
+            real = ladd.teacher_features(teacher, x0, text, *levels)
+        given = heads, real, fake, t, y, grid, s.r1
+        (loss_d, *_), by_d = kept_by(networks, ladd.discriminator_loss, *given)
+        loss_g, by_g = kept_by(networks, ladd.generator_loss, heads, fake, t, y, grid)
+        (loss_d + loss_g).backward()
+    passes, reals = by_student | by_teacher, {f.untyped_storage()._cdata: f.nbytes for f in real}
+    most = sum((passes | by_d | by_g | reals).values())
+    if checkpointing:  # the way back through the blocks holds one that it has computed again
+        words = fake[0].new_empty(n, s.text_length, s.width)
+        inputs = words, fake[0].detach(), words[:, 0]
+        _, block = kept_by(networks, student.joint_blocks[0], *inputs)
+        most = max(most, sum(passes.values()) + sum(block.values()))
+    return most, forward.get_total_flops(), flops.get_total_flops()
+
+
+def plan(s, gpus=1, tflops=989.0, utilisation=0.4):
+    """What so many GPUs need for LADD: bytes of one GPU, FLOPs of all, seconds of an update.
+
+    tflops: 10¹² FLOPs a second of one GPU, of which the share `utilisation` is reached. What learns
+    is float32, as are gradients (there all the time, as when they are accumulated), AdamW's two
+    moments and the average; the teacher is as the arithmetic. FSDP's buffers are not counted."""
+    student, _, heads, dtype = meta_networks(s)
+    P, K = (sum(p.numel() for p in network.parameters()) for network in (student, heads))
+    block = max(sum(p.numel() for p in b.parameters()) for b in student.joint_blocks)
+    width, images = dtype.itemsize, math.ceil(s.batch / gpus)
+    parts = max(1, gpus // s.replicas) if s.shard else 1  # that all but the heads is divided into
+    each = dict(weights=4, gradients=4, optimiser=8)  # bytes, of a weight that learns
+    share = {name: n * (P / parts + K) for name, n in each.items()}
+    share["weights"] += (4 + width) * P / parts  # the average and the teacher
+    share["tables"] = tables = (4 + 4 + width) * student.pos_embed.numel()
+    gather = block * (2 * width + 4)  # two blocks, and the gradients of one in float32
+    share["gathered"] = gather if parts > 1 else 0
+    # The student is gathered twice and its gradients reduced in float32, the teacher is gathered
+    # for fakes, for reals and for the way back. Traffic and arithmetic overlap.
+    traffic = P * (5 * width + 4) * (1 - 1 / parts) * s.accumulate
+    rows = gpus // parts  # that hold the same, and have gradients to exchange
+    traffic += 8 * P / parts * (1 - 1 / rows)
+    ways, part = {}, math.ceil(images / s.accumulate)
+    for again in (False, True):
+        kept, forward, flops = meta_iteration(s, part, again)
+        seconds = max(flops * s.accumulate / (tflops * 1e12 * utilisation), traffic / NETWORK)
+        way = dict(activations=kept, total=kept + sum(share.values()), seconds=seconds)
+        way |= dict(flops=flops * s.accumulate * gpus, forwards=flops / forward)
+        ways[again] = way | dict(hours=seconds * s.iterations / 3600)
+    one_image = tables + gather + 16 * K + ways[True]["activations"] / part
+    room = {gb: 0.9e9 * gb - one_image for gb in (80, 141)}  # a tenth for what is not counted
+    smallest = {gb: math.ceil((20 + width) * P / r) for gb, r in room.items() if r > 0}
+    text = s.text_length * s.text_dim + (s.pooled_dim or s.text_dim) if s.is_latent else 0
+    disk = s.synthetic * 2 * (s.channels * s.positions + text)
+    result = dict(parameters=dict(student=P, teacher=P, heads=K), images=images, share=share)
+    return result | dict(ways=ways, smallest=smallest, traffic=traffic, disk=disk)
+
+
+def plan_table(s, gpus, tflops, utilisation):
+    p, (height, width) = plan(s, gpus, tflops, utilisation), s.sizes[0]
+
+    def both(text_of):
+        return " | ".join(text_of(way) for way in p["ways"].values())
+
+    rows = {f"{s.preset}, {gpus} GPUs": f"{p['images']} × {s.channels}×{height}×{width} each"}
+    rows |= {f"parameters, {name}": f"{n:,}" for name, n in p["parameters"].items()}
+    rows |= {f"a GPU's {name}": in_bytes(n) for name, n in p["share"].items()}
+    rows["(a | b: b is with --checkpointing)"] = ""
+    rows["a GPU's activations"] = both(lambda w: in_bytes(w["activations"]))
+    rows["a GPU's sum"] = both(lambda w: in_bytes(w["total"]))
+    rows["FLOPs of an update"] = both(lambda w: f"{w['flops']:.3e} ({w['forwards']:.2f} forwards)")
+    rows["a GPU's traffic, an update"] = in_bytes(p["traffic"])
+    speed = f"{tflops:g} TFLOP/s × {utilisation:g}"
+    rows[f"seconds, {speed}"] = both(lambda w: f"{w['seconds']:.3g}")
+    rows[f"hours, {s.iterations:,} updates"] = both(lambda w: f"{w['hours']:.3g}")
+    fits = ", ".join(f"{n} of {gb} GB" for gb, n in p["smallest"].items())
+    rows["fewest GPUs, with --checkpointing"] = fits or "none of 80 or 141 GB"
+    rows[f"{s.synthetic:,} samples on disk"] = in_bytes(p["disk"])
+    return "\n".join(f"{name:36}{value}".rstrip() for name, value in rows.items())
+
+
+def main(argv=None):
+    parser = Parser("tools/plan.py", "What a run needs; takes all settings of ladd.py, too.")
+    parser.add_argument("--dry-run", action="store_true", help="as ladd.py calls it")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--tflops", type=float, default=989.0, help="of one GPU, dense bf16: H100")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="the share of it reached")
+    args, rest = parser.parse_known_args(argv)
+    if args.gpus < 1 or not (0 < args.tflops < math.inf and 0 < args.utilisation < math.inf):
+        parser.error("--gpus must be at least 1, --tflops and --utilisation above 0 and finite")
+    try:
+        s, _ = ladd.parse(rest, parser.prog)
+    except UserError as error:
+        return exit_status(parser.prog, error)
+    print(plan_table(s, args.gpus, args.tflops, args.utilisation))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

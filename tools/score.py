@@ -1,0 +1,81 @@
+"""The table of a finished run: teacher, student before and after, in their numbers of steps.
+
+    python sample.py runs/nano --evaluate
+
+What is scored as in the run's report goes to its metrics.json; other scores are printed alone.
+"""
+
+from pathlib import Path
+
+import data
+import sample
+from lib.errors import CheckpointError, Parser, UsageError, UserError, exit_status
+from lib.files import write_json
+from lib.report import accuracy_line, fingerprints, markdown_table, read_metrics
+from lib.scores import held_out, judge_accuracy
+
+MOST = dict(evaluation=10**6, judge_steps=10**6, judge_width=1024)  # of a stranger's settings
+
+
+def parse(argv):
+    parser = Parser("sample.py", "Scores a finished run.")
+    add = parser.add_argument
+    add("run", help="a run folder")
+    add("--evaluate", action="store_true")
+    add("--num", type=int, help="samples of every row (default, as of all: the run's own)")
+    add("--seed", type=int, help="of the noise")
+    add("--data", help="score against other data")
+    add("--steps", type=int, help="the teacher's")
+    add("--cfg", type=float, help="the teacher's guidance scale w")
+    add("--data-dir", default="data", help="where downloads and judges are kept")
+    add("--device", default="auto")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    args, strangers = parser.parse_known_args(argv)
+    if strangers:
+        what = " ".join(strangers)
+        parser.error(f"{what}: no place beside --evaluate, which scores the report's rows")
+    if args.num is not None and args.num < 8:
+        parser.error("--num: scores need at least 8 samples")
+    if args.steps is not None and args.steps < 1:
+        parser.error("--steps: must be at least 1")
+    return args
+
+
+def score(args):
+    folder = Path(args.run)
+    if not folder.is_dir():
+        raise UsageError(f"--evaluate needs a run folder, and {folder} is none")
+    teacher = sample.load_generator(folder, True, args.device, args.precision)
+    student = sample.load_generator(folder, False, args.device, args.precision)
+    metrics, s = read_metrics(folder), vars(student.settings)
+    wrong = [k for k, most in MOST.items() if type(s.get(k)) is not int or not 0 < s[k] <= most]
+    if wrong or s["downscale"] > 1:
+        raise CheckpointError(f"{folder}: can't be scored: {', '.join(wrong) or 'latents'}.")
+    asked = dict(evaluation=args.num, seed=args.seed, data=args.data)
+    asked |= dict(teacher_steps=args.steps, cfg=args.cfg)
+    other = {k: value for k, value in asked.items() if value is not None and value != s[k]}
+    vars(teacher.settings).update(other)
+    dataset = sample.data_of(student, args)
+    judge = sample.judge_of(
+        dataset, student.settings, student.device, args.data_dir, args.precision
+    )
+    held = held_out(data.shares(dataset, 2000))
+    accuracy = judge_accuracy(held, dataset.labels, dataset.attributes, judge)
+    count, seed = other.get("evaluation", s["evaluation"]), other.get("seed", s["seed"])
+    rows = sample.evaluate(dataset, judge, teacher, student, count, seed)
+    print(markdown_table(rows))
+    print(f"\nThe judge reads held-out images right: {accuracy_line(accuracy)}")
+    if other:
+        own = ", ".join(f"{name} {s[name]}" for name in other)
+        print(f"Not kept: the run's own metrics.json is of {own}.")
+    else:
+        metrics |= dict(rows=rows, judge_accuracy=accuracy, samples=count)
+        write_json(metrics | dict(checkpoints=fingerprints(folder)), folder / "metrics.json")
+
+
+def main(argv):
+    try:
+        score(parse(argv))
+    except (UserError, OSError) as error:
+        return exit_status("sample.py", error)
+    return 0

@@ -1,0 +1,255 @@
+"""Students that differ in a setting or in the method, from one teacher and one set of samples.
+
+    python ladd.py --sweep t_hat_mean=-1,0,1                a student for each value and seed
+    python ladd.py --sweep taps=0,1/2 --sweep batch=16,32   all combinations; a "/" between lists
+    python ladd.py --sweep method=ladd,regression,dmd --units 13200         the same work for all
+
+In the folder lie `shared`, the teachers and their samples, each made once; `members`, a run folder
+for every student, named by its settings, so that sweeps in one folder share what they have in
+common; and for each sweep a folder with its table, picture and sweep.json. What is finished is
+skipped: the same command goes on with a sweep that was cut.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import itertools
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import data
+import ladd
+import sample
+from lib.checks import check_for_method
+from lib.errors import Parser, UsageError
+from lib.files import read_object, sha256, write_json, write_text
+from lib.machine import facts
+from lib.parallel import world
+from lib.pictures import panels, save_png, stack
+from lib.report import read_metrics, write_metrics
+from lib.settings import bound, command_of, locked
+from tools.table import STEPS, plural, sweep_table
+from tools.train import run_program, train
+
+UNITS = 6  # forwards of the network, an update of LADD; the other methods bring theirs
+METHODS = ("ladd", "regression", "consistency", "add", "dmd")
+
+
+class Member(NamedTuple):
+    """A row of the table: students that differ in the seed alone."""
+
+    values: dict  # of what is swept: name -> value, as text
+    method: str
+    settings: dict  # seed -> Settings
+
+
+def method_of(name):
+    """A method's stage of distillation, and its forwards of the network in an update."""
+    if name == "ladd":
+        return ladd.distil, UNITS
+    module = importlib.import_module(f"methods.{name}")
+    return module.distil, module.UNITS
+
+
+def parse(argv, program):
+    """-> the settings without what is swept, [Member], the command that makes this table"""
+    parser = Parser(program, __doc__.splitlines()[0], epilog="All other flags are ladd.py's.")
+    add = parser.add_argument
+    add("--sweep", action="append", required=True, metavar="NAME=A,B,…", help="may be repeated")
+    add("--seeds", default="0,1,2", help="of the students; --seed is that of the one teacher")
+    add("--units", type=int, help="instead of --iterations: a student's work, in forwards")
+    args, words = parser.parse_known_args(argv)
+    if not any(word.split("=")[0] == "--out" for word in words):
+        words += ["--out", ladd.parse(words)[0].out + "-sweep"]
+    s = ladd.parse(words)[0]
+    if s.is_latent or world() > 1 or s.source:
+        raise UsageError("--sweep scores images, takes one process, and no --from")
+    members = members_of(args, words)
+    unscaled = ladd.parse([*words, "--steps-scale=1"])[0]  # what is swept is scaled, too
+    command = command_of(unscaled, base_of(s), ["python", program, "--preset", s.preset], ())
+    command += f" --steps-scale {s.steps_scale:g}" if s.steps_scale != 1 else ""
+    command += f" --units {args.units}" if args.units else ""
+    command += "".join(f" --sweep {shlex.quote(axis)}" for axis in args.sweep)
+    return s, members, f"{command} --seeds {args.seeds}"
+
+
+def members_of(args, words):
+    """All combinations of the swept values."""
+    axes, members = [axis_of(text) for text in args.sweep], []
+    seeds = args.seeds.split(",")
+    if not all(seed.isdigit() for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds {args.seeds}: must be numbers, none twice: 0,1,2")
+    for values in map(dict, itertools.product(*axes)):
+        settings = dict(values)
+        method, units = settings.pop("method", "ladd"), settings.pop("units", args.units)
+        if units and "iterations" in settings:
+            raise UsageError("--sweep iterations: --units decides them")
+        if units:
+            settings["iterations"] = round(int(units) / method_of(method)[1])
+        own = [*words, *map(word_of, settings.items())]
+        runs = {int(seed): ladd.parse([*own, f"--seed={seed}"])[0] for seed in seeds}
+        for s in runs.values():
+            check_for_method(s, method)
+        members.append(Member(values, method, runs))
+    return members
+
+
+def axis_of(text):
+    """NAME=A,B,… -> [(name, value as text), …]"""
+    name, _, values = text.partition("=")
+    name = name.strip().lstrip("-").replace("-", "_")
+    fields = dataclasses.fields(ladd.Settings)
+    known = {field.name: field.default for field in fields if not field.metadata["free"]}
+    values = values.split("/" if isinstance(known.get(name), tuple) else ",")
+    if name == "method":
+        right = all(value in METHODS for value in values)
+    elif name == "units":
+        right = all(value.isdigit() for value in values)
+    else:
+        right = name in known and name not in ("preset", "seed") and all(values)
+    if not right:
+        why = "a setting that changes results, and its values"
+        raise UsageError(f"--sweep {text}: must be {why}: t_hat_mean=-1,0,1 or taps=0,1/1,2")
+    return [(name, value) for value in values]
+
+
+def word_of(item):
+    """A setting's name and value -> the word of a command line."""
+    flag, value = item[0].replace("_", "-"), item[1]
+    if value in ("true", "false"):
+        return f"--{flag}" if value == "true" else f"--no-{flag}"
+    return f"--{flag}={value}"
+
+
+def base_of(s):
+    """The settings of the preset alone."""
+    return ladd.Settings(**ladd.PRESETS[s.preset]).scaled()
+
+
+def name_of(s, method="ladd"):
+    """What differs from the preset, and a digest of all settings but the seed."""
+    base = bound(base_of(s)) | dict(method="ladd")
+    own = bound(s) | dict(method=method, seed=base["seed"])
+    files = [sha256(path) for path in (s.teacher, s.discriminator) if Path(path).is_file()]
+    digest = hashlib.sha256(json.dumps([own, *files]).encode()).hexdigest()[:8]
+    differs = ",".join(f"{k}={v}" for k, v in own.items() if v != base[k])
+    differs = re.sub(r"[^\w=.,-]+", "", differs.replace(", ", "-"))
+    return f"{differs[:120] or s.preset}.{digest}"
+
+
+def folder_of(member, seed, teacher_seed, out):
+    name = name_of(member.settings[seed], member.method)
+    return out / "members" / f"{name}-of-{teacher_seed}" / f"seed-{seed}"
+
+
+def samples_for(s, seed, out, watch):
+    """The run with the teacher and the samples that a student learns from: those stages are run
+    where no other student has needed them yet, with this seed for all."""
+    names = [field.name for field in dataclasses.fields(ladd.Settings)]
+    base, source = base_of(s), ""
+    for stage, later in (("teacher", "synthetic"), ("synthesis", "iterations")):
+        unread = {name: getattr(base, name) for name in names[names.index(later) :]}
+        unread |= dict(taps=(), batch=s.accumulate)  # the preset's might not fit this network
+        own = dataclasses.replace(s, **unread, seed=seed)
+        folder = out / "shared" / f"{stage}-{name_of(own)}-seed-{seed}"
+        if stage == "teacher" or s.targets == "synthetic":
+            own = dataclasses.replace(own, stage=stage, out=str(folder), source=source)
+            run, source = train(own, watch), str(folder)
+    return run
+
+
+def student(member, seed, teacher_seed, out, watch):
+    """One student with its scores: made in its run folder, if it is not there yet."""
+    folder, s = folder_of(member, seed, teacher_seed, out), member.settings[seed]
+    if not read_metrics(folder):
+        source = samples_for(s, teacher_seed, out, watch).out
+        own = dict(stage="distillation", out=str(folder), source=str(source))
+        distil, _ = method_of(member.method)
+        run = train(dataclasses.replace(s, **own), watch, distil, member.method)
+        watch.patient = False  # scoring saves nothing on its way
+        watch.check()
+        rows = scores(run, s, None, ladd.generator(run, "student"))
+        took = [row["seconds"] for row in run.log.rows() if row.get("finished")]
+        took = took[-1] if took else None  # None: cut between the student and its row
+        write_metrics(run, rows, dict(distillation=took))
+    return read_metrics(folder)
+
+
+def scores(run, s, teacher, student):
+    judge = sample.judge_of(run.dataset, s, run.device, s.data_dir, s.precision)
+    return sample.evaluate(run.dataset, judge, teacher, student, s.evaluation, s.seed)
+
+
+def reference(s, out, watch):
+    """The rows of teacher and untrained student, with the settings of the first value."""
+    path = out / "shared" / f"reference-{name_of(s)}-seed-{s.seed}.json"
+    if not path.exists():
+        run = samples_for(s, s.seed, out, watch)
+        teacher = ladd.generator(run, "teacher")
+        teacher.settings = s
+        write_json(dict(rows=scores(run, s, teacher, None)), path)
+    return read_object(path)["rows"]
+
+
+def told(member):
+    return ", ".join(f"{name}={value}" for name, value in member.values.items())
+
+
+def picture(members, seed, teacher_seed, out, path):
+    """A row of samples for every value, from the same captions and noise."""
+    rows, captions = [], []
+    for member in members:
+        s, titled = member.settings[seed], []
+        dataset = data.load(s.data, s.sizes, data_dir=s.data_dir, seed=seed)
+        parts = data.held_out_captions(dataset, 8)
+        captions += [caption for own, _ in parts for caption in own]
+        folder = folder_of(member, seed, teacher_seed, out)
+        generator = sample.load_generator(folder, device=s.device, precision=s.precision)
+        for n in (n for n in STEPS if n <= len(s.levels)):
+            made = generator.sample_parts(parts, seed=seed, stream="pictures", steps=n)
+            titled.append((f"{told(member)}: {plural(n, 'step')}", ladd.pictures_of(made)))
+        rows.append(panels(titled, 8))
+    save_png(stack(rows), path, captions="; ".join(captions))
+
+
+def table_folder(out, names, command):
+    """Named by what is swept, and where that is another command's table by a digest, too."""
+    folder = out / "+".join(names)
+    made = folder / "sweep.json"
+    if made.exists() and read_object(made).get("command") != command:
+        folder = out / f"{folder.name}.{hashlib.sha256(command.encode()).hexdigest()[:8]}"
+    return folder
+
+
+def sweep(s, watch, members, command):
+    """Every student, seed by seed, then the table. What is finished is skipped."""
+    out, seeds = Path(s.out), list(members[0].settings)
+    results = [dict(values=member.values, runs=[]) for member in members]
+    with locked(out):
+        for i, seed in enumerate(seeds):
+            for j, member in enumerate(members):
+                done = i * len(members) + j
+                total = len(seeds) * len(members)
+                print(f"student {done + 1} of {total}: {told(member)}, seed {seed}")
+                results[j]["runs"].append(student(member, seed, s.seed, out, watch))
+        first = dataclasses.replace(members[0].settings[seeds[0]], seed=s.seed)
+        result = dict(command=command, seeds=seeds, reference=reference(first, out, watch))
+        result |= dict(members=results, **facts())
+        folder = table_folder(out, members[0].values, command)
+        write_json(result, folder / "sweep.json")
+        write_text(sweep_table(result) + "\n", folder / "sweep.md")
+        watch.check()
+        picture(members, seeds[0], s.seed, out, folder / "sweep.png")
+    print(f"{sweep_table(result)}\n\n{folder}", flush=True)
+
+
+def main(argv):
+    return run_program(argv, "ladd.py", parse, sweep)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,132 @@
+"""The life of a run: what it is given, its folder, its stages.
+
+The program behind ladd.py and behind every method of methods/.
+"""
+
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+import data
+import ladd
+import sample
+from lib.checkpoints import same_network
+from lib.checks import check_for_method
+from lib.errors import DataError, RunError, Stop, UserError, exit_status
+from lib.files import save
+from lib.loop import Watch
+from lib.machine import device_of, keep_memory
+from lib.parallel import barrier, broadcast, processes, rank, world
+from lib.report import read_metrics
+from lib.run import Run
+from lib.settings import refuse
+from mmdit import MMDiT
+
+
+def given_teacher(s):
+    """The checkpoint of --teacher, ours or released, if its network is that of the settings."""
+    if Path(s.teacher).is_dir() or s.teacher.endswith(".safetensors"):
+        from sd3.weights import released_checkpoint
+
+        checkpoint = released_checkpoint(s.teacher, dataclasses.asdict(s))
+    else:
+        checkpoint = sample.read_checkpoint(s.teacher)
+        checkpoint["settings"] = vars(checkpoint["settings"])  # as they are saved
+    with torch.device("meta"):
+        same_network("--teacher", s.teacher, checkpoint["model"], MMDiT(**s.model()).config)
+    return checkpoint | dict(kind="teacher")
+
+
+def open_data(s, given):
+    """The settings' data set, if it fits them. -> settings, data set, note
+
+    given: whether --data was. A preset's own data that can't be had is replaced by the shapes, and
+    the note says so."""
+    try:
+        dataset = data.load(s.data, s.sizes, data_dir=s.data_dir, seed=s.seed)
+        taught = s.teacher or s.source or (Path(s.out) / "teacher.pt").exists()
+        data.check(dataset, s, world(), needs_images=s.targets == "real" or not taught)
+        return s, dataset, None
+    except DataError as error:
+        if given or s.data == "shapes" or s.is_latent:
+            raise
+        note = f"{s.data} can't be had, so this run uses the built-in shapes. {error}"
+        s = dataclasses.replace(s, data="shapes")
+        return s, data.load("shapes", s.sizes, seed=s.seed), note
+
+
+def train(s, watch, distil=ladd.distil, method="ladd", given=True):
+    """One run: checks what it is given, opens its folder, goes through its stages. -> the run"""
+    if method != "ladd" and (s.shard or s.accumulate > 1):
+        refuse(s, "shard" if s.shard else "accumulate", "is for LADD alone")
+    check_for_method(s, method)
+    start = given_teacher(s) if s.teacher else None  # its tensors are views of the file
+    if s.discriminator:
+        ladd.given_heads(s)
+    if rank() > 0:  # rank 0 downloads
+        barrier()
+    s, dataset, note = open_data(s, given)
+    if rank() == 0:
+        barrier()
+    run = Run(s, dataset, data.text_features(dataset, s.text_dim, s.text_length), watch)
+    base = ladd.Settings(**ladd.PRESETS[s.preset]).scaled()
+    with run.opened(method, base, note):
+        if s.source:  # whose seed may be another, and whose teacher was given
+            source = Path(s.source)
+            fields = dataclasses.fields(s)
+            names = [field.name for field in fields if field.name not in ("seed", "teacher")]
+            if s.targets == "synthetic" and any(source.glob("synthetic/*.pt")):
+                names = names[: names.index("iterations")]  # what samples depend on
+                run.take(source, ("teacher.pt", "synthetic/*.pt"), names)
+            else:
+                names = names[: names.index("synthetic")]  # what a teacher depends on
+                run.take(source, ("teacher.pt",), names)
+        if start and not run.path("teacher").exists() and rank() == 0:
+            save(start | dict(weights=dict(start["weights"])), run.path("teacher"))
+        samples = len(list((run.out / "synthetic").glob("*.pt")))
+        done = dict(
+            teacher=run.path("teacher").exists(),
+            synthesis=s.targets == "real" or samples == len(ladd.planned_samples(run)[0]),
+            distillation=run.path("student").exists(),
+            report=(run.out / "report.md").exists(),
+        )
+        if done["distillation"] and done["report"] and not s.is_latent:
+            read_metrics(run.out)
+        work = (ladd.train_teacher, ladd.synthesise, distil, ladd.report)
+        run.stages(dict(zip(ladd.STAGES, work, strict=True)), broadcast(done), s.stage)
+    return run
+
+
+def run_program(argv, program, parse, work):
+    """A program around a run: signals, processes, errors in one line. -> exit status
+
+    parse(argv, program) -> settings, …; work(settings, watch, …)"""
+    keep_memory()
+    try:
+        s, *more = parse(argv, program)
+        with Watch(s.stop_after, program) as watch, processes(device_of(s.device), program):
+            work(s, watch, *more)
+    except Stop as stop:
+        if rank() == 0:
+            again = shlex.join(["python", *program.split(), *argv])
+            told = f"{program}: stopped, and saved what is done. To go on:"
+            print(f"{told}\n    {again}", file=sys.stderr)
+        return stop.args[0]
+    except (UserError, RunError, OSError) as error:
+        if rank() > 0 and isinstance(error, UserError):
+            return 2  # rank 0 says it
+        return exit_status(program, error)
+    return 0
+
+
+def main(argv, distil=ladd.distil, method="ladd"):
+    """The command line of ladd.py and of methods/."""
+
+    def work(s, watch, given):
+        train(s, watch, distil, method, given)
+
+    program = "ladd.py" if method == "ladd" else f"-m methods.{method}"
+    return run_program(argv, program, ladd.parse, work)
