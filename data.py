@@ -62,7 +62,8 @@ class DataSet:
     """What a data set says of itself, and gives.
 
     captions: every distinct caption, in a fixed order. attributes {name: [value, …]}: what a
-    caption says, as questions with few answers. labels (len(captions), A) int64: the answers."""
+    caption says, as questions with few answers. labels (len(captions), A) int64: the answers,
+    by which alignment is scored."""
 
     name = ""
     channels = 3  # of x_0
@@ -72,8 +73,8 @@ class DataSet:
     captions, attributes, labels = (), {}, torch.empty(0, 0, dtype=torch.int64)
 
     def batch(self, index, held_out=False):
-        """index (B,) of int -> images (B, C, H, W) uint8, or latents float32; caption (B,) int64,
-        rows of `captions`."""
+        """index (B,) of int -> images (B, C, H, W), pixels as uint8 or x_0 as floats (latents, and
+        the teacher's samples); caption (B,) int64, rows of `captions`."""
         raise NotImplementedError
 
 

@@ -9,7 +9,8 @@ independent convolutional head per block, which says for every position how real
     B       batch                            | -       features  [(B, N, D)], one per tapped block
     K       heads, one per tapped block      | t̂       t_hat     (B,)        level of the re-noising
     N       image tokens h·w                 | y       pooled    (B, D_p)    pooled text features
-    D, F    width of teacher, of the heads   | -       logits    (B, K, h, w) > 0 real, < 0 fake
+    D, U    width of teacher, of the heads   | -       logits    (B, K, h, w) > 0 real, < 0 fake
+    E, P    width of condition, projection   |
 
 The heads follow the projection heads of StyleGAN-T and ADD (arXiv 2311.17042): a 1×1 convolution, a
 residual block, then the inner product with a projection of the condition. Ours, because LADD's
@@ -26,7 +27,7 @@ from mmdit import layer_norm, timestep_sinusoid
 
 
 class PerToken(nn.Conv2d):
-    """A 1×1 convolution of tokens, (B, N, D) -> (B, N, F): as a product, faster on a CPU."""
+    """A 1×1 convolution of tokens, (B, N, D) -> (B, N, U): as a product, faster on a CPU."""
 
     def forward(self, tokens):
         return F.linear(tokens, self.weight.flatten(1), self.bias)
@@ -42,15 +43,15 @@ class Head(nn.Module):
         self.norm1 = nn.GroupNorm(groups, hidden)
         self.conv = nn.Conv2d(hidden, hidden, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, hidden)
-        self.features = PerToken(hidden, proj_dim, 1)
+        self.project = PerToken(hidden, proj_dim, 1)
         self.condition = nn.Linear(cond_dim, proj_dim)
 
     def forward(self, tokens, cond, h, w):
         """tokens (B, N, D), cond (B, E) -> logits (B, h, w)"""
-        x = self.reduce(layer_norm(tokens))  # (B, N, F)
-        x = F.leaky_relu(self.norm1(x.transpose(1, 2).unflatten(2, (h, w))), 0.2)  # (B, F, h, w)
+        x = self.reduce(layer_norm(tokens))  # (B, N, U)
+        x = F.leaky_relu(self.norm1(x.transpose(1, 2).unflatten(2, (h, w))), 0.2)  # (B, U, h, w)
         x = (x + F.leaky_relu(self.norm2(self.conv(x)), 0.2)) * 0.5**0.5
-        x = self.features(x.flatten(2).transpose(1, 2))  # (B, N, P)
+        x = self.project(x.flatten(2).transpose(1, 2))  # (B, N, P)
         logits = torch.einsum("bnp,bp->bn", x, self.condition(cond)) * x.shape[2] ** -0.5
         return logits.unflatten(1, (h, w))
 

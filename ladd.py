@@ -3,7 +3,8 @@
 "Fast High-Resolution Image Synthesis with Latent Adversarial Diffusion Distillation",
 arXiv 2403.12015.
 
-A teacher that needs many steps becomes a student that needs one to four. One iteration:
+A teacher that needs many steps becomes a student that needs one to four. One update, in six lines,
+whose numbers stand again in `losses`:
 
     1  x_t   = (1 - t)·x_0 + t·ε            t from the student's few levels, x_0 made by the teacher
     2  x̂_0   = x_t - t·v_θ(x_t, t, c)       one evaluation of the student
@@ -13,10 +14,11 @@ A teacher that needs many steps becomes a student that needs one to four. One it
     6  L_G   = -E[D(f)]                                     the student learns, through the teacher
              + λ·smooth_l1(x̂_0, x_0)           ours, λ = 0 at the paper's sizes
 
-sg means stop-gradient. The features f of the fakes serve both players, so an iteration costs six
-forward units (a backward counts two, one through the frozen teacher): student 1 + 2, teacher on
-fakes 1 + 1, teacher on reals 1. The paper published neither code nor learning rates, batch size,
-optimiser or EMA: those are ours, chosen by the experiments in docs/log.md.
+sg means stop-gradient. At t = 1 x_t is noise alone, and can tell x_0 only where ε is the noise that
+the teacher made x_0 from: with λ > 0 it is. The features f of the fakes serve both players, so an
+update costs six forwards (a backward counts two, one through the frozen teacher): student 1 + 2,
+teacher on fakes 1 + 1, teacher on reals 1. The paper published neither code nor learning rates,
+batch size, optimiser or EMA: those are ours, chosen by the experiments in docs/log.md.
 
     python ladd.py --preset nano                  everything, on a laptop, with built-in data
     python ladd.py --preset tiny                  CIFAR-10 on one GPU
@@ -66,7 +68,8 @@ STAGES = ("teacher", "synthesis", "distillation", "report")
 class Settings(HowToRun):
     """Every setting, its default, meaning and bounds; the command line is made from this.
 
-    A stage's result depends on the fields down to its section, and on none below."""
+    A stage's result depends on the fields down to its section, and on none below: a new field
+    belongs into the section of the first stage that it changes."""
 
     preset: str = setting("nano", "the row of PRESETS to start from")
     data: str = setting("shapes", "shapes, cifar10, or a folder or zip of images, or of shards")
@@ -145,7 +148,7 @@ class Settings(HowToRun):
 
     @property
     def positions(self):
-        """n' = H·W of an x_0 of --size."""
+        """H·W of an x_0 of --size."""
         return self.size[0] * self.size[1] // self.downscale**2
 
     @property
@@ -159,7 +162,7 @@ class Settings(HowToRun):
 
     @property
     def alpha(self):
-        """SD3's shift α = √(n / n') from a 1024² image's latent to this x_0, n counted in values.
+        """SD3's shift from a 1024² image's latent to this x_0: √(values here / values there).
 
         The same t destroys more of a small image, so the paper's levels and m belong to its latents
         of 16·128·128 values. Elsewhere (ours, by the experiments in docs/log.md) m, the mean of a
@@ -172,7 +175,7 @@ class Settings(HowToRun):
         return 1 + math.log(self.alpha) if self.t_hat_mean is None else self.t_hat_mean
 
     def logit_shift(self, size):
-        """What SD3's shift α = √(n / n') for n = H·W positions adds to the logit of a t."""
+        """What SD3's shift √(H·W / positions) for another size than --size adds to a t's logit."""
         return 0.5 * math.log(size[0] * size[1] / self.positions)
 
     def default_levels(self):
@@ -267,35 +270,35 @@ def teacher_loss(model, x0, text, t, noise):
 
 
 def student_predict(student, x0, text, t, noise):
-    """Boxes 1 and 2: noise x_0 to t and predict it back in one evaluation. -> x̂_0 (B, C, H, W)"""
+    """Lines 1 and 2: noise x_0 to t and predict it back in one evaluation. -> x̂_0 (B, C, H, W)"""
     xt = add_noise(x0, noise, t)
     v, _ = student(xt, t, *text)
     return predict_x0(xt, v, t)
 
 
 def teacher_features(teacher, x0, text, t_hat, noise, taps):
-    """Boxes 3 and 4: noise x_0 to t̂ and read the teacher's image tokens. -> [(B, N, D)]
+    """Lines 3 and 4: noise x_0 to t̂ and read the teacher's image tokens. -> [(B, N, D)]
 
     The teacher is frozen but must not be in no_grad for the fakes: the gradient to the student
     runs through it."""
     return teacher(add_noise(x0, noise, t_hat), t_hat, *text, taps=taps, features_only=True)[1]
 
 
-def discriminator_loss(heads, real, fake, t_hat, pooled, grid, gamma):
-    """Box 5. The heads alone receive gradient. -> L_D, logits of reals, logits of fakes"""
+def discriminator_loss(heads, real, fake, t_hat, pooled, size, gamma):
+    """Line 5. The heads alone receive gradient. -> L_D, logits of reals, logits of fakes"""
     real = [f.detach().requires_grad_(gamma > 0) for f in real]
-    on_real = heads(real, t_hat, pooled, *grid)
-    on_fake = heads([f.detach() for f in fake], t_hat, pooled, *grid)
+    on_real = heads(real, t_hat, pooled, *size)
+    on_fake = heads([f.detach() for f in fake], t_hat, pooled, *size)
     loss = hinge_d(on_real, on_fake)
     if gamma > 0:
         loss = loss + gamma * r1(on_real, real)
     return loss, on_real.detach().float(), on_fake.detach().float()
 
 
-def generator_loss(heads, fake, t_hat, pooled, grid):
-    """Box 6. Gradient goes through heads and teacher to the student, and stays in neither."""
+def generator_loss(heads, fake, t_hat, pooled, size):
+    """Line 6. Gradient goes through heads and teacher to the student, and stays in neither."""
     heads.requires_grad_(False)
-    logits = heads(fake, t_hat, pooled, *grid)
+    logits = heads(fake, t_hat, pooled, *size)
     heads.requires_grad_(True)
     return hinge_g(logits)
 
@@ -309,6 +312,12 @@ def distillation_loss(x0_hat, x0, paired):
 # ---------------------------------------------------------------------------------------------
 # Stage 1: the teacher
 # ---------------------------------------------------------------------------------------------
+
+# tools/train.py calls the four stages in order. `run` (lib/run.py) is what they share: settings,
+# data set, text features, device, folder; run.make and run.load give networks on their device.
+# `loop` (lib/loop.py) yields the steps, from where a cut run goes on: loop.add(name=value) notes a
+# number of a part of the batch, loop.log(name=value) ends the update, and a row of log.jsonl has
+# the means of all updates since the row before.
 
 
 def draw_teacher_batch(run, step, words):
@@ -404,10 +413,10 @@ class Batch(NamedTuple):
     x0: torch.Tensor  # (B, C, H, W) what is real
     text: Text  # (B, M, D_c), (B, D_p)
     t: torch.Tensor  # (B,) the student's levels
-    noise: torch.Tensor  # (B, C, H, W) ε of box 1
+    noise: torch.Tensor  # (B, C, H, W) ε of line 1
     paired: torch.Tensor  # (B,) whether x_t can tell x_0
     t_hat: torch.Tensor  # (B,) t̂, the level of the re-noising
-    noise_fake: torch.Tensor  # (B, C, H, W) ε of box 3, of x̂_0
+    noise_fake: torch.Tensor  # (B, C, H, W) ε of line 3, of x̂_0
     noise_real: torch.Tensor  # and of x_0
 
 
@@ -438,8 +447,8 @@ def draw_levels(settings, n, step, random):
 def draw_batch(run, samples, step, heads_warmup=0, own_noise=True):
     """All that an update starts from, drawn from (seed, step) alone; this process's share of it.
 
-    samples: of `distillation_samples`. own_noise: pure noise is what a sample was made from, as
-    then alone it can tell the sample."""
+    samples: of `distillation_samples`. own_noise: at t = 1, where x_t is noise alone, it is the
+    noise that the teacher made this very sample from, so that x_t can tell x_0 there, too."""
     s, device, random = run.settings, run.device, rng(run.settings.seed, "distillation", step)
     dataset, words, seed = samples
     bucket = data.draw_bucket(dataset, s.seed, "distillation", step)
@@ -452,8 +461,9 @@ def draw_batch(run, samples, step, heads_warmup=0, own_noise=True):
     noises = random.standard_normal((3, s.batch, *x0.shape[1:]), np.float32)
     noises = (torch.from_numpy(my_share(noise)).to(device) for noise in noises)
     noise, noise_fake, noise_real = noises
-    paired = t < s.levels[0]
+    paired = t < s.levels[0]  # the first level is pure noise
     if own_noise and seed is not None:
+        # every synthetic sample has a caption row of its own: the row is the sample's number
         source = sample.noise_of(seed, "synthesis", caption, x0.shape[1:]).to(device)
         noise = torch.where(per_sample(paired, x0), noise, source)
         paired = torch.ones_like(paired)
@@ -496,7 +506,7 @@ class Losses(NamedTuple):
 
 
 def losses(student, teacher, heads, b, s, learning=True):
-    """An iteration up to its losses, in the order of the box at the top of this file.
+    """An update up to its losses, in the order of the six lines at the top of this file.
 
     learning: whether the student learns; at first the heads learn alone."""
     h, w = b.x0.shape[2] // s.patch, b.x0.shape[3] // s.patch

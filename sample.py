@@ -115,10 +115,11 @@ def renoise(model, x, levels, text, fresh_noise):
     x = x_t at levels[0]; fresh_noise(i) gives the noise of step i. Without guidance."""
     for i, t in enumerate(levels):
         t = torch.as_tensor(t, dtype=torch.float32)
-        if i > 0:
-            x = add_noise(x0, fresh_noise(i), t.expand(len(x)).to(x.device))  # noqa: F821
         x0 = x - t * guided_velocity(model, x, t, text, None, 1.0)
         yield x0
+        if i + 1 < len(levels):
+            t_next = torch.full((len(x),), levels[i + 1], device=x.device)
+            x = add_noise(x0, fresh_noise(i + 1), t_next)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -181,8 +182,8 @@ class Generator:
     ):  # fmt: skip
         """Yields x̂_0 (B, C, H, W) on the CPU after every step, for one batch of captions.
 
-        size: (H, W) of the latents, by default the first that the model was made for. The shift of
-        an Euler sampler follows the number n of positions: α·√(n / n'), SD3's rule.
+        size: (H, W) of x_0, by default the first that the model was made for. The shift of an Euler
+        sampler follows the number of positions, SD3's rule: α·√(H·W / that of the training).
 
         indices: the number of every image, which with seed and stream decides its noise.
         start: (x0, strength), to begin at an image noised to that level, not at pure noise."""
@@ -199,8 +200,8 @@ class Generator:
             x = add_noise(start[0].to(self.device), x, torch.full((len(x),), level).to(self.device))
         text = self.text(captions)
         if sampler == "euler":
-            n = s.size[0] * s.size[1] // s.downscale**2
-            alpha = s.shift * math.sqrt(shape[1] * shape[2]) / math.sqrt(n)
+            positions = s.size[0] * s.size[1] // s.downscale**2  # that it was trained at
+            alpha = s.shift * math.sqrt(shape[1] * shape[2]) / math.sqrt(positions)
             times = euler_times(steps, alpha) * level
             path = euler(self.network, x, times, text, self.text([""]), cfg)
         else:
@@ -348,7 +349,7 @@ def read_start(args, size, codec):
     return codec.encode(torch.from_numpy(pixels.copy())[None]), args.strength
 
 
-def draw(args):
+def make_pictures(args):
     """Samples as asked for, and writes them."""
     generator = load_generator(args.run, args.teacher, args.device, args.precision)
     codec = data.Pixels()
@@ -393,7 +394,7 @@ def main(argv=None):
 
             export(read_checkpoint(checkpoint_of(args.run, args.teacher)), args.export, args.dtype)
         else:
-            draw(args)
+            make_pictures(args)
     except (FileExistsError, ValueError) as error:
         return exit_status("sample.py", UsageError(error))
     except (UserError, OSError) as error:

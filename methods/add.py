@@ -1,5 +1,5 @@
 """Adversarial diffusion distillation (ADD, arXiv 2311.17042), the method before LADD: the same
-heads, on the features of a frozen network of clean pixels. One iteration:
+heads, on the features of a frozen network of clean pixels. One update:
 
     1  x̂_0  = the student's prediction, as in LADD
     2  f, r = the judge's maps of x̂_0 and x_0, without noise; the teacher has no part
@@ -27,7 +27,7 @@ UNITS = 5  # forwards of the network, an update: student 1 + 2, and at nano 2 of
 
 
 def judge_features(judge, x0):
-    """Box 2: the maps after the judge's convolutions. -> [(tokens (B, h·w, C), (h, w))]"""
+    """Line 2: the maps after the judge's convolutions. -> [(tokens (B, h·w, C), (h, w))]"""
     found, x = [], x0
     for layer in judge.body:
         x = layer(x)
@@ -63,13 +63,13 @@ def distil(run):
         b = draw_batch(run, samples, step, s.heads_warmup, own_noise=bool(s.distill_weight))
         with run.autocast():
             with torch.set_grad_enabled(learning):
-                x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)  # box 1
-                fake, real = judge_features(judge, x0_hat), judge_features(judge, b.x0)  # box 2
+                x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)  # line 1
+                fake, real = judge_features(judge, x0_hat), judge_features(judge, b.x0)  # line 2
             detached = [(tokens.detach(), size) for tokens, size in fake]
             on_real, on_fake = logits_of(heads, real, b), logits_of(heads, detached, b)
-            loss_d = sum(map(hinge_d, on_real, on_fake)) / len(heads)  # box 3
+            loss_d = sum(map(hinge_d, on_real, on_fake)) / len(heads)  # line 3
             heads.requires_grad_(False)
-            loss_g = sum(map(hinge_g, logits_of(heads, fake, b))) / len(heads)  # box 4
+            loss_g = sum(map(hinge_g, logits_of(heads, fake, b))) / len(heads)  # line 4
             heads.requires_grad_(True)
             distill = distillation_loss(x0_hat, b.x0, b.paired)
         (loss_d + loss_g + s.distill_weight * distill).backward()

@@ -1,5 +1,5 @@
 """Latent consistency distillation (LCM, arXiv 2310.04378): every point of the teacher's way from
-noise to data gives the same x̂_0. One iteration, on 32 levels t > t':
+noise to data gives the same x̂_0. One update, on 32 levels t > t':
 
     1  x_t   = (1 - t)·x_0 + t·ε
     2  x_t'  = x_t + (t' - t)·v_cfg(x_t, t, c)        one guided Euler step of the teacher
@@ -24,7 +24,7 @@ LEVELS = 32
 
 
 def consistency_loss(student, ema, velocity, b, t, t_next):
-    """Boxes 1 to 3; velocity(x_t, t) -> v is the guided teacher's. t' < t (B,) -> scalar"""
+    """Lines 1 to 3; velocity(x_t, t) -> v is the guided teacher's. t' < t (B,) -> scalar"""
     xt = add_noise(b.x0, b.noise, t)
     with torch.no_grad():
         x_next = xt + per_sample(t_next - t, xt) * velocity(xt, t)

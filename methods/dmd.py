@@ -2,7 +2,7 @@
 DMD2, which updates the score five times for each of the student's and has a GAN loss, too.
 
 The student follows the difference of two scores: the guided teacher's, and that of a network which
-learns the student's own samples. One iteration:
+learns the student's own samples. One update:
 
     1  x̂_0  = the student's prediction, as in LADD
     2  x_t  = x̂_0 noised to t ~ U(.02, .98)
@@ -28,7 +28,7 @@ UNITS = 9  # forwards of the network, an update: student 1 + 2, teacher 2, fake 
 
 @torch.no_grad()
 def matching_gradient(x0_hat, noise, t, velocity, score):
-    """Boxes 2 and 3. velocity(x_t, t), the guided teacher's, and score(x_t, t) -> v. -> as x̂_0"""
+    """Lines 2 and 3. velocity(x_t, t), the guided teacher's, and score(x_t, t) -> v. -> as x̂_0"""
     xt = add_noise(x0_hat, noise, t)
     real, fake = (predict_x0(xt, v(xt, t), t) for v in (velocity, score))
     far = (x0_hat - real).abs().mean((1, 2, 3), keepdim=True)
@@ -36,7 +36,7 @@ def matching_gradient(x0_hat, noise, t, velocity, score):
 
 
 def matching_loss(x0_hat, gradient):
-    """Box 4: the scalar whose gradient by x̂_0 is the given one, over its number of values."""
+    """Line 4: the scalar whose gradient by x̂_0 is the given one, over its number of values."""
     return 0.5 * (x0_hat - (x0_hat - gradient).detach()).square().mean()
 
 

@@ -1,7 +1,7 @@
 """Regression to the teacher's samples, from the noise that they were made of.
 
 The simplest distillation, and what LADD has to beat: where a picture is uncertain it gives the
-mean. One iteration:
+mean. One update:
 
     1  x_t  = (1 - t)·x_0 + t·ε        at t = 1 ε is the teacher's own noise of x_0
     2  x̂_0  = x_t - t·v_θ(x_t, t, c)
@@ -28,8 +28,8 @@ def distil(run):
     for step in loop:
         b = draw_batch(run, samples, step)
         with run.autocast():
-            x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)  # boxes 1, 2
-            loss = distillation_loss(x0_hat, b.x0, b.paired)  # box 3
+            x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)  # lines 1, 2
+            loss = distillation_loss(x0_hat, b.x0, b.paired)  # line 3
         loss.backward()
         rate = ladd.student_rate(s, step)
         (norm,) = step_all((optimizers, student, s.clip, rate))

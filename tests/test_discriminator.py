@@ -103,7 +103,7 @@ def formula_head(head, tokens, cond):
         for j in range(3):
             convolved = convolved + grid[:, i : i + h, j : j + w] @ head.conv.weight[:, :, i, j].T
     x = (x + leaky(formula_group_norm(convolved.flatten(1, 2), head.norm2))) / 2**0.5
-    x = x @ head.features.weight[:, :, 0, 0].T + head.features.bias
+    x = x @ head.project.weight[:, :, 0, 0].T + head.project.bias
     projection = cond @ head.condition.weight.T + head.condition.bias
     return ((x * projection[:, None]).sum(2) / x.shape[2] ** 0.5).view(-1, h, w)
 
