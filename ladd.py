@@ -582,7 +582,8 @@ def diversity_probe(run, teacher, samples):
     are noised alike for the teacher, so that only their images differ."""
     s = run.settings
     steps = min(64, math.ceil(2048 * world() / s.batch))
-    b = commonest([draw_batch(run, samples, step) for step in range(steps)], 32 // s.accumulate)
+    most = max(1, min(32, s.batch // world()) // s.accumulate)
+    b = commonest([draw_batch(run, samples, step) for step in range(steps)], most)
     t = torch.full_like(b.t, s.levels[0])
     t_hat = torch.full_like(t, s.m + s.logit_shift(b.x0.shape[2:])).sigmoid()
     alike = b.noise_fake[:1].expand_as(b.x0)

@@ -25,13 +25,15 @@ from lib.streams import key_of
 
 
 class Run:
-    """settings: a HowToRun with a `seed`; dataset, text: what the stages read; watch: see Watch."""
+    """settings: a HowToRun with a `seed`; dataset, text: what the stages read; watch: see Watch.
+    method: the name of what is trained; base: the settings that it is named against, a preset's."""
 
-    def __init__(self, settings, dataset, text, watch):
+    def __init__(self, settings, dataset, text, watch, method="ladd", base=None):
         self.settings, self.dataset, self.watch = settings, dataset, watch
         self.out = Path(settings.out)
         self.device = device_of(settings.device)
         self.text = text.to(self.device)
+        self.method, self.base = method, base or settings
         self.divided = settings.shard and world() > 1
         self.log = Log(self.out, settings.tensorboard)
         self.notes = []  # lines that the report must repeat
@@ -119,13 +121,13 @@ class Run:
                 link(file, self.out / file.relative_to(source))
 
     @contextlib.contextmanager
-    def opened(self, method, base, note):
+    def opened(self, note):
         """The run folder, held for this run alone: signed with the settings and the method, or
-        found made with the same. base: the preset's settings; note: a line for the user."""
+        found made with the same. note: a line for the user."""
         s = self.settings
-        self.base, self.method = base, method
+        mine, defaults = bound(s) | dict(method=self.method), bound(self.base) | dict(method="ladd")
         with locked(self.out), deterministic(s.deterministic):
-            open_folder(self.out, bound(s) | dict(method=method), bound(base) | dict(method="ladd"))
+            open_folder(self.out, mine, defaults)
             barrier()
             forget_unfinished(self.out)
             self.log.forget()
@@ -133,7 +135,7 @@ class Run:
                 self.notes.append(note)
                 print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
             where = facts() if rank() == 0 else {}
-            self.log.write(settings=dataclasses.asdict(s), method=method, note=note, **where)
+            self.log.write(settings=dataclasses.asdict(s), method=self.method, note=note, **where)
             yield
             if note:
                 print(f"\n!!! {note}\n", file=sys.stderr, flush=True)

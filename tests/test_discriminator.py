@@ -254,7 +254,7 @@ def test_r1_trains_every_parameter_that_the_slope_of_the_logits_depends_on():
     grads = {name: p.grad for name, p in model.named_parameters()}
     untouched = {name for name, g in grads.items() if g is None or g.abs().max() == 0}
     flat = {
-        f"heads.{k}.{bias}" for k in range(len(TAPS)) for bias in ("features.bias", "norm2.bias")
+        f"heads.{k}.{bias}" for k in range(len(TAPS)) for bias in ("project.bias", "norm2.bias")
     }
     assert untouched == flat
 

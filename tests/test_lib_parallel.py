@@ -232,7 +232,7 @@ def test_as_many_processes_go_on_bit_for_bit(runs, cut, whole):
 
 
 def test_a_state_is_written_by_all_processes_each_its_part(runs, tmp_path):
-    """Of divided networks about half each; and it goes on divided otherwise, see `runs`."""
+    """Neither has nearly all of divided networks; that it goes on with others, see `runs`."""
     run = taught(runs / "two-divided", tmp_path / "run")
     flags = f"{RUN} --shard --stage distillation --out {run}"
     assert launch(2, [f"stop 9|{flags}"], tmp_path / "errors")[0] == [0, 0]
@@ -240,7 +240,7 @@ def test_a_state_is_written_by_all_processes_each_its_part(runs, tmp_path):
     names = {".metadata", "__0_0.distcp", "__1_0.distcp", "state.pt"}
     assert {path.name for path in state.iterdir()} == names
     sizes = [(state / f"__{rank}_0.distcp").stat().st_size for rank in range(2)]
-    assert 0.6 < sizes[0] / sizes[1] < 1.7
+    assert max(sizes) < 0.75 * sum(sizes)
     assert set(torch.load(state / "state.pt", weights_only=True)["files"]) == names - {"state.pt"}
 
 

@@ -147,7 +147,7 @@ class Copies:
     def __init__(self, parts):
         self.parts = parts
 
-    def sample_parts(self, parts, *, seed, progress, steps, cfg):
+    def sample_parts(self, parts, *, seed, stream, progress, steps, cfg):
         assert parts == [(part.captions, part.size) for part in self.parts]
         return [part.images for part in self.parts]
 

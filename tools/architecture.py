@@ -8,22 +8,18 @@ Every shape and number is read off a pass of `nano`, and is kept in the PNG as t
 
 import json
 import sys
-from itertools import pairwise
 from pathlib import Path
-from unittest import mock
 
 import torch
 from PIL import Image
 
 import ladd
-import mmdit
-from data import Text
 from discriminator import Discriminator
+from lib.diagram import BLUE, GREEN, GREY, RED, VIOLET, WHITE, YELLOW, Diagram
 from lib.errors import Parser, UsageError, exit_status
+from mmdit import MMDiT
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "architecture.png"
-IMAGE, TEXT, CONDITION = ("#dbe9f8", "#2f6fb4"), ("#dcf0e1", "#2e8653"), ("#fcefcb", "#b5840f")
-FROZEN, HEADS, PLAIN = ("#e9edf1", "#7c8896"), ("#ebe1f7", "#7a4fb5"), ("white", "#1f2a37")
 
 
 def shape_of(tensor):
@@ -31,106 +27,143 @@ def shape_of(tensor):
 
 
 def read_code():
-    """Follows a batch of nano through the code. -> {what: shape, number or words}"""
+    """Follows a batch of nano through the code. -> {what: number, or words}"""
     s = ladd.parse(["--preset", "nano", "--device", "cpu"])[0]
     with torch.device("meta"):  # tensors without data
-        student, teacher = mmdit.MMDiT(**s.model()), mmdit.MMDiT(**s.model()).requires_grad_(False)
-        networks = dict(student=student, teacher=teacher, heads=Discriminator(**s.head_sizes()))
+        student, teacher = MMDiT(**s.model()), MMDiT(**s.model()).requires_grad_(False)
+        heads = Discriminator(**s.head_sizes())
         x0, t = torch.empty(s.batch, s.channels, *s.size), torch.empty(s.batch)
         c, y = torch.empty(s.batch, s.text_length, s.text_dim), torch.empty(s.batch, s.text_dim)
-    block, last = student.joint_blocks[0], student.joint_blocks[-1].context_block
+    first, last = student.joint_blocks[0].x_block, student.joint_blocks[-1].context_block
     n = dict(x0=shape_of(x0), t=shape_of(t), c=shape_of(c), y=shape_of(y), depth=s.depth)
-    n |= dict(taps=list(s.tapped), levels=len(s.levels), weight=s.distill_weight)
-    n |= dict(qk_norm=s.qk_norm, vectors=block.x_block.chunks, last_vectors=last.chunks)
+    n |= dict(taps=list(s.tapped), levels=len(s.levels), weight=s.distill_weight, qk_norm=s.qk_norm)
+    n |= dict(vectors=first.chunks, last_vectors=last.chunks, attention_heads=first.attn.heads)
+    n["kernel"] = "×".join(map(str, heads.heads[0].conv.kernel_size))
+    names = {part: name or "logits" for m in (student, heads) for name, part in m.named_modules()}
 
-    def note(name):
-        def hook(_, given, made):
-            n[name] = shape_of(made)
-            if torch.is_tensor(given[0]):
-                n[f"{name} in"] = shape_of(given[0])
+    def note(module, given, made):
+        if torch.is_tensor(made):
+            n[names[module]] = shape_of(made)
 
-        return hook
-
-    for network in (student, networks["heads"]):
-        for name, module in network.named_modules():
-            if not list(module.children()) or name.endswith(("embedder", "final_layer", "heads.0")):
-                module.register_forward_hook(note(name))
-    with mock.patch.object(mmdit, "attention", wraps=mmdit.attention) as attention:
-        losses = ladd.losses(*networks.values(), ladd.Batch(x0, Text(c, y), t, x0, t, t, x0, x0), s)
-    n |= dict(attention=shape_of(attention.call_args.args[0]), logits=shape_of(losses.on_real))
+    for module in names:
+        module.register_forward_hook(note)
+    batch = ladd.Batch(x0, ladd.Text(c, y), t, x0, t, t, x0, x0)
+    losses = ladd.losses(student, teacher, heads, batch, s)
+    networks = dict(student=student, teacher=teacher, heads=heads)
+    n |= {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     for loss, value in (("L_D", losses.d), ("L_G", losses.g)):
         value.backward(retain_graph=True)
+        n[loss] = []  # who receives its gradient
         for name, network in networks.items():
-            n[f"{name} weights"] = sum(p.numel() for p in network.parameters())
-            n[f"{loss} to {name}"] = any(p.grad is not None for p in network.parameters())
+            if any(p.grad is not None for p in network.parameters()):
+                n[loss].append(name)
             network.zero_grad()
     return n
 
 
-# ---------------------------------------------------------------------------------------------
-# Drawing
-# ---------------------------------------------------------------------------------------------
-
-
-class Sheet:
-    """A picture of boxes and arrows, in units of a column and a row; rows go downwards."""
-
-    def __init__(self, columns, rows):
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise UsageError("matplotlib is missing: pip install matplotlib") from None
-        self.figure = Figure(figsize=(2.3 * columns, 1.1 * rows), dpi=100)
-        self.axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, columns), ylim=(rows, 0))
-        self.axes.axis("off")
-
-    def heading(self, x, y, text):
-        self.axes.text(x, y, text, fontsize=20, va="center")
-
-    def box(self, x, y, colour, text):
-        """A box with words, around (x, y). -> what `join` takes"""
-        fill, edge = colour
-        shape = dict(boxstyle="round,pad=0.6", facecolor=fill, edgecolor=edge, linewidth=1.5)
-        middle = dict(ha="center", va="center", bbox=shape)
-        return self.axes.text(x, y, text, fontsize=12.5, linespacing=1.5, **middle)
-
-    def arrow(self, colour, a, b, words=""):
-        """A straight arrow from a to b: boxes, or points."""
-        ...
-
-    def join(self, colour, *boxes):
-        """Arrows from box to box."""
-        for a, b in pairwise(boxes):
-            style = dict(arrowstyle="-|>", color=colour[1], linewidth=1.8, mutation_scale=18)
-            ends = dict(patchA=a.get_bbox_patch(), patchB=b.get_bbox_patch(), shrinkA=0, shrinkB=0)
-            self.axes.annotate("", b.get_position(), a.get_position(), arrowprops=style | ends)
-
-
-def draw_batch(sheet, n):
+def draw_batch(d, n):
     """The path of one batch; the numbers are those of ladd.py's box."""
-    sheet.heading(0.1, 0.4, "One batch of LADD")
-    weights = {name: f"{n[name + ' weights'] / 1e6:.2f} M weights" for name in ("student", "heads")}
-    features = f"{len(n['taps'])} × {n['heads.0 in']}\nof blocks {n['taps']}"
-    x0 = sheet.box(0.5, 3.6, IMAGE, f"$x_0$, the teacher's\nsamples\n{n['x0']}")
-    noised = sheet.box(0.5, 1.6, IMAGE, f"1   $x_t$\n{n['x0']}\nt of {n['levels']} levels")
-    student = sheet.box(1.5, 1.6, IMAGE, f"student $v_\\theta$\n{weights['student']}\nlearns")
-    guess = sheet.box(2.5, 1.6, IMAGE, f"2   $\\hat{{x}}_0$\n{n['x0']}\n$x_t - t\\,v$")
-    fake = sheet.box(3.5, 1.6, IMAGE, f"3   $\\hat{{x}}_0$ noised\n{n['x0']}\nto $\\hat{{t}}$")
-    real = sheet.box(3.5, 3.6, IMAGE, f"3   $x_0$ noised\n{n['x0']}\nto the same $\\hat{{t}}$")
-    teacher = sheet.box(4.5, 2.6, FROZEN, "frozen teacher\nas the student\nwas at first")
-    f = sheet.box(5.5, 1.6, IMAGE, f"4   f\n{features}")
-    r = sheet.box(5.5, 3.6, IMAGE, f"4   r\n{features}")
-    heads = sheet.box(6.5, 2.6, HEADS, f"heads D\n{weights['heads']}\nlearn")
-    on_fake = sheet.box(7.5, 1.6, HEADS, f"6   D(f)\n{n['logits']}\n$L_G$: −mean")
-    on_real = sheet.box(7.5, 3.6, HEADS, f"5   D(r), D(f)\n{n['logits']}\n$L_D$: hinge")
-    sheet.join(PLAIN, x0, noised, student, guess, fake, teacher, f, heads, on_fake)
-    sheet.join(PLAIN, x0, real, teacher, r, heads, on_real)
+    d.heading(0.1, 0.4, "One batch of LADD")
+    x0, features = n["x0"], f"{len(n['taps'])} × {n['x_embedder']}\nof blocks {n['taps']}"
+    start = d.box(0.5, 3.8, BLUE, f"$x_0$\n{x0}\nteacher's samples")
+    noised = d.box(0.5, 1.8, BLUE, f"1   $x_t$\n{x0}\nt of {n['levels']} levels")
+    student = d.box(1.5, 1.8, BLUE, f"student $v_θ$\n{n['student'] / 1e6:.2f} M weights")
+    guess = d.box(2.5, 1.8, BLUE, f"2   $\\hat x_0$\n{x0}\n$x_t - t\\,v$")
+    fake = d.box(3.5, 1.8, BLUE, f"3   $\\hat x_0$ noised\n{x0}\nto $\\hat t$")
+    real = d.box(3.5, 3.8, BLUE, f"3   $x_0$ noised\n{x0}\nto the same $\\hat t$")
+    teacher = d.box(4.5, 2.8, GREY, "frozen teacher\nas the student\nwas at first")
+    f = d.box(5.5, 1.8, BLUE, f"4   f\n{features}")
+    r = d.box(5.5, 3.8, BLUE, f"4   r\n{features}")
+    heads = d.box(6.5, 2.8, VIOLET, f"heads D\n{n['heads'] / 1e6:.2f} M weights")
+    on_real = d.box(7.5, 3.8, VIOLET, f"5   D(r), D(sg f)\n{n['logits']}\n$L_D$: hinge")
+    on_fake = d.box(7.5, 1.8, VIOLET, f"6   D(f)\n{n['logits']}\n$L_G$: −mean")
+    beside = f"{n['weight']:g} · smooth L1 of $\\hat x_0$, $x_0$\nbeside $L_G$, ours"
+    d.join(WHITE, start, noised, student, guess, fake, teacher, f, heads, on_fake)
+    d.join(WHITE, start, real, teacher, r, heads, on_real)
+    d.join(WHITE, guess, d.box(2.5, 2.8, WHITE, beside))
+    d.join(RED, on_fake, student, bend="bar,fraction=0.06")
+    d.join(RED, on_real, heads, bend="arc3,rad=-0.5")
+    to = {loss: f"gradient of ${loss}$: to the {' and '.join(n[loss])}" for loss in ("L_D", "L_G")}
+    d.box(4.5, 0.97, RED, f"{to['L_G']} alone, through heads and teacher")
+    d.box(6.5, 4.65, RED, f"{to['L_D']} alone")
+
+
+def draw_network(d, n):
+    """MMDiT from its inputs to v, with the taps."""
+    d.heading(0.1, 5.3, "The network: MMDiT")
+    c = d.box(0.9, 6.2, GREEN, f"c   {n['c']}\nLinear\n{n['context_embedder']}")
+    x = d.box(1.85, 6.2, BLUE, f"$x_t$   {n['x0']}\npatches, place\n{n['x_embedder']}")
+    ty = d.box(2.85, 6.2, YELLOW, f"t {n['t']}, y {n['y']}\ntwo MLPs, sum\n{n['t_embedder']}")
+    texts = [f"joint block {i}\ntext and image tokens" for i in range(n["depth"])]
+    texts += [f"image tokens alone\nmodulate, Linear\n{n['final_layer']}", f"v\n{n['x0']}"]
+    column = d.boxes(1.4, 7.4, 0, 0.95, WHITE, *texts)
+    d.join(WHITE, c, column[0])
+    d.join(WHITE, x, column[0])
+    for i, box in enumerate(column[:-1]):
+        d.join(YELLOW, ty, box, bend="angle,angleA=90,angleB=0,rad=0")
+        if i in n["taps"]:
+            d.join(VIOLET, box, d.box(0.4, 7.4 + 0.95 * i, VIOLET, "head"))
+
+
+def draw_block(d, n):
+    """Both streams of a joint block, and where they meet."""
+    d.heading(3.7, 5.3, "A joint block: two streams, one attention")
+    block, modulated = "joint_blocks.0.", "LayerNorm\n· (1 + scale) + shift"
+    adaln = f"adaLN of each stream\n{n['vectors']} vectors: {n[block + 'x_block.adaLN_modulation']}"
+    _, adaln = d.boxes(5.75, 6.2, 0, 1.1, YELLOW, f"t and y\n{n['t_embedder']}", adaln)
+    again = d.box(5.75, 11.5, YELLOW, "from the same adaLN")
+    joint = d.box(5.75, 9.5, WHITE, f"one attention over both\n{n['attention_heads']} heads")
+    norm = "RMSNorm of q and k" if n["qk_norm"] else "no norm"
+    for x, colour, title, stream, embedder in (
+        (4.3, GREEN, "text", f"{block}context_block.", "context_embedder"),
+        (7.2, BLUE, "image", f"{block}x_block.", "x_embedder"),
+    ):
+        tokens = f"{title} tokens\n{n[embedder]}"
+        qkv = f"q, k, v   {n[stream + 'attn.qkv']}\n{norm}"
+        attended = f"tokens + gate · Linear\n{n[stream + 'attn.proj']}"
+        mlp = f"tokens + gate · MLP\n{n[stream + 'mlp.fc1']} inside"
+        above = d.boxes(x, 6.2, 0, 1.1, colour, tokens, modulated, qkv)
+        below = d.boxes(x, 10.5, 0, 1, colour, attended, modulated, mlp)
+        d.join(colour, above[2], joint, below[0])
+        d.join(YELLOW, adaln, above[1])
+        for box in below:
+            d.join(YELLOW, again, box)
+    d.note(5.75, 13.1, f"the last block's text gives q, k, v alone: {n['last_vectors']} vectors")
+
+
+def draw_head(d, n):
+    """One head, from a block's tokens to logits."""
+    d.heading(0.1, 13.7, f"A head, one for each of the {len(n['taps'])} tapped blocks")
+    row = d.boxes(
+        0.7, 14.6, 1.32, 0, VIOLET, f"teacher's tokens\n{n['x_embedder']}\nLayerNorm",
+        f"conv 1×1, norm\nleaky ReLU\n{n['heads.0.reduce']}",
+        f"+ conv {n['kernel']}, norm\nleaky ReLU\n{n['heads.0.conv']}",
+        f"conv 1×1\n{n['heads.0.project']}", "inner product\nat every position",
+        f"{n['heads.0']} logits\n> 0 real, < 0 fake",
+    )  # fmt: skip
+    given = f"$\\hat t$ and y\n{n['embed_t']}, sum of two"
+    _, linear = d.boxes(4.66, 15.6, 1.32, 0, YELLOW, given, f"Linear\n{n['heads.0.condition']}")
+    d.join(YELLOW, linear, row[4])
 
 
 def main(argv=None):
-    sheet, n = Sheet(8, 16), read_code()
-    draw_batch(sheet, n)
-    sheet.figure.savefig("/tmp/w/mine/arch.png", metadata=dict(numbers=json.dumps(n)))
+    parser = Parser("tools/architecture.py", "Draws docs/architecture.png from the code.")
+    parser.add_argument("--check", action="store_true", help="compare the numbers, draw nothing")
+    args, n = parser.parse_args(argv), read_code()
+    if args.check:
+        with Image.open(PICTURE) as old:
+            same = json.loads(old.text.get("numbers", "{}")) == n
+        if not same:
+            print("docs/architecture.png is not of this code: python -m tools.architecture")
+        return 0 if same else 1
+    try:
+        diagram = Diagram(8, 16.1)
+    except UsageError as error:
+        return exit_status("tools/architecture.py", error)
+    for draw in (draw_batch, draw_network, draw_block, draw_head):
+        draw(diagram, n)
+    diagram.save(PICTURE, numbers=json.dumps(n))
+    return 0
 
 
 if __name__ == "__main__":

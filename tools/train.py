@@ -71,9 +71,10 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
     s, dataset, note = open_data(s, given)
     if rank() == 0:
         barrier()
-    run = Run(s, dataset, data.text_features(dataset, s.text_dim, s.text_length), watch)
+    text = data.text_features(dataset, s.text_dim, s.text_length)
     base = ladd.Settings(**ladd.PRESETS[s.preset]).scaled()
-    with run.opened(method, base, note):
+    run = Run(s, dataset, text, watch, method, base)
+    with run.opened(note):
         if s.source:  # whose seed may be another, and whose teacher was given
             source = Path(s.source)
             fields = dataclasses.fields(s)

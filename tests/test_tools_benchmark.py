@@ -1,0 +1,59 @@
+"""tools/benchmark.py: what it times is what it says, and a row is a ratio."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from tools import benchmark, contestants
+
+SMALL = "--width 32 --depth 2 --heads 2 --taps 0,1 --batch 4 --precision fp32"
+
+
+def test_contestants_take_turns_and_the_first_rounds_do_not_count():
+    calls = []
+    seconds = contestants.rounds(dict(a=lambda: calls.append("a"), b=lambda: calls.append("b")), 2)
+    assert calls == ["a", "b"] * 5
+    assert list(seconds) == ["a", "b"] and all(0 < value < 1 for value in seconds.values())
+
+
+def test_an_iteration_moves_both_players_and_the_average_but_not_the_teacher(tmp_path):
+    d = contestants.Distillation(contestants.settings("nano", *SMALL.split()), torch.device("cpu"))
+    networks = d.networks | dict(teacher=d.teacher)
+    before = copy.deepcopy(networks)
+    d.iteration()
+    moved = {
+        name: any(
+            not torch.equal(a, b)
+            for a, b in zip(network.parameters(), before[name].parameters(), strict=True)
+        )
+        for name, network in networks.items()
+    }
+    assert moved == dict(student=True, ema=True, heads=True, teacher=False)
+    d.forward()
+    d.save(tmp_path)
+    assert (tmp_path / "distillation-state-00000001" / "state.pt").exists()
+
+
+def test_memory_is_a_ratio_near_one():
+    assert benchmark.memory(contestants.settings("nano", "--precision", "fp32")) == pytest.approx(
+        1, abs=0.1
+    )
+
+
+def test_the_data_sets_that_are_read_are_made_where_asked(tmp_path):
+    seconds = benchmark.reading(tmp_path, 1)
+    assert list(seconds) == ["shapes", "a folder of images", "CIFAR-10"]
+    cifar = data.load("cifar10", [(32, 32)], data_dir=tmp_path)
+    assert (cifar.train_size, cifar.held_out_size) == (50_000, 10_000)
+    assert np.asarray(cifar.images[:100]).std() > 50  # noise
+
+
+def test_diffusers_network_of_the_same_sizes_has_as_many_weights():
+    pytest.importorskip("diffusers")
+    s = contestants.settings("nano")
+    ours, theirs = contestants.MMDiT(**s.model()), contestants.theirs(s)
+    counts = [sum(p.numel() for p in network.parameters()) for network in (ours, theirs)]
+    assert counts[0] == counts[1]
