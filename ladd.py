@@ -29,7 +29,6 @@ import dataclasses
 import importlib
 import math
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,14 +42,12 @@ from data import Text, parse_size
 from discriminator import Discriminator, hinge_d, hinge_g, r1
 from lib.checkpoints import same_network
 from lib.checks import check_together
-from lib.files import write_text
 from lib.health import commonest, diversity
 from lib.optim import learning_rate, make_optimizers, split, step_all, update_ema
 from lib.parallel import fill, fill_optimizer, leave, my_share, rank, world
-from lib.pictures import grid, panels, save_png
-from lib.report import SIGNS, write_report
+from lib.pictures import grid, save_png
+from lib.report import SIGNS
 from lib.samples import read_samples, write_samples
-from lib.scores import held_out, judge_accuracy
 from lib.settings import HowToRun, check_fields, parse_settings, setting
 from lib.streams import rng
 from mmdit import MMDiT
@@ -313,11 +310,11 @@ def distillation_loss(x0_hat, x0, paired):
 # Stage 1: the teacher
 # ---------------------------------------------------------------------------------------------
 
-# tools/train.py calls the four stages in order. `run` (lib/run.py) is what they share: settings,
-# data set, text features, device, folder; run.make and run.load give networks on their device.
-# `loop` (lib/loop.py) yields the steps, from where a cut run goes on: loop.add(name=value) notes a
-# number of a part of the batch, loop.log(name=value) ends the update, and a row of log.jsonl has
-# the means of all updates since the row before.
+# tools/train.py calls the stages in order; the fourth, the report, is tools/report.py. `run`
+# (lib/run.py) is what they share: settings, data set, text features, device, folder; run.make and
+# run.load give networks on their device. `loop` (lib/loop.py) yields the steps, from where a cut
+# run goes on: loop.add(name=value) notes a number of a part of the batch, loop.log(name=value) ends
+# the update, and a row of log.jsonl has the means of all updates since the row before.
 
 
 def draw_teacher_batch(run, step, words):
@@ -596,40 +593,6 @@ def diversity_probe(run, teacher, samples):
 
     real = features()
     return lambda student: diversity(features(student), real)
-
-
-# ---------------------------------------------------------------------------------------------
-# Stage 4: report
-# ---------------------------------------------------------------------------------------------
-
-
-def report(run):
-    """Scores everything; writes samples.png (same noise for all), metrics.json and report.md."""
-    s, start = run.settings, time.perf_counter()
-    run = run.alone()
-    if s.is_latent:
-        from sd3.weights import export
-
-        out = run.out / "student.safetensors"
-        if not out.exists():
-            export(sample.read_checkpoint(run.path("student")), out)
-        command = f"`python sample.py {run.out} --decode SD3_DIR --prompt TEXT`"
-        write_text(f"Latents are not scored. {command} makes pictures.\n", run.out / "report.md")
-        return
-    judge = sample.judge_of(run.dataset, s, run.device, s.data_dir, s.precision)
-    teacher, student = generator(run, "teacher"), generator(run, "student")
-    shown = held_out(data.shares(run.dataset, 2000))
-    accuracy = judge_accuracy(shown, run.dataset.labels, run.dataset.attributes, judge)
-    rows = sample.evaluate(run.dataset, judge, teacher, student, s.evaluation, s.seed)
-
-    parts, titled = data.held_out_captions(run.dataset, 24), []
-    for title, who, options in sample.compared(teacher, student):
-        if title not in ("untrained, 4 steps", "untrained, 2 steps"):
-            images = who.sample_parts(parts, seed=s.seed, stream="pictures", **options)
-            titled.append((title, pictures_of(images)))
-    captions = "; ".join(caption for own, _ in parts for caption in own)
-    save_png(panels(titled, 4), run.out / "samples.png", captions=captions)
-    write_report(run, rows, accuracy, time.perf_counter() - start)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from conftest import lines, updates
 import ladd
 from lib.loop import Watch
 from lib.parallel import average, barrier, broadcast, gather, highest, leave, my_share
+from tools import report
 
 ROOT = Path(ladd.__file__).parent
 
@@ -34,8 +35,9 @@ import json, os, resource, sys
 import torch
 import ladd
 from lib import loop, parallel, states
+from tools import report
 
-ladd.report = lambda run: None
+report.report = lambda run: None
 checkpoint, compiled = loop.Loop.checkpoint, torch.nn.Module.compile
 torch.nn.Module.compile = lambda module: compiled(module, backend="eager")  # traced, in seconds
 
@@ -119,7 +121,7 @@ def launch(n, commands, folder, work=WORK):
 def alone(command, status=0, step=None):
     """The same in this process; cut by a request to stop after an update."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ladd, "report", lambda run: None)
+        patch.setattr(report, "report", lambda run: None)
         if step is not None:
             patch.setattr(Watch, "due", lambda self: 75 if self.patient else 0)
             patch.setattr(Watch, "check", lambda self: None)

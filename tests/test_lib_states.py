@@ -425,6 +425,7 @@ DRIVER = '''
 
 import builtins, contextlib, json, os, signal, sys
 import ladd, lib.files, lib.log, lib.scores, sample
+from tools import report
 import torch._dynamo  # which every child would import for its optimisers
 from torch.distributed.checkpoint.filesystem import FileSystem
 
@@ -487,14 +488,14 @@ def before(module, name, kind):
     setattr(module, name, wrapped)
 
 
-def enter(name, stage):
-    function = getattr(ladd, name)
+def enter(module, name, stage):
+    function = getattr(module, name)
 
     def wrapped(run):
         now["stage"] = stage
         function(run)
 
-    setattr(ladd, name, wrapped)
+    setattr(module, name, wrapped)
 
 
 def child(target_, words):
@@ -510,9 +511,9 @@ def child(target_, words):
         before(os, "unlink", "unlink")
         lib.files.open = lib.log.open = HalfFile  # shadows the builtin there
         FileSystem.create_stream = half_stream
-        names = ("train_teacher", "synthesise", "distil", "report")
-        for name, stage in zip(names, ladd.STAGES):
-            enter(name, stage)
+        for name, stage in zip(("train_teacher", "synthesise", "distil"), ladd.STAGES):
+            enter(ladd, name, stage)
+        enter(report, "report", "report")
     os._exit(ladd.main(words, distil=ladd.distil))
 
 

@@ -24,6 +24,7 @@ from lib.report import read_metrics
 from lib.run import Run
 from lib.settings import refuse
 from mmdit import MMDiT
+from tools import report
 
 
 def given_teacher(s):
@@ -96,7 +97,7 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
         )
         if done["distillation"] and done["report"] and not s.is_latent:
             read_metrics(run.out)
-        work = (ladd.train_teacher, ladd.synthesise, distil, ladd.report)
+        work = (ladd.train_teacher, ladd.synthesise, distil, report.report)
         run.stages(dict(zip(ladd.STAGES, work, strict=True)), broadcast(done), s.stage)
     return run
 
