@@ -29,6 +29,7 @@ PROGRAMS = [
 @pytest.fixture
 def flags(monkeypatch, capsys):
     """All flags of all programs, by their --help."""
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))  # what is imported here stays here
     for words in PROGRAMS:
         name, *words = words.split()
         monkeypatch.setattr(sys, "argv", [name, *words, "--help"])

@@ -23,7 +23,8 @@ MAY["tools"] = MAY["ladd"] | {"ladd", "tools"}
 LATER = {
     "data": {"sd3.shards"},
     "sample": {"sd3.encoders", "sd3.weights", "tools.score"},
-    "ladd": {"sd3.weights", "tools.train", "tools.*"},
+    "ladd": {"tools.train", "tools.*"},
+    "tools.report": {"sd3.weights"},
     "tools.train": {"sd3.weights"},
     "tools.sweep": {"methods.*"},
 }

@@ -9,7 +9,6 @@ from lib.files import write_text
 from lib.pictures import panels, save_png
 from lib.report import write_report
 from lib.scores import held_out, judge_accuracy
-from sd3.weights import export
 
 
 def report(run):
@@ -17,6 +16,8 @@ def report(run):
     s, start = run.settings, time.perf_counter()
     run = run.alone()
     if s.is_latent:
+        from sd3.weights import export  # its packages are optional
+
         out = run.out / "student.safetensors"
         if not out.exists():
             export(sample.read_checkpoint(run.path("student")), out)
