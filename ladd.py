@@ -3,8 +3,8 @@
 "Fast High-Resolution Image Synthesis with Latent Adversarial Diffusion Distillation",
 arXiv 2403.12015.
 
-A teacher that needs many steps becomes a student that needs one to four. One update, in six lines,
-whose numbers stand again in `losses`:
+A teacher that needs many steps becomes a student that needs one to four. One update, in six lines
+whose numbers stand again at the functions:
 
     1  x_t   = (1 - t)·x_0 + t·ε            t from the student's few levels, x_0 made by the teacher
     2  x̂_0   = x_t - t·v_θ(x_t, t, c)       one evaluation of the student
@@ -15,10 +15,11 @@ whose numbers stand again in `losses`:
              + λ·smooth_l1(x̂_0, x_0)           ours, λ = 0 at the paper's sizes
 
 sg means stop-gradient. At t = 1 x_t is noise alone, and can tell x_0 only where ε is the noise that
-the teacher made x_0 from: with λ > 0 it is. The features f of the fakes serve both players, so an
-update costs six forwards (a backward counts two, one through the frozen teacher): student 1 + 2,
-teacher on fakes 1 + 1, teacher on reals 1. The paper published neither code nor learning rates,
-batch size, optimiser or EMA: those are ours, chosen by the experiments in docs/log.md.
+the teacher made x_0 from: with λ > 0 it is. The heads step first, and L_G is of the new heads, on
+the same features f: so an update costs six forwards (a backward counts two, one through the frozen
+teacher): student 1 + 2, teacher on fakes 1 + 1, teacher on reals 1. The paper published neither
+code nor learning rates, batch size, optimiser or EMA: those are ours, chosen by the experiments in
+docs/log.md.
 
     python ladd.py --preset nano                  everything, on a laptop, with built-in data
     python ladd.py --preset tiny                  CIFAR-10 on one GPU
@@ -492,30 +493,28 @@ def student_rate(s, step, heads_warmup=0):
     return learning_rate(step - heads_warmup, s.iterations - heads_warmup, 0.3)
 
 
-class Losses(NamedTuple):
-    """What both players learn from, of one batch."""
-
-    d: torch.Tensor  # L_D, whose gradient goes to the heads alone
-    g: torch.Tensor  # L_G, whose gradient goes to the student alone
-    distill: torch.Tensor  # the distillation loss: to the student, too
-    on_real: torch.Tensor  # (B, K, h, w) logits, without gradient
-    on_fake: torch.Tensor
+def make_fakes(student, teacher, b, s):
+    """Lines 1 to 4 for the student's prediction. -> x̂_0, f"""
+    x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
+    return x0_hat, teacher_features(teacher, x0_hat, b.text, b.t_hat, b.noise_fake, s.tapped)
 
 
-def losses(student, teacher, heads, b, s, learning=True):
-    """An update up to its losses, in the order of the six lines at the top of this file.
-
-    learning: whether the student learns; at first the heads learn alone."""
-    h, w = b.x0.shape[2] // s.patch, b.x0.shape[3] // s.patch
-    condition = b.t_hat, b.text.pooled, (h, w)
-    with torch.set_grad_enabled(learning):
-        x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)  # 1, 2
-        fake = teacher_features(teacher, x0_hat, b.text, b.t_hat, b.noise_fake, s.tapped)  # 3, 4
+def heads_loss(teacher, heads, fake, b, s):
+    """Lines 3 and 4 for the real x_0, and line 5. -> L_D, logits of reals, logits of fakes"""
     with torch.no_grad():
         real = teacher_features(teacher, b.x0, b.text, b.t_hat, b.noise_real, s.tapped)
-    loss_d, on_real, on_fake = discriminator_loss(heads, real, fake, *condition, s.r1)  # 5
-    loss_g = generator_loss(heads, fake, *condition)  # 6
-    return Losses(loss_d, loss_g, distillation_loss(x0_hat, b.x0, b.paired), on_real, on_fake)
+    return discriminator_loss(heads, real, fake, b.t_hat, b.text.pooled, grid_of(b, s), s.r1)
+
+
+def student_losses(heads, x0_hat, fake, b, s):
+    """Line 6. -> L_G, the distillation loss before its weight λ"""
+    loss_g = generator_loss(heads, fake, b.t_hat, b.text.pooled, grid_of(b, s))
+    return loss_g, distillation_loss(x0_hat, b.x0, b.paired)
+
+
+def grid_of(b, s):
+    """(h, w): the patches of a batch's images."""
+    return b.x0.shape[2] // s.patch, b.x0.shape[3] // s.patch
 
 
 def distil(run):
@@ -534,26 +533,30 @@ def distil(run):
     for network in (teacher, student, heads):
         run.compile(network)
     for step in loop:
-        learning = step >= s.heads_warmup
+        learning, one_pass = step >= s.heads_warmup, s.accumulate == 1
         batch = draw_batch(run, samples, step, s.heads_warmup, own_noise=bool(s.distill_weight))
-        for b in split(batch, s.accumulate):
+        parts = split(batch, s.accumulate)
+        for b in parts:  # the heads learn
+            with run.autocast(), torch.set_grad_enabled(learning and one_pass):
+                x0_hat, fake = make_fakes(student, teacher, b, s)
             with run.autocast():
-                L = losses(student, teacher, heads, b, s, learning)
-            loss = L.d + L.g + s.distill_weight * L.distill
-            (loss / s.accumulate).backward()
-            loop.add(loss_d=L.d, **told_apart(L.on_real, L.on_fake))
-            if learning:
-                loop.add(loss_g=L.g, loss_distill=L.distill)
-        rate_d, rate_g = min(1.0, (step + 1) / 40), student_rate(s, step, s.heads_warmup)
+                loss_d, on_real, on_fake = heads_loss(teacher, heads, fake, b, s)
+            (loss_d / s.accumulate).backward()
+            loop.add(loss_d=loss_d, **told_apart(on_real, on_fake))
+        (norm_d,) = step_all((heads_optimizers, heads, math.inf, min(1.0, (step + 1) / 40)))
+        learning = learning and norm_d is not None
+        for b in parts if learning else ():  # the student learns, from the new heads
+            with run.autocast():
+                if not one_pass:  # the graphs of all parts would not fit in memory: once more
+                    x0_hat, fake = make_fakes(student, teacher, b, s)
+                loss_g, distill = student_losses(heads, x0_hat, fake, b, s)
+            ((loss_g + s.distill_weight * distill) / s.accumulate).backward()
+            loop.add(loss_g=loss_g, loss_distill=distill)
         if learning:
-            norm_d, norm_g = step_all(
-                (heads_optimizers, heads, math.inf, rate_d),
-                (student_optimizers, student, s.clip, rate_g),
-            )
+            rate = student_rate(s, step, s.heads_warmup)
+            (norm_g,) = step_all((student_optimizers, student, s.clip, rate))
             update_ema(ema, student, s.student_ema, step - s.heads_warmup)
             loop.add(grad_norm=norm_g)
-        else:
-            (norm_d,) = step_all((heads_optimizers, heads, math.inf, rate_d))
         if loop.due(s.log_every):
             loop.add(diversity=probe(student))
         loop.log(grad_norm_heads=norm_d)

@@ -82,8 +82,13 @@ class Setting:
         )  # fmt: skip
 
     def losses(self, learning=True):
-        batch = self.batch()
-        return ladd.losses(self.student, self.teacher, self.heads, batch, self.settings, learning)
+        """What both players learn from, of one pass of the fakes."""
+        b, s = self.batch(), self.settings
+        with torch.set_grad_enabled(learning):
+            x0_hat, fake = ladd.make_fakes(self.student, self.teacher, b, s)
+        d, on_real, on_fake = ladd.heads_loss(self.teacher, self.heads, fake, b, s)
+        g, distill = ladd.student_losses(self.heads, x0_hat, fake, b, s)
+        return SimpleNamespace(d=d, g=g, distill=distill, on_real=on_real, on_fake=on_fake)
 
     def fake(self, x0_hat):
         return ladd.teacher_features(
@@ -308,8 +313,8 @@ def test_one_iteration_costs_six_forwards():
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_a_trainers_iteration_costs_six_forwards(train, teacher, parts):
-    """The loop itself, heads taken off; in one part or in several."""
+def test_a_trainers_update_costs_six_forwards_and_eight_in_parts(train, teacher, parts):
+    """The loop itself, heads taken off; in several parts the fakes pass for each player."""
     flags = f"--heads-warmup 0 --taps 0,1,2 --accumulate {parts} --teacher-batch {parts}"
     cost, forward = update_cost(train, teacher, flags)
     t, pooled = torch.rand(4), torch.randn(4, 10)
@@ -326,7 +331,8 @@ def test_a_trainers_iteration_costs_six_forwards(train, teacher, parts):
     # two products of 2·L²·D in three blocks of the teacher, for 4 fakes of L = 36 + 8 tokens.
     attention = 3 * 2 * (2 * 44**2 * 16) * 4
     units = (cost - flops(heads_alone) - attention) / forward
-    assert 5.5 < units <= 6.05
+    more = 0 if parts == 1 else 2
+    assert 5.5 + more < units <= 6.05 + more
 
 
 # ---------------------------------------------------------------------------------------------
@@ -449,17 +455,17 @@ def test_the_adversarial_loss_is_logged_without_the_distillation_loss(train, tea
     """Side by side, each by itself: loss_g is -E[D(f)], whatever the weight λ of the other."""
     told = []
 
-    def watch(*arguments, losses=ladd.losses):
+    def watch(*arguments, losses=ladd.student_losses):
         told.append(losses(*arguments))
         return told[-1]
 
-    monkeypatch.setattr(ladd, "losses", watch)
+    monkeypatch.setattr(ladd, "student_losses", watch)
     flags = f"--teacher {teacher} --heads-warmup 0 --distill-weight 99"
     rows = [r for r in updates(train("run", flags, MAKING[1:])) if r["stage"] == "distillation"]
-    for row, losses in zip(rows, told, strict=True):
-        assert row["loss_g"] == losses.g.item()
-        assert row["loss_g"] == pytest.approx(-row["d_fake"], rel=1e-4)
-        assert row["loss_distill"] == losses.distill.item()
+    for row, (loss_g, distill) in zip(rows, told, strict=True):
+        assert row["loss_g"] == loss_g.item()
+        assert row["loss_g"] == pytest.approx(-row["d_fake"], abs=0.05)  # of heads a step older
+        assert row["loss_distill"] == distill.item()
 
 
 def test_the_distillation_loss_counts_by_its_weight(train, teacher):
@@ -520,14 +526,13 @@ def test_pure_noise_is_the_teachers_own_and_lower_levels_are_fresh(
 ):
     """At the first level the student is shown the noise that its target was made from, and is
     held to that target; where no such noise is, as for real targets, it is not."""
-    shown, losses = [], ladd.losses
+    shown, losses = [], ladd.student_losses
 
-    def watch(student, teacher, heads, b, s, learning):
-        if learning:
-            shown.append(b)
-        return losses(student, teacher, heads, b, s, learning)
+    def watch(heads, x0_hat, fake, b, s):
+        shown.append(b)
+        return losses(heads, x0_hat, fake, b, s)
 
-    monkeypatch.setattr(ladd, "losses", watch)
+    monkeypatch.setattr(ladd, "student_losses", watch)
     flags = f"--teacher {teacher} --distill-weight 1 --targets {targets} --batch 7"
     out = train("run", flags, MAKING[1:] if targets == "synthetic" else MAKING[2:])
     assert len(shown) == 5  # the first update is of the heads alone

@@ -146,15 +146,15 @@ def test_more_gpus_divide_state_and_arithmetic():
     assert eight["traffic"] == pytest.approx(one["parameters"]["student"] * 14 * 7 / 8)
 
 
-def test_a_plan_of_parts_has_the_memory_of_one_part_and_no_more_work():
-    """A batch in two parts: what one of half of it keeps, and six forward units as ever."""
+def test_a_plan_of_parts_has_the_memory_of_one_part_and_eight_forwards():
+    """A batch in two parts: what one of half of it keeps; the fakes pass for each player."""
     whole, half, parts = (
         plan_of(f"{SHORT} --batch 4 {more}") for more in ("", "--batch 2", "--accumulate 2")
     )
     assert parts["ways"][False]["activations"] == half["ways"][False]["activations"]
     for again in (False, True):
-        assert parts["ways"][again]["flops"] == pytest.approx(whole["ways"][again]["flops"])
-        assert parts["ways"][again]["forwards"] == pytest.approx(whole["ways"][again]["forwards"])
+        more = parts["ways"][again]["forwards"] - whole["ways"][again]["forwards"]
+        assert more == pytest.approx(2, abs=0.05)
 
 
 def test_a_plan_divides_by_the_processes_that_share_a_network():

@@ -48,10 +48,12 @@ def read_code():
     for module in names:
         module.register_forward_hook(note)
     batch = ladd.Batch(x0, ladd.Text(c, y), t, x0, t, t, x0, x0)
-    losses = ladd.losses(student, teacher, heads, batch, s)
+    x0_hat, fake = ladd.make_fakes(student, teacher, batch, s)
+    loss_d, *_ = ladd.heads_loss(teacher, heads, fake, batch, s)
+    loss_g, _ = ladd.student_losses(heads, x0_hat, fake, batch, s)
     networks = dict(student=student, teacher=teacher, heads=heads)
     n |= {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
-    for loss, value in (("L_D", losses.d), ("L_G", losses.g)):
+    for loss, value in (("L_D", loss_d), ("L_G", loss_g)):
         value.backward(retain_graph=True)
         n[loss] = []  # who receives its gradient
         for name, network in networks.items():

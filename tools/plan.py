@@ -55,10 +55,15 @@ def meta_iteration(s, n, checkpointing):
             real = ladd.teacher_features(teacher, x0, text, *levels)
         given = heads, real, fake, t, y, grid, s.r1
         (loss_d, *_), by_d = kept_by(networks, ladd.discriminator_loss, *given)
+        loss_d.backward()
         loss_g, by_g = kept_by(networks, ladd.generator_loss, heads, fake, t, y, grid)
-        (loss_d + loss_g).backward()
+        loss_g.backward()
+        if s.accumulate > 1:  # the fakes pass once more, for the heads alone
+            with torch.no_grad():
+                x0_hat = ladd.student_predict(student, x0, text, t, x0)
+                ladd.teacher_features(teacher, x0_hat, text, *levels)
     passes, reals = by_student | by_teacher, {f.untyped_storage()._cdata: f.nbytes for f in real}
-    most = sum((passes | by_d | by_g | reals).values())
+    most = max(sum((passes | by_d | reals).values()), sum((passes | by_g).values()))
     if checkpointing:  # the way back through the blocks holds one that it has computed again
         words = fake[0].new_empty(n, s.text_length, s.width)
         inputs = words, fake[0].detach(), words[:, 0]
@@ -85,8 +90,10 @@ def plan(s, gpus=1, tflops=989.0, utilisation=0.4):
     gather = block * (2 * width + 4)  # two blocks, and the gradients of one in float32
     share["gathered"] = gather if parts > 1 else 0
     # The student is gathered twice and its gradients reduced in float32, the teacher is gathered
-    # for fakes, for reals and for the way back. Traffic and arithmetic overlap.
-    traffic = P * (5 * width + 4) * (1 - 1 / parts) * s.accumulate
+    # for fakes, for reals and for the way back; with --accumulate both once more for the fakes.
+    # Traffic and arithmetic overlap.
+    gathers = 7 if s.accumulate > 1 else 5
+    traffic = P * (gathers * width + 4) * (1 - 1 / parts) * s.accumulate
     rows = gpus // parts  # that hold the same, and have gradients to exchange
     traffic += 8 * P / parts * (1 - 1 / rows)
     ways, part = {}, math.ceil(images / s.accumulate)
