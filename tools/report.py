@@ -35,6 +35,7 @@ def report(run):
         if title not in ("untrained, 4 steps", "untrained, 2 steps"):
             images = who.sample_parts(parts, seed=s.seed, stream="pictures", **options)
             titled.append((title, ladd.pictures_of(images)))
+    titled.sort(key=lambda pair: pair[0].startswith("untrained"))  # it stands last
     captions = "; ".join(caption for own, _ in parts for caption in own)
     save_png(panels(titled, 4), run.out / "samples.png", captions=captions)
     write_report(run, rows, accuracy, time.perf_counter() - start)
