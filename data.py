@@ -27,7 +27,7 @@ import torch
 
 from lib.captions import split_words
 from lib.errors import DataError
-from lib.shapes import object_cover
+from lib.shapes import object_cover, pattern_cover
 from lib.streams import rng, uniform
 
 # Training reads images from index 0 on; what must not meet the same images has its own stretch.
@@ -222,6 +222,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = ("small", "large")
+PATTERNS = ("plain", "striped", "checked", "dotted")
 RELATIONS = ("left of", "right of", "above", "below")
 PAIR_SIDE = 32  # from this many pixels on, half of the images hold two objects
 
@@ -229,8 +230,11 @@ PAIR_SIDE = 32  # from this many pixels on, half of the images hold two objects
 class Shapes(DataSet):
     """Coloured shapes whose captions are exact, so that alignment can be measured without CLIP.
 
-    "a SIZE COLOUR SHAPE on a COLOUR background"; from 32 pixels on also
-    "a SIZE COLOUR SHAPE RELATION a SIZE COLOUR SHAPE on a COLOUR background"."""
+    "a SIZE COLOUR SHAPE on a PATTERN COLOUR background"; from 32 pixels on also
+    "a SIZE COLOUR SHAPE RELATION a SIZE COLOUR SHAPE on a PATTERN COLOUR background".
+
+    A pattern lies anywhere, and no caption says where: a mean of all the places is a grey, so what
+    learns by mean errors alone blurs it."""
 
     name = "shapes"
 
@@ -238,18 +242,20 @@ class Shapes(DataSet):
         self.height, self.width, self.seed = height, width, seed
         self.size = (height, width)
         self.palette = np.array(list(COLOURS.values()), np.float32)
+        self.tones = self.palette / 2  # of a pattern, each beside its own colour
+        self.tones[list(COLOURS).index("black")] = 120
         colours = list(COLOURS)
         one = {"size": SIZES, "colour": colours, "shape": SHAPES}
-        self.attributes = {**one, "background": colours}
-        one_object = np.indices((2, 8, 4, 8)).reshape(4, -1).T  # every combination of values
+        self.attributes = {**one, "background": colours, "pattern": PATTERNS}
+        one_object = np.indices((2, 8, 4, 8, 4)).reshape(5, -1).T  # every combination of values
         labels = one_object[one_object[:, 1] != one_object[:, 3]]
         if min(height, width) >= PAIR_SIDE if pairs is None else pairs:
             # A relation and the second object's attributes; answer "none" where there is no second.
             self.attributes["relation"] = ("none", *RELATIONS)
             self.attributes |= {f"second {k}": ("none", *v) for k, v in one.items()}
-            two = np.indices((2, 8, 4, 8, 4, 2, 8, 4), dtype=np.int64).reshape(8, -1).T
-            two = two[(two[:, 1] != two[:, 3]) & (two[:, 6] != two[:, 3])]
-            two[:, 4:] += 1  # 0 is "none"
+            two = np.indices((2, 8, 4, 8, 4, 4, 2, 8, 4), dtype=np.int64).reshape(9, -1).T
+            two = two[(two[:, 1] != two[:, 3]) & (two[:, 7] != two[:, 3])]
+            two[:, 5:] += 1  # 0 is "none"
             labels = np.concatenate([np.pad(labels, ((0, 0), (0, 4))), two])
         self.labels = torch.from_numpy(labels)
         self.captions = [self.caption(row) for row in labels.tolist()]
@@ -258,21 +264,23 @@ class Shapes(DataSet):
 
     def caption(self, row):
         words = [list(v)[i] for v, i in zip(self.attributes.values(), row, strict=True)]
-        second = f"{words[4]} a {' '.join(words[5:])} " if len(words) > 4 and row[4] else ""
-        return f"a {' '.join(words[:3])} {second}on a {words[3]} background"
+        second = f"{words[5]} a {' '.join(words[6:])} " if len(words) > 5 and row[5] else ""
+        return f"a {' '.join(words[:3])} {second}on a {words[4]} {words[3]} background"
 
     def batch(self, index, held_out=False):
         index = np.asarray(index, np.int64)
         if held_out:  # all seeds are scored alike
-            u = uniform(0, "shapes, held out", index, 16)
+            u = uniform(0, "shapes, held out", index, 19)
         else:
-            u = uniform(self.seed, "shapes", index, 16)
+            u = uniform(self.seed, "shapes", index, 19)
         pick = lambda slot, n: (u[:, slot] * n).astype(np.int64)  # noqa: E731
         size, colour, shape = pick(0, 2), pick(1, 8), pick(2, 4)
-        background = (colour + 1 + pick(3, 7)) % 8
-        columns = [size, colour, shape, background]
+        background, pattern = (colour + 1 + pick(3, 7)) % 8, pick(15, 4)
+        columns = [size, colour, shape, background, pattern]
         cover = object_cover(*self.size, size, shape, u[:, 4:7])
-        canvas = self.palette[background][:, None, None]  # (B, 1, 1, 3)
+        tone = pattern_cover(*self.size, pattern, u[:, 16:19])
+        ground, second_tone = self.palette[background], self.tones[background]
+        canvas = ground[:, None, None] * (1 - tone) + second_tone[:, None, None] * tone
         if "relation" in self.attributes:
             relation = np.where(u[:, 7] < 0.5, 1 + pick(8, 4), 0)
             two = relation > 0

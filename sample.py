@@ -12,7 +12,7 @@ Rectified flow and its schedules: arXiv 2403.03206 (SD3). Few-step sampling: LAD
     M        text tokens                          | t       t         (B,)
     n        number of positions of a latent, H·W | c, y    text      (B, M, D_c), (B, D_p)
 
-    python sample.py runs/nano --prompt "a large red circle on a blue background" --out a.png
+    python sample.py runs/nano --prompt "a large red circle on a striped blue background" --out a.png
     python sample.py runs/nano --evaluate                       tools/score.py: the table again
     python sample.py runs/nano --export student.safetensors     under SD3's names
     python sample.py RUN --decode SD3_DIR --prompt "a red fox" --size 832x1216 --out fox.png
@@ -109,17 +109,22 @@ def euler(model, x, times, text, uncond=None, cfg=1.0):
         x = x + (t_next - t) * v
 
 
-def renoise(model, x, levels, text, fresh_noise):
-    """LADD's few-step sampler: predict x̂_0, noise it afresh to the next level, repeat.
+def renoise(model, x, levels, text, fresh_noise, eta=0.0):
+    """The student's few-step sampler: predict x̂_0, noise it to the next level, repeat.
 
-    x = x_t at levels[0]; fresh_noise(i) gives the noise of step i. Without guidance."""
+    x = x_t at levels[0]; fresh_noise(i) gives the noise of step i. Without guidance. η mixes the
+    noise: 0 keeps the one that the student has just predicted, ε̂ = x̂_0 + v, which makes this an
+    Euler sampler on the student's levels; 1 draws it afresh. Between them it has variance 1, too.
+    (LADD's paper does not say which; consistency models draw it, the released turbo models keep
+    it.)"""
     for i, t in enumerate(levels):
         t = torch.as_tensor(t, dtype=torch.float32)
-        x0 = x - t * guided_velocity(model, x, t, text, None, 1.0)
+        v = guided_velocity(model, x, t, text, None, 1.0)
+        x0 = x - t * v
         yield x0
         if i + 1 < len(levels):
-            t_next = torch.full((len(x),), levels[i + 1], device=x.device)
-            x = add_noise(x0, fresh_noise(i + 1), t_next)
+            noise = math.sqrt(1 - eta**2) * (x0 + v) + (eta * fresh_noise(i + 1) if eta else 0)
+            x = add_noise(x0, noise, torch.full((len(x),), levels[i + 1], device=x.device))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -178,7 +183,7 @@ class Generator:
     @torch.no_grad()
     def trajectory(
         self, captions, indices, *, seed=0, stream="sampling", steps=None, cfg=None, sampler=None,
-        size=None, start=None,
+        eta=None, size=None, start=None,
     ):  # fmt: skip
         """Yields x̂_0 (B, C, H, W) on the CPU after every step, for one batch of captions.
 
@@ -206,7 +211,7 @@ class Generator:
             path = euler(self.network, x, times, text, self.text([""]), cfg)
         else:
             levels = [t * level for t in student_levels(s.levels, steps)]
-            path = renoise(self.network, x, levels, text, fresh)
+            path = renoise(self.network, x, levels, text, fresh, s.eta if eta is None else eta)
         for x0 in path:
             yield x0.float().cpu()
 
@@ -252,11 +257,12 @@ def load_generator(run, teacher=False, device="auto", precision="auto"):
     return Generator(model, checkpoint["settings"], kind, device_of(device), precision)
 
 
-def judge_of(dataset, s, device, data_dir, precision):
-    """The judge that a run's samples are scored by."""
+def judge_of(dataset, s, device, data_dir, precision, **other):
+    """The judge that a run's samples are scored by; with another seed and kernel, another one."""
     return get_judge(
         data.judge_batches(dataset), dataset.attributes, s.size, dataset.channels, device,
         data_dir=data_dir, steps=s.judge_steps, width=s.judge_width, precision=precision,
+        **other,
     )  # fmt: skip
 
 
@@ -282,6 +288,7 @@ def parse(argv):
     add("--teacher", action="store_true", help="sample from the teacher instead of the student")
     add("--cfg", type=float, help="guidance scale w (default: the teacher's own; students: 1)")
     add("--sampler", choices=("renoise", "euler"), help="default: renoise, for a teacher euler")
+    add("--eta", type=float, help="share of fresh noise between the student's steps (0 to 1)")
     add("--seed", type=int, default=0, help="of the noise")
     add("--size", type=data.parse_size, metavar="HxW", help="pixels (default: as it was trained)")
     add("--out", default="samples.png", help="a grid as .png, or a folder for one PNG per image")
@@ -300,6 +307,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if not 0 < args.strength <= 1:
         parser.error(f"--strength {args.strength:g}: must be above 0 and at most 1")
+    if args.eta is not None and not 0 <= args.eta <= 1:
+        parser.error(f"--eta {args.eta:g}: must be from 0 to 1")
     for name in ("num", "steps", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name}: must be at least 1")
@@ -363,7 +372,9 @@ def make_pictures(args):
     if args.decode:
         codec.learn([*prompts, ""])  # all at once: every encoder moves to the device one time
     steps, cfg, sampler = generator.way(args.steps, args.cfg, args.sampler)
-    options = dict(seed=args.seed, steps=steps, cfg=cfg, sampler=sampler)
+    options = dict(seed=args.seed, steps=steps, cfg=cfg, sampler=sampler, eta=args.eta)
+    if args.eta is not None and sampler == "euler":
+        raise UsageError(f"--eta {args.eta:g}: Euler steps draw no noise; leave it out")
     if args.size:
         options["size"] = latent_size(args.size, generator.settings, codec.unit)
     if args.init_image:

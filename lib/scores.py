@@ -23,16 +23,17 @@ from lib.machine import autocast
 class Judge(torch.nn.Module):
     """A small classifier: images to one answer per attribute, by way of 64 features."""
 
-    def __init__(self, answers, width=32, size=(16, 16), channels=3):
+    def __init__(self, answers, width=32, size=(16, 16), channels=3, kernel=3):
         super().__init__()
         self.config = dict(answers=list(answers), width=width, size=list(size), channels=channels)
-        layers, side, channels = [torch.nn.Conv2d(channels, width, 3, padding=1)], min(size), width
+        self.config["kernel"], around = kernel, dict(kernel_size=kernel, padding=kernel // 2)
+        layers, side, channels = [torch.nn.Conv2d(channels, width, **around)], min(size), width
         while side > 4:
             out = min(2 * channels, 8 * width)
             strides = (2, 1) if side <= 8 or width > 32 else (2,)
             for stride in strides:
                 layers += [torch.nn.GroupNorm(4, channels), torch.nn.GELU()]
-                layers += [torch.nn.Conv2d(channels, out, 3, padding=1, stride=stride)]
+                layers += [torch.nn.Conv2d(channels, out, stride=stride, **around)]
                 channels = out
             side = (side + 1) // 2
         layers += [torch.nn.GroupNorm(4, channels), torch.nn.GELU()]
@@ -78,21 +79,22 @@ def train_judge(judge, draw, steps, precision="auto", batch=128):
 
 def get_judge(
     draw, attributes, size, channels, device, *, data_dir="data", steps=1000, width=32,
-    precision="auto",
+    precision="auto", seed=0, kernel=3,
 ):  # fmt: skip
     """The judge of a data set, trained once, always from the same seed, and kept in data_dir.
 
     draw: see `train_judge`, attributes {question: answers}. One judge reads all sizes of images: it
     pools its features to 4 × 4. Where there is nothing to learn, its random features still tell
-    images apart."""
+    images apart. seed, kernel: of its weights, and the side of its convolutions; a network that a
+    student learns from must be another one than that which scores it."""
     images, labels = draw(0, 64)
-    key = hashlib.sha256(repr((attributes, size, steps, width)).encode())
+    key = hashlib.sha256(repr((attributes, size, steps, width, seed, kernel)).encode())
     key.update(images.numpy().tobytes() + labels.numpy().tobytes())
     path = Path(data_dir) / f"judge-{key.hexdigest()[:16]}.pt"
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         answers = [len(values) for values in attributes.values()]
-        judge = Judge(answers, width, size, channels).to(device)
+        judge = Judge(answers, width, size, channels, kernel).to(device)
     if path.exists():
         try:
             judge.load_state_dict(read(path, device)["weights"])

@@ -19,15 +19,15 @@ from lib.parallel import rank
 
 
 def setting(
-    default, help, *, low=None, above=None, below=None, choices=None, kind=None, parse=None,
-    free=False, flag="",
+    default, help, *, low=None, high=None, above=None, below=None, choices=None, kind=None,
+    parse=None, free=False, flag="",
 ):  # fmt: skip
     """A field with its meaning and bounds, for every value of a tuple.
 
-    low ≤ value; above < value < below. kind: of a tuple's values, or where the default is None.
-    parse: text -> value, in place of kind."""
-    rules = dict(help=help, low=low, above=above, below=below, choices=choices)
-    rules |= dict(kind=kind, parse=parse, free=free, flag=flag)
+    low ≤ value ≤ high; above < value < below. kind: of a tuple's values, or where the default is
+    None. parse: text -> value, in place of kind."""
+    rules = dict(help=help, low=low, high=high, above=above, below=below)
+    rules |= dict(choices=choices, kind=kind, parse=parse, free=free, flag=flag)
     return dataclasses.field(default=default, metadata=rules)
 
 
@@ -55,6 +55,8 @@ def fault(value, rule):
         return f"must be one of {', '.join(rule['choices'])}"
     if rule["low"] is not None and value < rule["low"]:
         return f"must be at least {rule['low']}"
+    if rule["high"] is not None and value > rule["high"]:
+        return f"must be at most {rule['high']}"
     if rule["above"] is not None and value <= rule["above"]:
         return f"must be above {rule['above']}"
     if rule["below"] is not None and value >= rule["below"]:

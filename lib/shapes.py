@@ -1,4 +1,4 @@
-"""Coloured shapes, drawn exactly: how much of every pixel an object covers."""
+"""Shapes and patterns, drawn exactly: how much of every pixel they cover."""
 
 import numpy as np
 
@@ -36,3 +36,26 @@ def signed_distance(dx, dy, r, shape):
     triangle = np.maximum((ax - 0.5 * (dy + 0.95 * r)) / 1.25**0.5, dy - 0.9 * r)  # apex up
     cross = np.minimum(np.maximum(ax - r, ay - 0.34 * r), np.maximum(ay - r, ax - 0.34 * r))
     return np.select([shape == 0, shape == 1, shape == 2], [circle, square, triangle], cross)
+
+
+def pattern_cover(height, width, pattern, u):
+    """Share of every pixel that the second tone of each of B backgrounds covers. -> (B, H, W, 1)
+
+    pattern (B,): plain, striped, checked, dotted; it repeats after a quarter of the shorter side.
+    u (B, 3) in [0, 1): where it begins, x and y, and whether stripes stand or lie."""
+    period = min(height, width) / 4
+    across = stripes_cover(width, period, u[:, 0])[:, None, :]
+    down = stripes_cover(height, period, u[:, 1])[:, :, None]
+    striped = np.where(u[:, 2, None, None] < 0.5, across, down)
+    checked = across + down - 2 * across * down  # one of the two, not both
+    dotted = across * down
+    pattern = pattern[:, None, None]
+    cover = np.select([pattern == 1, pattern == 2, pattern == 3], [striped, checked, dotted], 0)
+    return cover.astype(np.float32)[..., None]
+
+
+def stripes_cover(length, period, phase):
+    """Share of every pixel of a line that stripes of half a period cover. phase (B,) -> (B, length)"""
+    edges = np.arange(length + 1)[None] + phase[:, None] * period
+    covered = edges // period * period / 2 + np.minimum(edges % period, period / 2)  # left of edges
+    return np.diff(covered, axis=1)

@@ -2,11 +2,12 @@
 heads, on the features of a frozen network of clean pixels. One update:
 
     1  x̂_0  = the student's prediction, as in LADD
-    2  f, r = the judge's maps of x̂_0 and x_0, without noise; the teacher has no part
+    2  f, r = maps of x̂_0 and x_0 in a classifier, without noise; the teacher has no part
     3  L_D  = the hinge loss of the heads on every map, each map counting alike
     4  L_G  = -E[D(f)] + λ·smooth_l1(x̂_0, x_0)
 
-ADD reads DINO's features; the judge, which also scores, stands in for it here.
+ADD reads DINO's features; here a classifier stands in for it, which is like the judge that scores,
+but with other weights and wider convolutions: nobody is scored by what it has learned to please.
 
     python -m methods.add --preset nano --from runs/nano
 """
@@ -45,7 +46,8 @@ def logits_of(heads, features, b):
 
 def distil(run):
     s = run.settings
-    judge = sample.judge_of(run.dataset, s, run.device, s.data_dir, s.precision)
+    own = dict(seed=1, kernel=5)
+    judge = sample.judge_of(run.dataset, s, run.device, s.data_dir, s.precision, **own)
     judge.requires_grad_(False)
     student, ema = ladd.start_student(run)
     student_optimizers = make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)

@@ -204,7 +204,7 @@ def update_cost(train, teacher, flags, **method):
         cost[n] = flops(lambda n=n, own=own: train(f"run{n}", own, ["distillation"], **method))
     model = sample.load_generator(teacher, teacher=True, device="cpu").model
     x, t = torch.randn(4, 3, 12, 12), torch.rand(4)
-    forward = flops(lambda: model(x, t, torch.randn(4, 8, 10), torch.randn(4, 10)))
+    forward = flops(lambda: model(x, t, torch.randn(4, 12, 10), torch.randn(4, 10)))
     return (cost[3] - cost[1]) / 2, forward
 
 

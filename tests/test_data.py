@@ -136,10 +136,10 @@ def test_the_pooled_norm_does_not_grow_with_the_number_of_words():
 # ---------------------------------------------------------------------------------------------
 
 NAMES = ["size", "colour", "shape", "relation"]
-NAMES += ["second size", "second colour", "second shape", "background"]
+NAMES += ["second size", "second colour", "second shape", "pattern", "background"]
 OBJECT = r"a (\w+) (\w+) (\w+)"
 SENTENCE = re.compile(
-    rf"{OBJECT}(?: (left of|right of|above|below) {OBJECT})? on a (\w+) background"
+    rf"{OBJECT}(?: (left of|right of|above|below) {OBJECT})? on a (\w+) (\w+) background"
 )
 
 
@@ -171,9 +171,9 @@ def test_the_same_seed_and_index_give_the_same_captions_everywhere():
     dataset = data.Shapes(16, 20, seed=3)
     _, caption = dataset.batch([0, 1, 2])
     assert [dataset.captions[i] for i in caption] == [
-        "a small yellow cross on a blue background",
-        "a large orange cross on a yellow background",
-        "a large yellow circle on a green background",
+        "a small yellow cross on a checked blue background",
+        "a large orange cross on a dotted yellow background",
+        "a large yellow circle on a checked green background",
     ]
 
 
@@ -220,10 +220,10 @@ def test_colour_words_mean_what_they_say():
 
 def test_captions_say_the_colours_shape_and_size_that_are_drawn():
     """Shapes by share of their bounding box: square 1, circle 0.79, cross 0.66, triangle 1/2."""
-    images, said = draw(data.Shapes(90, 80, seed=5), 400)
+    images, said = draw(data.Shapes(90, 80, seed=5), 1600)
     areas, seen = {}, 0
     for image, words in zip(images, said, strict=True):
-        if words["relation"] != "none":
+        if words["relation"] != "none" or words["pattern"] != "plain":
             continue
         seen += 1
         corners = image[[0, 0, -1, -1], [0, -1, 0, -1]].tolist()
@@ -255,8 +255,10 @@ def test_captions_say_the_colours_shape_and_size_that_are_drawn():
 
 def test_edges_are_smooth_and_nothing_else_is():
     """A mixed pixel has pure object and, or the border, pure background within three pixels."""
-    images, said = draw(data.Shapes(30, 26, seed=1), 60)
+    images, said = draw(data.Shapes(30, 26, seed=1), 240)
     for image, words in zip(images, said, strict=True):
+        if words["pattern"] != "plain":
+            continue
         ground, thing = mask(image, words["background"]), mask(image, words["colour"])
         mixed = ~(ground | thing)
         assert 4 <= mixed.sum() < 0.3 * mixed.size
@@ -264,6 +266,30 @@ def test_edges_are_smooth_and_nothing_else_is():
             padded = np.pad(pure, 3, constant_values=beyond)
             near = np.lib.stride_tricks.sliding_window_view(padded, (7, 7)).any(axis=(2, 3))
             assert near[mixed].all()
+
+
+def test_a_background_has_the_pattern_that_its_caption_says():
+    """Where the object is not: stripes are constant along one axis, checks cover half, dots a
+    quarter in the second tone, which is half as bright, or grey on black."""
+    images, said = draw(data.Shapes(64, 64, seed=2), 300)
+    seen = dict.fromkeys(data.PATTERNS, 0)
+    for image, words in zip(images, said, strict=True):
+        if words["relation"] != "none" or words["size"] == "large":
+            continue
+        ground = np.array(data.COLOURS[words["background"]])
+        tone = np.full(3, 120) if words["background"] == "black" else ground / 2
+        cover = (image - ground) @ (tone - ground) / np.square(tone - ground).sum()
+        mixed = ground + cover[..., None] * (tone - ground)
+        strange = (np.abs(image - mixed).max(axis=-1) > 2) | (cover < -0.02) | (cover > 1.02)
+        places = [(y, x) for y in (0, 16, 32, 48) for x in (0, 16, 32, 48)]
+        y, x = next((y, x) for y, x in places if not strange[y : y + 16, x : x + 16].any())
+        tile = cover[y : y + 16, x : x + 16]  # one period, without the object
+        still = [np.ptp(tile, axis=axis).max() < 0.05 for axis in (0, 1)]
+        share = {"plain": 0, "striped": 0.5, "checked": 0.5, "dotted": 0.25}[words["pattern"]]
+        assert still.count(True) == {"plain": 2, "striped": 1}.get(words["pattern"], 0)
+        assert abs(tile.mean() - share) < 0.03
+        seen[words["pattern"]] += 1
+    assert min(seen.values()) > 5
 
 
 def test_the_background_is_never_the_colour_of_an_object(pairs):

@@ -195,11 +195,11 @@ def test_what_is_compared_are_teacher_untrained_and_student(levels, few):
 # ---------------------------------------------------------------------------------------------
 
 
-def judge_of(dataset, folder, steps=2):
+def judge_of(dataset, folder, steps=2, **other):
     draw, attributes = data.judge_batches(dataset), dataset.attributes
     return get_judge(
         draw, attributes, (8, 8), 3, "cpu", data_dir=folder, steps=steps, width=8,
-        precision="fp32",
+        precision="fp32", **other,
     )  # fmt: skip
 
 
@@ -216,8 +216,19 @@ def test_a_judge_learns_to_read_the_attributes(tmp_path):
     dataset = data.Shapes(8, 8)
     judge, held = judge_of(dataset, tmp_path, steps=40), held_out(data.shares(dataset, 200))
     right = judge_accuracy(held, dataset.labels, dataset.attributes, judge)
-    assert list(right) == ["size", "colour", "shape", "background"]
+    assert list(right) == ["size", "colour", "shape", "background", "pattern"]
     assert right["background"] > 0.8
+
+
+def test_a_network_to_learn_from_is_another_one_than_the_judge_that_scores(tmp_path):
+    """Of another seed and with other convolutions, each kept in a file of its own."""
+    dataset = data.Shapes(8, 8)
+    scores, teaches = judge_of(dataset, tmp_path), judge_of(dataset, tmp_path, seed=1, kernel=5)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert scores.body[0].weight.shape[2:] == (3, 3) and teaches.body[0].weight.shape[2:] == (5, 5)
+    assert not torch.equal(scores.heads[0].weight, teaches.heads[0].weight)
+    images, _ = dataset.batch(range(4))
+    assert scores.read(images)[0].shape == teaches.read(images)[0].shape  # as large
 
 
 def test_a_judge_reads_all_sizes_of_images():

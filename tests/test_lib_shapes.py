@@ -1,9 +1,9 @@
-"""lib/shapes.py: what an object covers."""
+"""lib/shapes.py: what objects and patterns cover."""
 
 import numpy as np
 import pytest
 
-from lib.shapes import object_cover, signed_distance
+from lib.shapes import object_cover, pattern_cover, signed_distance
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,31 @@ def test_an_object_is_never_cut_by_the_border_and_stays_in_its_half(shape, half)
                 axis, far = [(2, 1), (2, 0), (1, 1), (1, 0)][half]
                 other = np.array_split(cover, 2, axis)[far]
                 assert other.sum(axis=(1, 2, 3)).max() < 1
+
+
+def test_a_pattern_covers_its_share_wherever_it_begins():
+    """Stripes and checks a half, dots a quarter, over whole periods; places between pixels too."""
+    u = np.random.default_rng(0).random((200, 3))
+    for pattern, share in enumerate((0, 0.5, 0.5, 0.25)):
+        cover = pattern_cover(16, 24, np.full(200, pattern), u)
+        assert cover.shape == (200, 16, 24, 1)
+        assert cover.mean(axis=(1, 2, 3)) == pytest.approx(share, abs=1e-6)
+
+
+def test_a_pattern_is_drawn_as_exactly_as_a_finer_one_averaged():
+    """Every pixel is the mean of the 8 × 8 that an image of 8 times the size has in its place."""
+    u = np.random.default_rng(1).random((50, 3))
+    for pattern in range(4):
+        kind = np.full(50, pattern)
+        coarse, fine = pattern_cover(16, 20, kind, u), pattern_cover(128, 160, kind, u)
+        means = fine.reshape(50, 16, 8, 20, 8, 1).mean(axis=(2, 4))
+        np.testing.assert_allclose(coarse, means, atol=1e-6)
+
+
+def test_a_pattern_repeats_after_a_quarter_of_the_shorter_side():
+    u = np.random.default_rng(2).random((20, 3))
+    for pattern in range(1, 4):
+        cover = pattern_cover(16, 24, np.full(20, pattern), u)
+        for axis in (1, 2):
+            np.testing.assert_allclose(cover, np.roll(cover, 4, axis), atol=1e-6)
+        assert np.abs(cover - np.roll(cover, (2, 0), (1, 2))).max() > 0.3 or pattern == 1

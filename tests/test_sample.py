@@ -252,8 +252,10 @@ def test_without_guidance_there_is_no_second_half():
     assert v[:, 0, 0, 0].tolist() == [1, 2, 3]
 
 
-def test_renoising_is_written_out_by_hand():
-    """x̂_0 = x - t·v at every level; to the next one x = (1 - t)·x̂_0 + t·ε with a fresh ε."""
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+def test_renoising_is_written_out_by_hand(eta):
+    """x̂_0 = x - t·v at every level; to the next one x = (1 - t)·x̂_0 + t·ε, where ε is mixed from
+    the predicted noise x̂_0 + v and a fresh one: √(1 - η²) of the one and η of the other."""
     levels, asked_for = [1.0, 0.75, 0.25], []
     fresh = {i: randn(2, 3, 4, 5, seed=10 + i, dtype=torch.float32) for i in (1, 2)}
     x = randn(2, 3, 4, 5, seed=1, dtype=torch.float32)
@@ -263,23 +265,61 @@ def test_renoising_is_written_out_by_hand():
         asked_for.append(i)
         return fresh[i]
 
-    got = list(sample.renoise(field, x, levels, (), noise))
-    want = [x - 1.0 * torch.sin(3 * x)]
-    for i, t in ((1, 0.75), (2, 0.25)):
-        x = (1 - t) * want[-1] + t * fresh[i]
-        want.append(x - t * torch.sin(3 * x))
+    got = list(sample.renoise(field, x, levels, (), noise, eta))
+    want, t = [], 1.0
+    for i, t_next in enumerate([0.75, 0.25, 0.0], 1):
+        v = torch.sin(3 * x)
+        want.append(x - t * v)
+        if i < 3:
+            mixed = (1 - eta**2) ** 0.5 * (want[-1] + v) + eta * fresh[i]
+            x, t = (1 - t_next) * want[-1] + t_next * mixed, t_next
     torch.testing.assert_close(got, want, **SINGLE)
     assert field.levels == levels  # these and no others
-    assert asked_for == [1, 2]  # fresh at every step, and none after the last x̂_0
+    assert asked_for == ([1, 2] if eta else [])  # fresh at every step, none after the last x̂_0
 
 
-def test_renoising_a_single_data_point_gives_that_point_at_every_step():
+def test_without_fresh_noise_renoising_is_eulers_method_on_the_levels():
+    """x_t' = x̂_0·(1 - t') + ε̂·t' = x_t + (t' - t)·v: 0 fresh noise follows the velocity."""
+    x = randn(2, 3, 4, 5, seed=1, dtype=torch.float32)
+    field = Field(lambda x, t: torch.sin(3 * x) + t)
+    few = list(sample.renoise(field, x, [1.0, 0.6, 0.1], (), None, 0.0))
+    euler = list(sample.euler(field, x, torch.tensor([1.0, 0.6, 0.1, 0.0]), ()))
+    torch.testing.assert_close(few, euler, **SINGLE)
+
+
+def test_diffusers_euler_scheduler_with_the_levels_as_sigmas_makes_the_same_sample():
+    """What an exported student needs: FlowMatchEulerDiscreteScheduler, no shift of its own."""
+    diffusers = pytest.importorskip("diffusers")
+    levels = [1.0, 0.55, 0.3, 0.1]
+    x = randn(2, 3, 4, 5, seed=1, dtype=torch.float32)
+    field = Field(lambda x, t: torch.sin(3 * x) + t)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler.set_timesteps(sigmas=levels)
+    there = x
+    for t in scheduler.timesteps:
+        v, _ = field(there, (t / 1000).expand(2))
+        there = scheduler.step(v.float(), t, there).prev_sample
+    torch.testing.assert_close(last(sample.renoise(field, x, levels, (), None, 0.0)), there, **SINGLE)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_renoising_a_single_data_point_gives_that_point_at_every_step(eta):
     """A perfect prediction comes out clean: nothing is added to the last x̂_0."""
     point = randn(1, 3, 4, 5, seed=1, dtype=torch.float32)
     field = Field(lambda x, t: (x - point) / t)
     noise = randn(2, 3, 4, 5, seed=2, dtype=torch.float32)
-    for x0 in sample.renoise(field, noise, [1.0, 0.5], (), lambda i: noise.flip(0)):
+    for x0 in sample.renoise(field, noise, [1.0, 0.5], (), lambda i: noise.flip(0), eta):
         torch.testing.assert_close(x0, point.expand(2, -1, -1, -1), **SINGLE)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+def test_a_mix_of_noises_keeps_the_variance_of_noise(eta):
+    """Data at 0 of a perfect student: x_t = t·ε has variance t² whatever η is."""
+    field = Field(lambda x, t: x / t)
+    noise = [randn(20_000, 1, 1, 1, seed=i, dtype=torch.float32) for i in range(2)]
+    list(sample.renoise(field, noise[0], [1.0, 0.5], (), noise.__getitem__, eta))
+    x, _, _ = field.asked[1]
+    assert x.var().item() == pytest.approx(0.25, rel=0.04)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -289,7 +329,7 @@ def test_renoising_a_single_data_point_gives_that_point_at_every_step():
 
 SETTINGS = dict(
     text_dim=6, text_length=4, levels=(1.0, 0.75, 0.5, 0.25), teacher_steps=5, cfg=3.0, shift=2.0,
-    size=(8, 8), patch=2, pos_size=8, downscale=1, aspects=(), data="shapes", seed=0,
+    size=(8, 8), patch=2, pos_size=8, downscale=1, aspects=(), data="shapes", seed=0, eta=0.0,
 )  # fmt: skip
 NETWORK = dict(depth=2, width=16, heads=2, patch=2, channels=3, context_dim=6, pooled_dim=6)
 CAPTIONS = ["a red circle", "a blue cross", "", "a large square", "green"]
@@ -327,10 +367,10 @@ def test_images_are_numbered_so_that_shards_agree_with_the_whole():
     torch.testing.assert_close(shard, whole[3:], rtol=1e-4, atol=1e-4)
 
 
-def test_a_student_renoises_with_fresh_noise_on_its_levels():
+def test_a_student_renoises_on_its_levels_with_noise_of_every_images_own():
     """With v = 0 is x̂_0 = x_t: every step's noise can be read off the samples."""
     field = Field(lambda x, t: torch.zeros_like(x))
-    steps = list(generator("student", field).trajectory(["", ""], [7, 4], seed=3))
+    steps = list(generator("student", field).trajectory(["", ""], [7, 4], seed=3, eta=1.0))
     noise = [sample.noise_of(3, "sampling", [7, 4], (3, 8, 8), step) for step in range(4)]
     want = [noise[0]]
     for t, fresh in zip((0.75, 0.5, 0.25), noise[1:], strict=True):
@@ -428,7 +468,7 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path):
 
 SMALL = ["--size", "12", "--width", "32", "--depth", "3", "--heads", "1", "--text-dim", "16"]
 SMALL += ["--head-width", "16", *CPU]
-PROMPT = "a large red circle on a blue background"
+PROMPT = "a large red circle on a striped blue background"
 
 
 @pytest.fixture(scope="session")
@@ -530,6 +570,7 @@ def test_the_batch_size_changes_no_image(run, tmp_path):
     "words",
     [
         ["--steps", "1"],
+        ["--eta", "0.5"],
         ["--teacher"],
         ["--sampler", "euler"],
         ["--sampler", "euler", "--cfg", "3"],
@@ -626,6 +667,8 @@ BAD = {
     "stranger's file": ("{run} --prompt x --out {dir}/photo.png", "photo.png"),
     "stranger's film": ("{run} --prompt x --trajectory {dir}/photo.png", "photo.png"),
     "abbreviation": ("{run} --prompt x --tea", "--tea"),
+    "no share": ("{run} --prompt x --eta 1.5", "--eta"),
+    "fresh noise of Euler": ("{run} --prompt x --eta 0.5 --sampler euler", "--eta"),
     "unknown sampler": ("{run} --prompt x --sampler heun", "heun"),
 }
 

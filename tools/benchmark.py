@@ -60,7 +60,7 @@ def sampling(device, n):
     s = settings("nano")
     ours, other = awake(MMDiT(**s.model())), awake(theirs(s)).to(device).eval()
     generator = sample.Generator(ours.to(device).eval(), s, "teacher", device)
-    captions = ["a large red circle on a blue background"] * 64
+    captions = ["a large red circle on a striped blue background"] * 64
     text = generator.text(captions)
 
     def mine():
