@@ -12,13 +12,14 @@ from lib.settings import command_of
 SIGNS = {
     "teacher": [("loss", lambda r, first: r["loss"] > 0.9 * first["loss"], "no progress")],
     "distillation": [
-        ("loss_d", lambda r, _: r["loss_d"] > 1.95 and r["ranked"] < 0.53, "the heads see nothing"),
         ("loss_d", lambda r, _: r["loss_d"] < 0.3, "the heads have won outright"),
         ("grad_norm", lambda r, first: r["grad_norm"] < 0.01 * first["grad_norm"],
          "the student's gradient has vanished"),
         ("diversity", lambda r, _: r["diversity"] < 0.7, "the student's samples are alike"),
     ],
 }  # fmt: skip
+# Heads near chance are a bad sign only where the student is far off: by the table of scores.
+BLIND = ("loss_d", lambda r, _: r["loss_d"] > 1.95 and r["ranked"] < 0.53, "the heads see nothing")
 
 COLUMNS = (
     ("alignment", ".3f"), ("frechet", ".2f"), ("precision", ".2f"), ("recall", ".2f"),
@@ -72,6 +73,10 @@ def verdicts(run, table):
     """{stage: healthy, suspicious or failed, and why}, from the log and the table of scores."""
     frechet, real = {row["name"]: row["frechet"] for row in table}, table[0]["alignment"]
     after, before = frechet["student, 1 step"], frechet["untrained, 1 step"]
+    goal = table[1]["frechet"]  # the teacher's
+    signs = dict(SIGNS)
+    if after > (before + goal) / 2:
+        signs["distillation"] = [*SIGNS["distillation"], BLIND]
     more = dict(teacher=[], synthesis=[], distillation=[], report=[])
     if after >= before:
         figure = f"Fréchet {after:.3g} in 1 step, {before:.3g} before"
@@ -80,7 +85,7 @@ def verdicts(run, table):
     if real is not None and real < 0.5:
         what = "the judge misreads real images"
         more["report"].append(("suspicious", what, f"{real:.2f} right"))
-    found = judge_stages(list(run.log.rows()), SIGNS, more)
+    found = judge_stages(list(run.log.rows()), signs, more)
     if run.settings.teacher:
         found["teacher"] = "not trained here but given"
     return found

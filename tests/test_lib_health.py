@@ -1,5 +1,6 @@
 """Verdicts on a stage from its log, and whether samples of one caption are alike."""
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -8,7 +9,7 @@ from conftest import COLLAPSES, alike
 
 import data
 from lib.health import commonest, diversity, judge_stages, symptoms, verdict_of
-from lib.report import SIGNS
+from lib.report import SIGNS, verdicts
 
 # ---------------------------------------------------------------------------------------------
 # Signs
@@ -25,7 +26,7 @@ def rows(n, **changes):
     ]
 
 
-SICK = [dict(loss_d=2.0, ranked=0.5), dict(loss_d=0.1), dict(grad_norm=0.1), dict(diversity=0.6)]
+SICK = [dict(loss_d=0.1), dict(grad_norm=0.1), dict(diversity=0.6)]
 
 
 @pytest.mark.parametrize("sign", SICK)
@@ -86,6 +87,23 @@ def test_every_stage_is_judged_by_its_own_rows():
     assert found["synthesis"] == found["report"] == "healthy"
     assert found["distillation"].startswith("failed: the student's samples are alike")
     assert found["distillation"].endswith("worse (9)")
+
+
+@pytest.mark.parametrize("frechet, blind", [(60, False), (140, True)])
+def test_heads_near_chance_are_a_fault_only_where_the_student_is_far_from_its_teacher(
+    frechet, blind
+):
+    """Teacher 20, untrained 200: a student at 60 has learned from them, one at 140 has not."""
+    log = [dict(row, stage="distillation") for row in rows(100, loss_d=1.99, ranked=0.51)]
+    run = SimpleNamespace(
+        log=SimpleNamespace(rows=lambda: log), settings=SimpleNamespace(teacher="")
+    )
+    names = ("real", "teacher, 32 steps", "untrained, 1 step", "student, 1 step")
+    table = [
+        dict(name=name, frechet=f, alignment=1.0)
+        for name, f in zip(names, (5, 20, 200, frechet), strict=True)
+    ]
+    assert ("the heads see nothing" in verdicts(run, table)["distillation"]) is blind
 
 
 # ---------------------------------------------------------------------------------------------
