@@ -62,7 +62,7 @@ def test_the_report_holds_the_student_against_the_untrained_one(smoke):
     text = report.read_text()
     assert all(f"| {name} |" in text for name in names)
     assert metrics["seed"] == 0 and metrics["judge_accuracy"].keys() == {
-        "size", "colour", "shape", "background",
+        "size", "colour", "shape", "background", "pattern",
     }  # fmt: skip
     assert "![samples](samples.png)" in text
 
