@@ -233,8 +233,8 @@ class Shapes(DataSet):
     "a SIZE COLOUR SHAPE on a PATTERN COLOUR background"; from 32 pixels on also
     "a SIZE COLOUR SHAPE RELATION a SIZE COLOUR SHAPE on a PATTERN COLOUR background".
 
-    A pattern lies anywhere, and no caption says where: a mean of all the places is a grey, so what
-    learns by mean errors alone blurs it."""
+    A pattern lies anywhere and in any direction, and no caption says how: the mean of all its
+    places is a grey, so a network that learns by mean errors alone blurs it."""
 
     name = "shapes"
 

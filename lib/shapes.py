@@ -42,20 +42,22 @@ def pattern_cover(height, width, pattern, u):
     """Share of every pixel that the second tone of each of B backgrounds covers. -> (B, H, W, 1)
 
     pattern (B,): plain, striped, checked, dotted; it repeats after a quarter of the shorter side.
-    u (B, 3) in [0, 1): where it begins, x and y, and whether stripes stand or lie."""
+    u (B, 3) in [0, 1): its direction, and where along it and across it the pattern begins."""
     period = min(height, width) / 4
-    across = stripes_cover(width, period, u[:, 0])[:, None, :]
-    down = stripes_cover(height, period, u[:, 1])[:, :, None]
-    striped = np.where(u[:, 2, None, None] < 0.5, across, down)
-    checked = across + down - 2 * across * down  # one of the two, not both
-    dotted = across * down
+    angle = (2 * np.pi * u[:, 0])[:, None, None]
+    x = np.arange(width)[None, None, :] + 0.5
+    y = np.arange(height)[None, :, None] + 0.5
+    along = np.cos(angle) * x + np.sin(angle) * y + period * u[:, 1, None, None]
+    across = np.cos(angle) * y - np.sin(angle) * x + period * u[:, 2, None, None]
+    striped, other = stripes_cover(along, period), stripes_cover(across, period)
+    checked = striped + other - 2 * striped * other  # one of the two, not both
+    dotted = striped * other
     pattern = pattern[:, None, None]
     cover = np.select([pattern == 1, pattern == 2, pattern == 3], [striped, checked, dotted], 0)
     return cover.astype(np.float32)[..., None]
 
 
-def stripes_cover(length, period, phase):
-    """Share of every pixel of a line that stripes of half a period cover. phase (B,) -> (B, length)"""
-    edges = np.arange(length + 1)[None] + phase[:, None] * period
-    covered = edges // period * period / 2 + np.minimum(edges % period, period / 2)  # left of edges
-    return np.diff(covered, axis=1)
+def stripes_cover(x, period):
+    """Share of a pixel at x, in pixels, that stripes of half a period cover."""
+    distance = np.abs(x % period - period / 2) - period / 4  # to the edge; negative inside
+    return np.clip(0.5 - distance, 0, 1)
