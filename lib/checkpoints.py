@@ -36,7 +36,8 @@ def read_checkpoint(path, kinds, network, check=True):
 
 def settings_of(checkpoint):
     """A checkpoint's settings, read as attributes. An older version's size is one side."""
-    s = SimpleNamespace(**dict(downscale=1, pooled_dim=0, aspects=(), eta=0.0) | checkpoint["settings"])
+    older = dict(downscale=1, pooled_dim=0, aspects=(), eta=0.0)
+    s = SimpleNamespace(**older | checkpoint["settings"])
     if isinstance(s.size, int):
         s.size = (s.size, s.size)
     return s

@@ -220,7 +220,7 @@ def to_rank0(value):
 
 def shard_as(tensor, other):
     """This process's part of a full tensor that stands for `other`, if that is sharded."""
-    if not is_sharded(other) or is_sharded(tensor) or tensor.ndim == 0:
+    if not is_sharded(other):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
@@ -235,10 +235,5 @@ def fill(network, weights):
 
 
 def fill_optimizer(optimizer, saved):
-    """The same for an optimiser."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {
-        i: {k: shard_as(v, parameters[i]) for k, v in moments.items()}
-        for i, moments in saved["state"].items()
-    }
-    optimizer.load_state_dict(saved | dict(state=state))
+    """The same for an optimiser of a network that is not sharded."""
+    optimizer.load_state_dict(saved)

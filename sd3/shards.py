@@ -1,15 +1,13 @@
 """A folder of encoded shards as a data set: latents, and the text features of their captions."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data import SYNTHETIC_INDEX, Buckets, ImageSet, Text
-from lib.archive import MOST_BYTES
 from lib.errors import DataError
-from lib.files import sha256
+from lib.files import read_object, sha256
 from sd3.encoders import NEEDS
 
 SHARDS = "ladd-shards-1"
@@ -18,15 +16,7 @@ SHARDS = "ladd-shards-1"
 def shard_note(path):
     """What stands in the JSON file beside a shard; nothing, if the shard was not finished."""
     path = path.with_suffix(".json")
-    try:
-        if path.exists() and not path.is_file():
-            raise ValueError("not a file")
-        with open(path, "rb") as file:
-            return dict(json.loads(file.read(MOST_BYTES)))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError, OSError, RecursionError) as error:
-        raise DataError(f"{path} can't be read ({error}).") from None
+    return read_object(path) if path.exists() else {}
 
 
 def is_whole(note):

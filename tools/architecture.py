@@ -14,10 +14,9 @@ import torch
 from PIL import Image
 
 import ladd
-from discriminator import Discriminator
 from lib.diagram import BLUE, GREEN, GREY, RED, VIOLET, WHITE, YELLOW, Diagram
 from lib.errors import Parser, UsageError, exit_status
-from mmdit import MMDiT
+from tools.plan import inputs, meta_networks
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "architecture.png"
 
@@ -29,11 +28,8 @@ def shape_of(tensor):
 def read_code():
     """Follows a batch of nano through the code. -> {what: number, or words}"""
     s = ladd.parse(["--preset", "nano", "--device", "cpu"])[0]
-    with torch.device("meta"):  # tensors without data
-        student, teacher = MMDiT(**s.model()), MMDiT(**s.model()).requires_grad_(False)
-        heads = Discriminator(**s.head_sizes())
-        x0, t = torch.empty(s.batch, s.channels, *s.size), torch.empty(s.batch)
-        c, y = torch.empty(s.batch, s.text_length, s.text_dim), torch.empty(s.batch, s.text_dim)
+    student, teacher, heads, _ = meta_networks(s)
+    x0, t, c, y = inputs(s, s.batch, "meta")
     first, last = student.joint_blocks[0].x_block, student.joint_blocks[-1].context_block
     n = dict(x0=shape_of(x0), t=shape_of(t), c=shape_of(c), y=shape_of(y), depth=s.depth)
     n |= dict(taps=list(s.tapped), levels=len(s.levels), weight=s.distill_weight, qk_norm=s.qk_norm)

@@ -28,6 +28,14 @@ def meta_networks(s):
         return student, teacher, Discriminator(**s.head_sizes()), dtype
 
 
+def inputs(s, n, device):
+    """x (n, C, H, W), t (n,), context (n, M, D_c), pooled (n, D_p), all random."""
+    with torch.device(device):
+        x, t = torch.randn(n, s.channels, *s.sizes[0]), torch.rand(n)
+        context = torch.randn(n, s.text_length, s.text_dim)
+        return x, t, context, torch.randn(n, s.pooled_dim or s.text_dim)
+
+
 def meta_iteration(s, n, checkpointing):
     """One update of n images without data -> the most bytes kept for the backward, FLOPs of one
     forward, and of all. Up to 512 tokens (float32: 128) attention is counted as on a CPU."""
@@ -35,15 +43,13 @@ def meta_iteration(s, n, checkpointing):
     student, teacher, heads = networks
     student.checkpointing = teacher.checkpointing = checkpointing
 
-    def cast(_, inputs):  # as autocast does, which knows no meta device
-        return tree_map(lambda x: x.to(dtype) if torch.is_tensor(x) else x, inputs)
+    def cast(_, given):  # as autocast does, which knows no meta device
+        return tree_map(lambda x: x.to(dtype) if torch.is_tensor(x) else x, given)
 
     for network in networks:
         network.to(dtype).register_forward_pre_hook(cast)
-    with torch.device("meta"):
-        x0, t = torch.empty(n, s.channels, *s.sizes[0]), torch.empty(n)
-        y = torch.empty(n, s.pooled_dim or s.text_dim)
-        text = torch.empty(n, s.text_length, s.text_dim), y
+    x0, t, *text = inputs(s, n, "meta")
+    y = text[1]
     grid = tuple(side // s.patch for side in s.sizes[0])
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         ladd.student_predict(student, x0, text, t, x0)
@@ -66,8 +72,8 @@ def meta_iteration(s, n, checkpointing):
     most = max(sum((passes | by_d | reals).values()), sum((passes | by_g).values()))
     if checkpointing:  # the way back through the blocks holds one that it has computed again
         words = fake[0].new_empty(n, s.text_length, s.width)
-        inputs = words, fake[0].detach(), words[:, 0]
-        _, block = kept_by(networks, student.joint_blocks[0], *inputs)
+        given = words, fake[0].detach(), words[:, 0]
+        _, block = kept_by(networks, student.joint_blocks[0], *given)
         most = max(most, sum(passes.values()) + sum(block.values()))
     return most, forward.get_total_flops(), flops.get_total_flops()
 
