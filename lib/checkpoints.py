@@ -11,6 +11,7 @@ import torch
 
 from lib.errors import CheckpointError, UsageError, reason
 from lib.files import read
+from lib.settings import differences
 
 
 def read_checkpoint(path, kinds, network, check=True):
@@ -76,7 +77,5 @@ def check_settings(s, config):
 
 def same_network(flag, file, given, wanted):
     """Raises UsageError if the network of a file is not the one that is wanted: its arguments."""
-    names = [name for name in wanted if given.get(name) != wanted[name]]
-    if names:
-        different = ", ".join(f"{name} {given.get(name)} → {wanted[name]}" for name in names)
+    if different := differences(given, wanted, wanted):
         raise UsageError(f"{flag} {file}: another network than the settings' ({different}).")

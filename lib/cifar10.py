@@ -25,21 +25,25 @@ CLASSES = [
 ]  # fmt: skip
 
 
+NAMES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+NEEDED = {  # by the pickle of an array, from old and new NumPy
+    "numpy.core.multiarray._reconstruct": np._core.multiarray._reconstruct,
+    "numpy._core.multiarray._reconstruct": np._core.multiarray._reconstruct,
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+    "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes in old protocols
+}
+
+
 class ArrayUnpickler(pickle._Unpickler):
     """Reads pickles of plain containers and NumPy arrays, and nothing else.
 
     Made from pickle's reader in Python: the one in C reserves what a damaged file asks for."""
 
-    ALLOWED = frozenset({("multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")})
-
     def find_class(self, module, name):
-        if (module.rpartition(".")[2], name) in self.ALLOWED and module.startswith("numpy"):
-            if name == "_reconstruct":
-                return np._core.multiarray._reconstruct
-            return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in old protocols
-            return lambda text, encoding: text.encode("latin1")
-        raise pickle.UnpicklingError(f"a pickle that asks for {module}.{name}")
+        if f"{module}.{name}" not in NEEDED:
+            raise pickle.UnpicklingError(f"a pickle that asks for {module}.{name}")
+        return NEEDED[f"{module}.{name}"]
 
 
 def download(url, path, size):
@@ -47,10 +51,8 @@ def download(url, path, size):
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0
-    if have >= size:
-        have = 0
-    headers = {"Range": f"bytes={have}-"} if have else {}
-    request = urllib.request.Request(url, headers=headers)
+    have = have if have < size else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=30) as answer:
         if answer.status != 206:  # the server starts from the beginning
             have = 0
@@ -67,11 +69,9 @@ def download(url, path, size):
 
 def cifar_batches(data_dir):
     """The six batch files of CIFAR-10, {name: bytes}, from the archive, a folder or the network."""
-    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
     folder, archive = data_dir / "cifar-10-batches-py", data_dir / "cifar-10-python.tar.gz"
     if folder.is_dir() and not archive.exists():
-        return {name: (folder / name).read_bytes() for name in names}
-    way_out = "Delete it to fetch it again."
+        return {name: (folder / name).read_bytes() for name in NAMES}
     fetched = not archive.exists()
     if fetched:
         download(URL, archive, SIZE)
@@ -79,14 +79,14 @@ def cifar_batches(data_dir):
     if found != SHA256:
         if fetched:
             archive.unlink()
-            way_out = "It was deleted: try again."
+        way_out = "It was deleted: try again." if fetched else "Delete it to fetch it again."
         raise DataError(
             f"{archive}: not the official CIFAR-10 archive (SHA-256 {found[:16]}…, expected "
             f"{SHA256[:16]}…). {way_out}"
         )
     batches = {}
     with tarfile.open(archive) as tar:
-        for name in names:
+        for name in NAMES:
             member = tar.getmember(f"cifar-10-batches-py/{name}")
             if not member.isreg() or member.size > MOST_BYTES:
                 raise DataError(f"{archive}: {name} is a link, a device, or too large.")

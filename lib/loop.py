@@ -94,9 +94,6 @@ class Loop:
                 self.step += 1
                 self.bar.update()
 
-    def seconds(self):
-        return self.earlier + time.perf_counter() - self.start
-
     def due(self, every):
         """Whether something done every so many updates, and at the end, is due after this one."""
         return (self.step + 1) % every == 0 or self.step + 1 == self.total
@@ -216,6 +213,7 @@ class Loop:
     def save(self, wait=False):
         self.run.log.sync()
         self.saved = time.perf_counter()
-        facts = dict(stage=self.stage, step=self.step + 1, seconds=self.seconds())
+        seconds = self.earlier + self.saved - self.start
+        facts = dict(stage=self.stage, step=self.step + 1, seconds=seconds)
         facts |= dict(skipped=self.skipped, in_a_row=self.in_a_row)
         self.saver.save(self.step + 1, self.networks, self.optimizers, facts, wait)

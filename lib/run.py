@@ -20,7 +20,7 @@ from lib.log import Log
 from lib.loop import Loop
 from lib.machine import arithmetic, autocast, deterministic, device_of, facts
 from lib.parallel import barrier, fill, rank, shard, stop_processes, to_rank0, world
-from lib.settings import bound, locked, open_folder
+from lib.settings import bound, differences, locked, open_folder
 from lib.states import forget_states, forget_unfinished
 from lib.streams import key_of
 
@@ -110,10 +110,8 @@ class Run:
         if rank() > 0:
             return
         theirs, mine = read_object(source / "config.json"), bound(self.settings)
-        differ = [name for name in depends if name in mine and mine[name] != theirs.get(name)]
-        if differ:
-            told = ", ".join(f"{name} {theirs.get(name)} → {mine[name]}" for name in differ)
-            raise UsageError(f"--from {source}: made with other settings ({told}).")
+        if different := differences(theirs, mine, [name for name in depends if name in mine]):
+            raise UsageError(f"--from {source}: made with other settings ({different}).")
         for pattern in files:
             for file in source.glob(pattern):
                 link(file, self.out / file.relative_to(source))

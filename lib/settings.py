@@ -165,6 +165,12 @@ def bound(settings):
     return json.loads(json.dumps(values))
 
 
+def differences(theirs, mine, names):
+    """Where two dicts differ, as text; empty if they are the same."""
+    names = [name for name in names if theirs.get(name) != mine.get(name)]
+    return ", ".join(f"{name} {theirs.get(name)} → {mine.get(name)}" for name in names)
+
+
 def command_of(settings, base, words, without=("seed",)):
     """The words of a command line, then the flags by which `settings` differ from `base`."""
     for field in dataclasses.fields(settings):
@@ -215,9 +221,7 @@ def open_folder(out, mine, defaults):
     path = out / "config.json"
     if path.exists():
         theirs = defaults | read_object(path)
-        names = [k for k in {**theirs, **mine} if theirs.get(k) != mine.get(k)]
-        if names:
-            different = ", ".join(f"{k} {theirs.get(k)} → {mine.get(k)}" for k in names)
+        if different := differences(theirs, mine, theirs | mine):
             raise UsageError(
                 f"{out} was made with other settings ({different}). "
                 f"Choose another folder with --out, or give the same settings to go on."

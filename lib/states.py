@@ -141,7 +141,7 @@ class Saver:
         # On a CPU a copy to write from would cost as much as the writing.
         self.beside_training = divided and device.type == "cuda"
         self.group = None
-        self.pending = None  # what `finish` takes, of a save beside the training
+        self.pending = None  # of a save that was begun: folder, facts, what ends the writing
 
     def save(self, step, networks, optimizers, facts, wait):
         """facts: a dict of plain values for `newest_state`.
@@ -161,18 +161,16 @@ class Saver:
             writing = dcp.async_save(tensors, checkpoint_id=folder, process_group=self.group)
             self.pending = folder, facts, writing.result
         else:
-            self.finish(folder, facts, lambda: dcp.save(tensors, checkpoint_id=folder))
+            self.pending = folder, facts, lambda: dcp.save(tensors, checkpoint_id=folder)
+            self.complete()
 
     def complete(self):
-        """Ends a save that was begun beside the training."""
-        if self.pending is not None:
-            pending, self.pending = self.pending, None
-            self.finish(*pending)
-
-    def finish(self, folder, facts, write):
-        """Calls `write`, after which all files are there; then the state counts."""
+        """Ends a save that was begun: once all of its files are there, the state counts."""
+        if self.pending is None:
+            return
         from torch.distributed.checkpoint.api import CheckpointException
 
+        (folder, facts, write), self.pending = self.pending, None
         try:
             write()
         except CheckpointException as error:

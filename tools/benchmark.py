@@ -26,6 +26,7 @@ import data
 import ladd
 import sample
 from discriminator import Discriminator
+from lib.cifar10 import NAMES
 from lib.errors import Parser
 from lib.files import write_text
 from lib.machine import arithmetic, autocast, device_of, facts, keep_memory
@@ -199,7 +200,7 @@ def noise_as_cifar10(folder):
     """Random files of CIFAR-10's size and format."""
     random, batches = np.random.default_rng(0), folder / "cifar-10-batches-py"
     batches.mkdir()
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+    for name in NAMES:
         pixels = random.integers(0, 256, (10_000, 3072), np.uint8)
         labels = random.integers(0, 10, 10_000).tolist()
         (batches / name).write_bytes(pickle.dumps({b"data": pixels, b"labels": labels}))
@@ -337,10 +338,8 @@ def main(argv=None):
         print(lines[-1], flush=True)
     where = facts()
     dirty = " with uncommitted changes" if where["dirty"] else ""
-    told = (
-        f"\n`python -m tools.benchmark --rounds {args.rounds}`, commit {where['commit']}{dirty}, "
-    )
-    told += f"torch {where['torch']}, {where['gpu'] or where['processor']}, "
+    told = f"\n`python -m tools.benchmark --rounds {args.rounds}`, commit {where['commit']}{dirty}"
+    told += f", torch {where['torch']}, {where['gpu'] or where['processor']}, "
     told += f"{where['threads']} threads."
     print(told)
     if args.write:
