@@ -111,28 +111,17 @@ def read_cifar10(data_dir, height, width):
     parts = []
     for name, content in batches.items():
         try:
-            images, classes = read_batch(content)
+            batch = ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+            images = batch[b"data"].astype(np.uint8, casting="no").reshape(-1, 3, 32, 32)
+            classes = np.fromiter(batch[b"labels"], np.int64)
+            if len(classes) != len(images) or not set(classes) <= set(range(10)):
+                raise ValueError("labels and images don't match")
         except Exception as error:  # a damaged pickle raises nearly anything
             raise DataError(f"{data_dir}: {name} is not a batch of CIFAR-10 ({error}).") from None
-        parts.append((resize(images, height, width), classes))
+        if (height, width) != (32, 32):
+            pictures = map(Image.fromarray, images.transpose(0, 2, 3, 1))
+            images = np.stack([fit(picture, height, width) for picture in pictures])
+        parts.append((torch.from_numpy(images), torch.from_numpy(classes)))
     *train, test = parts
     train = tuple(torch.cat(column) for column in zip(*train, strict=True))
     return train, test, *class_attributes(CLASSES)
-
-
-def read_batch(content):
-    """The bytes of a batch file -> images (n, 3, 32, 32) uint8, classes (n,) int64"""
-    batch = ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
-    pixels = batch[b"data"].astype(np.uint8, casting="no").reshape(-1, 3, 32, 32)
-    classes = np.fromiter(batch[b"labels"], np.int64)
-    if len(classes) != len(pixels) or not set(classes) <= set(range(10)):
-        raise ValueError("labels and images don't match")
-    return torch.from_numpy(pixels), torch.from_numpy(classes)
-
-
-def resize(images, height, width):
-    """(n, 3, H, W) uint8 -> the same cropped at the centre and resized."""
-    if images.shape[2:] == (height, width):
-        return images
-    pictures = [Image.fromarray(x) for x in images.permute(0, 2, 3, 1).numpy()]
-    return torch.from_numpy(np.stack([fit(picture, height, width) for picture in pictures]))

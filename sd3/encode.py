@@ -77,8 +77,8 @@ def encode(encoders, args, sizes):
         captions = [caption for _, caption in rows]
         if bucket != (0, 0):
             caption_of = dict(rows)
-            names, pixels = decode_all(files, list(caption_of), [bucket], bad, made_of["samples"])
-            captions = [caption_of[name] for name in names]
+            pixels = decode_all(files, list(caption_of), [bucket], bad, made_of["samples"])
+            captions = [caption_of[name] for name in pixels]
         tensors = features_of(encoders, captions, pixels) if captions else {}
         content = save(tensors)
         with replacing(path) as file:
@@ -90,13 +90,13 @@ def encode(encoders, args, sizes):
 
 
 def features_of(encoders, captions, pixels):
-    """The bf16 tensors of a shard: context, pooled, and of pixels [(3, H, W) uint8] latents."""
+    """The bf16 tensors of a shard: context, pooled, and latents of {name: (3, H, W) uint8}."""
     distinct = list(dict.fromkeys(captions))
     context, pooled = encoders.text(distinct)
     rows = [distinct.index(caption) for caption in captions]
     tensors = dict(context=context[rows], pooled=pooled[rows])
     if pixels is not None:
-        tensors["latents"] = encoders.encode(torch.from_numpy(np.stack(pixels)))
+        tensors["latents"] = encoders.encode(torch.from_numpy(np.stack(list(pixels.values()))))
     for name, x in tensors.items():
         if not x.isfinite().all():
             raise DataError(f"{encoders.folder}: its {name} of {captions[0]!r} … are not finite.")

@@ -196,16 +196,6 @@ def memory(s):
     return peak_bytes(work) / plan(s)["ways"][False]["total"]
 
 
-def noise_as_cifar10(folder):
-    """Random files of CIFAR-10's size and format."""
-    random, batches = np.random.default_rng(0), folder / "cifar-10-batches-py"
-    batches.mkdir()
-    for name in NAMES:
-        pixels = random.integers(0, 256, (10_000, 3072), np.uint8)
-        labels = random.integers(0, 10, 10_000).tolist()
-        (batches / name).write_bytes(pickle.dumps({b"data": pixels, b"labels": labels}))
-
-
 def reading(folder, n):
     """Seconds that a batch of 64 takes, per data set; what must be files is made in `folder`."""
     sizes = [(16, 16)]
@@ -215,7 +205,12 @@ def reading(folder, n):
         path = folder / "images" / shapes.captions[row].split()[3] / f"{i}.png"
         path.parent.mkdir(exist_ok=True, parents=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    noise_as_cifar10(folder)
+    random, batches = np.random.default_rng(0), folder / "cifar-10-batches-py"
+    batches.mkdir()
+    for name in NAMES:  # noise in files of CIFAR-10's size and format
+        pixels = random.integers(0, 256, (10_000, 3072), np.uint8)
+        labels = random.integers(0, 10, 10_000).tolist()
+        (batches / name).write_bytes(pickle.dumps({b"data": pixels, b"labels": labels}))
     sets = {"shapes": shapes, "a folder of images": data.load(str(folder / "images"), sizes)}
     sets["CIFAR-10"] = data.load("cifar10", sizes, data_dir=folder)
     index = itertools.count()
