@@ -103,9 +103,7 @@ class Loop:
         self.saver.complete()
         forget_states(self.run.out, self.stage)
 
-    # ----------------------------------------------------------------------------------------
-    # Logging
-    # ----------------------------------------------------------------------------------------
+    # logging
 
     def add(self, **values):
         """Notes numbers of this update, or of a part of its batch."""
@@ -192,9 +190,7 @@ class Loop:
                 f"{rate}."
             )
 
-    # ----------------------------------------------------------------------------------------
-    # States
-    # ----------------------------------------------------------------------------------------
+    # states
 
     def checkpoint(self):
         """At a log line: saves a state every so many updates or minutes, and when the run is asked

@@ -50,13 +50,9 @@ def processes(device, program):
         torch.cuda.set_device(device)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # without it, old addresses
     store = dist.PrefixStore(f"attempt {attempt}", next(dist.rendezvous("env://"))[0])
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=store,
-        rank=rank(),
-        world_size=world(),
-        timeout=datetime.timedelta(minutes=10),
-    )
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    options = dict(rank=rank(), world_size=world(), timeout=datetime.timedelta(minutes=10))
+    dist.init_process_group(backend, store=store, **options)
     try:
         yield
         stop_processes()

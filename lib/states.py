@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from lib.errors import CheckpointError, RunError, reason
 from lib.files import read, save, sha256
-from lib.parallel import barrier, gather, highest, my_share, rank
+from lib.parallel import barrier, gather, my_share, rank
 
 KEPT = 2  # states of a stage
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs none
@@ -56,15 +56,14 @@ def newest_state(out, stage):
 def check_files(folder, files):
     """Raises CheckpointError in all processes where one finds a damaged file of a state.
     files: {name: SHA-256}, of which each process reads its share."""
-    bad = 0
-    names = sorted(files)
-    for i in my_share(range(len(names))):
-        path = folder / names[i]
-        if not path.is_file() or sha256(path) != files[names[i]]:
-            bad = i + 1
-    if bad := highest(bad):
-        path = folder / names[bad - 1]
-        raise CheckpointError(f"{path}: missing or damaged, its checksum differs.")
+    bad = []
+    for name in my_share(sorted(files)):
+        path = folder / name
+        if not path.is_file() or sha256(path) != files[name]:
+            bad.append(path)
+    bad = [path for found in gather(bad) for path in found]
+    if bad:
+        raise CheckpointError(f"{bad[0]}: missing or damaged, its checksum differs.")
 
 
 class TensorList(pickle.Unpickler):
