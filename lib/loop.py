@@ -166,12 +166,8 @@ class Loop:
         """After the first updates: on a CPU a preset made for a GPU takes days."""
         left = (self.total - self.step - 1) * (time.perf_counter() - self.warm) / 10
         if self.run.device.type == "cpu" and left > 3600:
-            print(
-                f"The {self.stage} alone needs about {left / 3600:.0f} hours on this CPU. "
-                "`--preset nano` is made for a CPU: minutes in all.",
-                file=sys.stderr,
-                flush=True,
-            )
+            needs = f"The {self.stage} alone needs about {left / 3600:.0f} hours on this CPU."
+            print(f"{needs} `--preset nano` is made for a CPU: minutes in all.", file=sys.stderr)
 
     def skip(self, found):
         """Tells of an update that was not applied; five in a row end the run."""

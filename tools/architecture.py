@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 import ladd
 from lib.errors import Parser, UsageError, exit_status
 from lib.files import replacing
-from tools.plan import inputs, meta_networks
+from tools.plan import meta_networks, random_batch
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "architecture.png"
 # Fill and edge of a box; arrows have the colour of the edge.
@@ -35,9 +35,10 @@ def read_code():
     """Follows a batch of nano through the code. -> {what: number, or words}"""
     s = ladd.parse(["--preset", "nano", "--device", "cpu"])[0]
     student, teacher, heads, _ = meta_networks(s)
-    x0, t, c, y = inputs(s, s.batch, "meta")
+    b = random_batch(s, s.batch, "meta")
     first, last = student.joint_blocks[0].x_block, student.joint_blocks[-1].context_block
-    n = dict(x0=shape_of(x0), t=shape_of(t), c=shape_of(c), y=shape_of(y), depth=s.depth)
+    n = dict(x0=shape_of(b.x0), t=shape_of(b.t), c=shape_of(b.text.context))
+    n |= dict(y=shape_of(b.text.pooled), depth=s.depth)
     n |= dict(taps=list(s.tapped), levels=len(s.levels), weight=s.distill_weight, qk_norm=s.qk_norm)
     n |= dict(vectors=first.chunks, last_vectors=last.chunks, attention_heads=first.attn.heads)
     n["kernel"] = "×".join(map(str, heads.heads[0].conv.kernel_size))
@@ -49,10 +50,9 @@ def read_code():
 
     for module in names:
         module.register_forward_hook(note)
-    batch = ladd.Batch(x0, ladd.Text(c, y), t, x0, t, t, x0, x0)
-    x0_hat, fake = ladd.make_fakes(student, teacher, batch, s)
-    loss_d, *_ = ladd.heads_loss(teacher, heads, fake, batch, s)
-    loss_g, _ = ladd.student_losses(heads, x0_hat, fake, batch, s)
+    x0_hat, fake = ladd.make_fakes(student, teacher, b, s)
+    loss_d, *_ = ladd.heads_loss(teacher, heads, fake, b, s)
+    loss_g, _ = ladd.student_losses(heads, x0_hat, fake, b, s)
     networks = dict(student=student, teacher=teacher, heads=heads)
     n |= {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     for loss, value in (("L_D", loss_d), ("L_G", loss_g)):

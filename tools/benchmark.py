@@ -34,7 +34,7 @@ from lib.memory import peak_bytes
 from lib.optim import make_optimizers, step_all, update_ema
 from lib.states import Saver
 from mmdit import MMDiT
-from tools.plan import inputs, plan
+from tools.plan import plan, random_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,9 +101,7 @@ class Distillation:
         self.networks = dict(student=student, ema=ema, heads=heads)
         self.optimizers = make_optimizers(student, 1e-4, 0.0, s.beta1)
         self.heads_optimizers = make_optimizers(heads, 1e-4, 0.0, s.beta1)
-        x0, t, *text = inputs(s, s.batch, device)
-        noise = torch.randn(3, *x0.shape, device=device)
-        self.batch = ladd.Batch(x0, data.Text(*text), t, noise[0], t < 1, t, *noise[1:])
+        self.batch = random_batch(s, s.batch, device)
 
     @torch.no_grad()
     def forward(self):
@@ -138,14 +136,14 @@ class Distillation:
 def training_step(preset, precision, device, n):
     """A teacher's step: seconds of diffusers' network, and of ours."""
     s = settings(preset)
-    batch = inputs(s, 32, device)
+    b = random_batch(s, 32, device)
 
     def step(model, forward):
         optimizer = torch.optim.AdamW(awake(model).to(device).parameters(), 1e-4, fused=True)
 
         def call():
             with autocast(device, precision):
-                v = forward(model, *batch)[0]
+                v = forward(model, b.x0, b.t, *b.text)[0]
             v.float().square().mean().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -153,7 +151,7 @@ def training_step(preset, precision, device, n):
 
         return call
 
-    ours = step(MMDiT(**s.model()), lambda model, *batch: model(*batch))
+    ours = step(MMDiT(**s.model()), MMDiT.__call__)
     return rounds(dict(theirs=step(theirs(s), call_theirs), ours=ours), n).values()
 
 
@@ -300,13 +298,13 @@ def measure_sample(preset):
     device, s = torch.device("cuda"), settings(preset)
     with device:
         model = awake(MMDiT(**s.model()).bfloat16()).eval()
-    x, _, *text = inputs(s, 1, device)
+    b = random_batch(s, 1, device)
     torch.cuda.reset_peak_memory_stats()
 
     @torch.no_grad()
     def draw():
         with autocast(device, "bf16"):
-            list(sample.renoise(model, x, s.levels, text, lambda step: torch.randn_like(x)))
+            list(sample.renoise(model, b.x0, s.levels, b.text, lambda step: b.noise))
 
     seconds = rounds(dict(draw=draw), 3)["draw"]
     used = torch.cuda.max_memory_allocated() / 1e9
