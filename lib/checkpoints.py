@@ -57,12 +57,8 @@ def check_weights(weights, model, size):
 def check_settings(s, config):
     """Raises where a network of this config can't be sampled with the settings."""
     side = config["patch"] * config["pos_size"] * s.downscale
-    limits = [
-        (s.size[0], side),
-        (s.size[1], side),
-        (s.text_length, 4096),
-        (s.teacher_steps, 10_000),
-    ]
+    limits = [(s.size[0], side), (s.size[1], side)]
+    limits += [(s.text_length, 4096), (s.teacher_steps, 10_000)]
     for value, most in limits:
         if type(value) is not int or not 1 <= value <= most:
             raise ValueError(f"size, text_length or teacher_steps {value}")

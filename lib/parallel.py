@@ -124,14 +124,6 @@ def barrier():
         dist.barrier()
 
 
-def broadcast(value):
-    """Rank 0's value, in all processes."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
 def gather(value):
     """Every process's value, in all of them. -> a list"""
     values = [value] * world()
@@ -140,12 +132,14 @@ def gather(value):
     return values
 
 
+def broadcast(value):
+    """Rank 0's value, in all processes."""
+    return gather(value)[0]
+
+
 def highest(value):
     """The highest of all processes' numbers."""
-    value = torch.tensor(float(value))
-    if dist.is_initialized():
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-    return int(value)
+    return int(max(gather(value)))
 
 
 def average(tensors):
