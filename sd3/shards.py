@@ -167,10 +167,8 @@ class Shards(Buckets):
 
     def read(self, name, samples):
         """One tensor of samples (B,) -> (B, …) float32 on the device."""
-        rows = [
-            self.open(i).get_slice(name)[k]
-            for i, k in (self.place[sample] for sample in samples.tolist())
-        ]
+        places = [self.place[sample] for sample in samples.tolist()]
+        rows = [self.open(i).get_slice(name)[k] for i, k in places]
         return torch.stack(rows).to(self.device).float()
 
     def ids(self, captions):
