@@ -43,10 +43,6 @@ def check_members(path, members):
             raise DataError(f"{path}: {member.filename} {wrong}. Make the zip anew without it.")
 
 
-def is_hidden(name):
-    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
-
-
 class Files:
     """The files of a folder or of a zip by their relative names; nothing is ever extracted.
 
@@ -68,7 +64,8 @@ class Files:
                 ) from None
             check_members(path, self.zip.infolist())
             self.names = sorted(i.filename for i in self.zip.infolist() if not i.is_dir())
-        self.names = [name for name in self.names if not is_hidden(name)]
+        hidden = re.compile(r"(^|/)(\.|__MACOSX)")
+        self.names = [name for name in self.names if not hidden.search(name)]
 
     def open(self, name):
         """A file to read from, in binary."""

@@ -11,6 +11,7 @@ import torch
 
 from lib.errors import CheckpointError, UsageError, reason
 from lib.files import read
+from lib.settings import differences
 
 
 def read_checkpoint(path, kinds, network, check=True):
@@ -36,7 +37,8 @@ def read_checkpoint(path, kinds, network, check=True):
 
 def settings_of(checkpoint):
     """A checkpoint's settings, read as attributes. An older version's size is one side."""
-    s = SimpleNamespace(**dict(downscale=1, pooled_dim=0, aspects=(), eta=0.0) | checkpoint["settings"])
+    older = dict(downscale=1, pooled_dim=0, aspects=(), eta=0.0)
+    s = SimpleNamespace(**older | checkpoint["settings"])
     if isinstance(s.size, int):
         s.size = (s.size, s.size)
     return s
@@ -55,12 +57,8 @@ def check_weights(weights, model, size):
 def check_settings(s, config):
     """Raises where a network of this config can't be sampled with the settings."""
     side = config["patch"] * config["pos_size"] * s.downscale
-    limits = [
-        (s.size[0], side),
-        (s.size[1], side),
-        (s.text_length, 4096),
-        (s.teacher_steps, 10_000),
-    ]
+    limits = [(s.size[0], side), (s.size[1], side)]
+    limits += [(s.text_length, 4096), (s.teacher_steps, 10_000)]
     for value, most in limits:
         if type(value) is not int or not 1 <= value <= most:
             raise ValueError(f"size, text_length or teacher_steps {value}")
@@ -75,7 +73,5 @@ def check_settings(s, config):
 
 def same_network(flag, file, given, wanted):
     """Raises UsageError if the network of a file is not the one that is wanted: its arguments."""
-    names = [name for name in wanted if given.get(name) != wanted[name]]
-    if names:
-        different = ", ".join(f"{name} {given.get(name)} → {wanted[name]}" for name in names)
+    if different := differences(given, wanted, wanted):
         raise UsageError(f"{flag} {file}: another network than the settings' ({different}).")

@@ -12,55 +12,56 @@ from lib.settings import refuse
 
 def check_together(s):
     """Raises the UsageError of the first that does not fit."""
-    check_sizes(s)
-    check_levels(s)
-    check_heads(s)
-    check_processes(s, "batch", *([] if s.teacher else ["teacher_batch"]))
+    for name, why in faults(s):
+        refuse(s, name, why)
 
 
-def check_sizes(s):
-    """Refuses sizes that don't fit together."""
+def faults(s):
+    """Yields the name of a field that does not fit the others, and why."""
     patch = s.patch * s.downscale
     if any(side < 1 or side % patch for side in s.size):
-        refuse(s, "size", f"patches of {patch} pixels don't divide it")
+        yield "size", f"patches of {patch} pixels don't divide it"
     if max(s.size) > patch * s.pos_size:
-        refuse(s, "size", f"more than {s.pos_size} patches a side")
+        yield "size", f"more than {s.pos_size} patches a side"
     if not all(re.fullmatch("[1-9][0-9]*:[1-9][0-9]*", aspect) for aspect in s.aspects):
-        refuse(s, "aspects", "must be WIDTH:HEIGHT,… such as 1:1,3:2,2:3")
+        yield "aspects", "must be WIDTH:HEIGHT,… such as 1:1,3:2,2:3"
     for height, width in s.sizes:
         if max(height, width) > s.patch * s.pos_size:
-            why = f"{height}×{width} has more than {s.pos_size} patches a side"
-            refuse(s, "aspects", why)
+            yield "aspects", f"{height}×{width} has more than {s.pos_size} patches a side"
     if s.width % s.heads or s.width % 4:
-        refuse(s, "width", f"not a multiple of 4 and of --heads {s.heads}")
+        yield "width", f"not a multiple of 4 and of --heads {s.heads}"
     if s.text_dim % 2:
-        refuse(s, "text_dim", "must be even")
+        yield "text_dim", "must be even"
     if s.head_width % max(1, s.head_width // 16):
-        refuse(s, "head_width", "must be a multiple of 16, or less than 32")
-
-
-def check_levels(s):
-    """Refuses noise levels and probabilities that can't be."""
+        yield "head_width", "must be a multiple of 16, or less than 32"
+    # noise levels
     levels = s.levels or s.default_levels()
     p, warmup_p = s.level_p or levels, s.warmup_p if s.warmup_iterations else levels
     if not len(levels) == len(p) == len(warmup_p):
-        why = "--levels, --level-p and --warmup-p need the same number of values"
-        refuse(s, "level_p", why)
+        yield "level_p", "--levels, --level-p and --warmup-p need the same number of values"
     if not all(a > b for a, b in pairwise((*levels, 0))) or not 0.99 <= levels[0] <= 1:
-        why = "must fall, from 1 (or .99: samples start from noise) to above 0"
-        refuse(s, "levels", why)
+        yield "levels", "must fall, from 1 (or .99: samples start from noise) to above 0"
     for name, values in (("level_p", p), ("warmup_p", warmup_p)):
         if sum(values) <= 0:
-            refuse(s, name, "must be probabilities")
-
-
-def check_heads(s):
-    """Refuses a discriminator that can't be."""
-    taps = s.taps
-    if list(taps) != sorted(set(taps)) or not all(0 <= i < s.depth for i in taps):
-        refuse(s, "taps", f"must be ascending block numbers from 0 to {s.depth - 1}")
+            yield name, "must be probabilities"
+    # the discriminator
+    if list(s.taps) != sorted(set(s.taps)) or not all(0 <= i < s.depth for i in s.taps):
+        yield "taps", f"must be ascending block numbers from 0 to {s.depth - 1}"
     if s.compile and s.r1:
-        refuse(s, "compile", "not with --r1, a gradient of a gradient")
+        yield "compile", "not with --r1, a gradient of a gradient"
+    # many processes
+    parts = f" in {s.accumulate} parts" if s.accumulate > 1 else ""
+    for name in ("batch",) if s.teacher else ("batch", "teacher_batch"):
+        if getattr(s, name) % (world() * s.accumulate):
+            yield name, f"its images can't be divided equally among {world()} processes{parts}"
+    if world() > 1 and world() % s.replicas:
+        yield "replicas", f"must divide the {world()} processes"
+    if s.offload and not s.shard:
+        yield "offload", "is a part of --shard"
+    if s.synthetic < world():
+        yield "synthetic", f"fewer than the {world()} processes"
+    if s.shard and world() > 1 and s.muon_lr and not s.teacher:
+        yield "muon_lr", "Muon needs whole matrices: --shard takes --muon-lr 0"
 
 
 def check_for_method(s, method):
@@ -71,21 +72,3 @@ def check_for_method(s, method):
         refuse(s, "targets", "real images have no noise that they were made of")
     if method == "add" and s.is_latent:
         refuse(s, "data", "the judge of methods/add.py reads pixels, not latents")
-
-
-def check_processes(s, *batches):
-    """Refuses batches, named by their fields, that can't be divided among the processes, and
-    flags of many processes that don't go together."""
-    parts = f" in {s.accumulate} parts" if s.accumulate > 1 else ""
-    for name in batches:
-        if getattr(s, name) % (world() * s.accumulate):
-            why = f"its images can't be divided equally among {world()} processes{parts}"
-            refuse(s, name, why)
-    if world() > 1 and world() % s.replicas:
-        refuse(s, "replicas", f"must divide the {world()} processes")
-    if s.offload and not s.shard:
-        refuse(s, "offload", "is a part of --shard")
-    if s.synthetic < world():
-        refuse(s, "synthetic", f"fewer than the {world()} processes")
-    if s.shard and world() > 1 and s.muon_lr and not s.teacher:
-        refuse(s, "muon_lr", "Muon needs whole matrices: --shard takes --muon-lr 0")

@@ -25,21 +25,25 @@ CLASSES = [
 ]  # fmt: skip
 
 
+NAMES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+NEEDED = {  # by the pickle of an array, from old and new NumPy
+    "numpy.core.multiarray._reconstruct": np._core.multiarray._reconstruct,
+    "numpy._core.multiarray._reconstruct": np._core.multiarray._reconstruct,
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+    "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes in old protocols
+}
+
+
 class ArrayUnpickler(pickle._Unpickler):
     """Reads pickles of plain containers and NumPy arrays, and nothing else.
 
     Made from pickle's reader in Python: the one in C reserves what a damaged file asks for."""
 
-    ALLOWED = frozenset({("multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")})
-
     def find_class(self, module, name):
-        if (module.rpartition(".")[2], name) in self.ALLOWED and module.startswith("numpy"):
-            if name == "_reconstruct":
-                return np._core.multiarray._reconstruct
-            return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in old protocols
-            return lambda text, encoding: text.encode("latin1")
-        raise pickle.UnpicklingError(f"a pickle that asks for {module}.{name}")
+        if f"{module}.{name}" not in NEEDED:
+            raise pickle.UnpicklingError(f"a pickle that asks for {module}.{name}")
+        return NEEDED[f"{module}.{name}"]
 
 
 def download(url, path, size):
@@ -47,10 +51,8 @@ def download(url, path, size):
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0
-    if have >= size:
-        have = 0
-    headers = {"Range": f"bytes={have}-"} if have else {}
-    request = urllib.request.Request(url, headers=headers)
+    have = have if have < size else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=30) as answer:
         if answer.status != 206:  # the server starts from the beginning
             have = 0
@@ -67,11 +69,9 @@ def download(url, path, size):
 
 def cifar_batches(data_dir):
     """The six batch files of CIFAR-10, {name: bytes}, from the archive, a folder or the network."""
-    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
     folder, archive = data_dir / "cifar-10-batches-py", data_dir / "cifar-10-python.tar.gz"
     if folder.is_dir() and not archive.exists():
-        return {name: (folder / name).read_bytes() for name in names}
-    way_out = "Delete it to fetch it again."
+        return {name: (folder / name).read_bytes() for name in NAMES}
     fetched = not archive.exists()
     if fetched:
         download(URL, archive, SIZE)
@@ -79,14 +79,14 @@ def cifar_batches(data_dir):
     if found != SHA256:
         if fetched:
             archive.unlink()
-            way_out = "It was deleted: try again."
+        way_out = "It was deleted: try again." if fetched else "Delete it to fetch it again."
         raise DataError(
             f"{archive}: not the official CIFAR-10 archive (SHA-256 {found[:16]}…, expected "
             f"{SHA256[:16]}…). {way_out}"
         )
     batches = {}
     with tarfile.open(archive) as tar:
-        for name in names:
+        for name in NAMES:
             member = tar.getmember(f"cifar-10-batches-py/{name}")
             if not member.isreg() or member.size > MOST_BYTES:
                 raise DataError(f"{archive}: {name} is a link, a device, or too large.")
@@ -111,28 +111,17 @@ def read_cifar10(data_dir, height, width):
     parts = []
     for name, content in batches.items():
         try:
-            images, classes = read_batch(content)
+            batch = ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+            images = batch[b"data"].astype(np.uint8, casting="no").reshape(-1, 3, 32, 32)
+            classes = np.fromiter(batch[b"labels"], np.int64)
+            if len(classes) != len(images) or not set(classes) <= set(range(10)):
+                raise ValueError("labels and images don't match")
         except Exception as error:  # a damaged pickle raises nearly anything
             raise DataError(f"{data_dir}: {name} is not a batch of CIFAR-10 ({error}).") from None
-        parts.append((resize(images, height, width), classes))
+        if (height, width) != (32, 32):
+            pictures = map(Image.fromarray, images.transpose(0, 2, 3, 1))
+            images = np.stack([fit(picture, height, width) for picture in pictures])
+        parts.append((torch.from_numpy(images), torch.from_numpy(classes)))
     *train, test = parts
     train = tuple(torch.cat(column) for column in zip(*train, strict=True))
     return train, test, *class_attributes(CLASSES)
-
-
-def read_batch(content):
-    """The bytes of a batch file -> images (n, 3, 32, 32) uint8, classes (n,) int64"""
-    batch = ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
-    pixels = batch[b"data"].astype(np.uint8, casting="no").reshape(-1, 3, 32, 32)
-    classes = np.fromiter(batch[b"labels"], np.int64)
-    if len(classes) != len(pixels) or not set(classes) <= set(range(10)):
-        raise ValueError("labels and images don't match")
-    return torch.from_numpy(pixels), torch.from_numpy(classes)
-
-
-def resize(images, height, width):
-    """(n, 3, H, W) uint8 -> the same cropped at the centre and resized."""
-    if images.shape[2:] == (height, width):
-        return images
-    pictures = [Image.fromarray(x) for x in images.permute(0, 2, 3, 1).numpy()]
-    return torch.from_numpy(np.stack([fit(picture, height, width) for picture in pictures]))

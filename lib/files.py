@@ -7,12 +7,14 @@ import hashlib
 import json
 import os
 import pickle
+import secrets
 import shutil
 import zipfile
 from pathlib import Path
 
 import torch
 
+from lib.archive import MOST_BYTES
 from lib.errors import CheckpointError, DataError, clean, reason
 
 MARK = b"\nSHA-256 "  # then the digest of all before it, in hex: the end of every file of `save`
@@ -24,7 +26,7 @@ def replacing(path):
     a cut, an error or a full disk leave the old file, or none."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -52,11 +54,11 @@ def write_json(value, path):
 
 
 def read_object(path):
-    """The JSON object of a file of a run folder, as a dict; DataError names a damaged one."""
-    try:
-        value = json.loads(Path(path).read_bytes()) if Path(path).is_file() else None
-    except (OSError, ValueError, RecursionError):
-        value = None
+    """The JSON object of a file of ours, as a dict; DataError names one that is no such file."""
+    path, value = Path(path), None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if path.is_file() and path.stat().st_size <= MOST_BYTES:
+            value = json.loads(path.read_bytes())
     if not isinstance(value, dict):
         raise DataError(f"{path} is damaged: restore it, or choose another folder.")
     return value
@@ -81,11 +83,8 @@ def read_lines(path, flag, most=1 << 27):
 
 
 def sha256(path):
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def link(file, path):

@@ -23,9 +23,8 @@ from lib.errors import DataError, clean
 from lib.images import SUFFIXES, decode
 
 
-def caption_file(files, name):
-    """The captions of a captions.jsonl: {image name: caption}."""
-    captions = {}
+def read_list(files, name, captions):
+    """Adds the captions of a captions.jsonl to {image name: caption}."""
     for number, line in enumerate(io.StringIO(files.text(name)), 1):
         if not line.strip():
             continue
@@ -45,7 +44,6 @@ def caption_file(files, name):
         raise DataError(
             f"{files.path}: {name} names {len(missing)} missing files: {missing[0][:200]} …"
         )
-    return captions
 
 
 def find_captions(files):
@@ -60,11 +58,7 @@ def find_captions(files):
     beside = {n: posixpath.splitext(n)[0] + ".txt" for n in images}
     if lists:
         for name in lists:
-            more = caption_file(files, name)
-            twice = sorted(captions.keys() & more)
-            if twice:
-                raise DataError(f"{files.path}: {name} names {twice[0]}, as another list does.")
-            captions |= more
+            read_list(files, name, captions)
     elif names.intersection(beside.values()):
         captions = {n: clean(files.text(t)) for n, t in beside.items() if t in names}
     elif all("/" in n for n in images):
@@ -89,7 +83,7 @@ def in_threads(function, names):
 
 
 def decode_all(files, names, sizes, bad, total):
-    """Every image as (3, H, W) uint8, that of `sizes` of the nearest aspect. -> names, pixels
+    """Every image as (3, H, W) uint8, that of `sizes` of the nearest aspect. -> {name: pixels}
 
     Those that can't be read are left out, named, and added to `bad`. DataError where `bad` has
     more than 1 % of the `total` images of the set."""
@@ -118,15 +112,17 @@ def decode_all(files, names, sizes, bad, total):
             f"{files.path}: {len(bad)} of {total} images can't be read, more than 1 %. "
             f"First: {bad[0]}."
         )
-    return list(good), list(good.values())
+    return good
 
 
 def split_off(names):
     """A tenth of the images, at most 10,000, chosen by their names, is held out of training.
-    -> the rows that are, the rows that are trained on"""
-    keys = [name.encode("utf-8", "surrogatepass") for name in names]
-    keys = [hashlib.blake2b(key, digest_size=8).digest() for key in keys]
-    order = sorted(range(len(names)), key=keys.__getitem__)
+    -> those that are, those that are trained on"""
+
+    def key(name):
+        return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+    order = sorted(names, key=key)
     cut = min(10_000, max(1, len(order) // 10))
     return order[:cut], order[cut:] if len(order) > 1 else order
 
@@ -139,20 +135,19 @@ def read_folder(path, sizes):
     captions (n,)); captions, attributes, labels"""
     files = Files(path)
     caption_of, classes = find_captions(files)
-    names, pixels = decode_all(files, sorted(caption_of), sizes, [], len(caption_of))
-    counts = Counter(caption_of[name] for name in names)
+    pixels = decode_all(files, sorted(caption_of), sizes, [], len(caption_of))
+    counts = Counter(caption_of[name] for name in pixels)
     captions = sorted(counts)
     rows = {caption: i for i, caption in enumerate(captions)}
 
-    def part(chosen):
-        images = torch.from_numpy(np.stack([pixels[i] for i in chosen]))
-        return images, torch.tensor([rows[caption_of[names[i]]] for i in chosen])
+    def part(names):
+        images = torch.from_numpy(np.stack([pixels[name] for name in names]))
+        return images, torch.tensor([rows[caption_of[name]] for name in names])
 
     sets = []
-    for shape in sorted({x.shape for x in pixels}):  # every size holds out its own tenth
-        own = [i for i in range(len(pixels)) if pixels[i].shape == shape]
-        held_out, train = split_off([names[i] for i in own])
-        sets.append((part([own[k] for k in train]), part([own[k] for k in held_out])))
+    for shape in sorted({x.shape for x in pixels.values()}):  # each holds out its own tenth
+        held_out, train = split_off([name for name in pixels if pixels[name].shape == shape])
+        sets.append((part(train), part(held_out)))
     if classes:
         return sets, *class_attributes(captions)
     return sets, captions, *word_attributes(captions, [counts[c] for c in captions])

@@ -65,30 +65,25 @@ class Loop:
     """Iterate over it for the steps of a stage, from where a cut run goes on; call `log` and then
     `checkpoint` in each.
 
-    networks {name: module} and optimizers are all that the stage changes. options: log_every,
-    save_every, save_minutes. signs: see lib/health.py; shown: the numbers of the progress bar."""
+    networks {name: module} and optimizers are all that the stage changes; batch: images of an
+    update. signs: see lib/health.py; shown: the numbers of the progress bar."""
 
-    def __init__(
-        self, out, stage, total, networks, optimizers, *, batch, device, log, watch, options,
-        divided=False, signs=(), shown=("loss",),
-    ):  # fmt: skip
-        self.out, self.stage, self.total, self.batch = out, stage, total, batch
-        self.networks, self.optimizers, self.device = networks, optimizers, device
-        self.log_file, self.watch, self.options = log, watch, options
-        self.signs, self.shown = signs, shown
-        self.saver = Saver(out, stage, device, divided)
+    def __init__(self, run, stage, total, batch, networks, optimizers, signs=(), shown=("loss",)):
+        self.run, self.stage, self.total, self.batch = run, stage, total, batch
+        self.networks, self.optimizers, self.signs, self.shown = networks, optimizers, signs, shown
+        self.saver = Saver(run.out, stage, run.device, run.divided)
         self.step = self.skipped = self.in_a_row = 0
         self.earlier = 0.0  # seconds that earlier processes worked at the stage
         self.sums, self.found = {}, []
-        if state := newest_state(out, stage):
+        if state := newest_state(run.out, stage):
             folder, facts = state
             load_state(folder, networks, optimizers)
             self.step, self.earlier = facts["step"], facts["seconds"]
             self.skipped, self.in_a_row = facts["skipped"], facts["in_a_row"]
             print(f"{stage}: going on from update {self.step} of {total}", flush=True)
         self.first = self.step
-        log.forget(stage, self.step)
-        self.rows = [row for row in log.rows() if row.get("stage") == stage]
+        run.log.forget(stage, self.step)
+        self.rows = [row for row in run.log.rows() if row.get("stage") == stage]
         self.warned = {why for _, why, _ in self.symptoms()}
 
     def __iter__(self):
@@ -99,9 +94,6 @@ class Loop:
                 self.step += 1
                 self.bar.update()
 
-    def seconds(self):
-        return self.earlier + time.perf_counter() - self.start
-
     def due(self, every):
         """Whether something done every so many updates, and at the end, is due after this one."""
         return (self.step + 1) % every == 0 or self.step + 1 == self.total
@@ -109,11 +101,9 @@ class Loop:
     def finish(self):
         """The stage's result is safe: its states are not needed any more."""
         self.saver.complete()
-        forget_states(self.out, self.stage)
+        forget_states(self.run.out, self.stage)
 
-    # ----------------------------------------------------------------------------------------
-    # Logging
-    # ----------------------------------------------------------------------------------------
+    # logging
 
     def add(self, **values):
         """Notes numbers of this update, or of a part of its batch."""
@@ -131,12 +121,12 @@ class Loop:
             self.in_a_row = 0
             for name, value in found:
                 total, n = self.sums.get(name, (0, 0))
-                self.sums[name] = (total + value.detach().float().to(self.device), n + 1)
+                self.sums[name] = (total + value.detach().float().to(self.run.device), n + 1)
         if self.step - self.first == 4:  # the first updates are slower
             self.warm = time.perf_counter()
         if self.step - self.first == 14:
             self.warn_if_hours()
-        if self.due(self.options.log_every) and self.sums:
+        if self.due(self.run.settings.log_every) and self.sums:
             average([total for total, _ in self.sums.values()])
             means = {name: (total / n).item() for name, (total, n) in self.sums.items()}
             self.sums = {}
@@ -147,11 +137,13 @@ class Loop:
         now = time.perf_counter()
         speed = (self.step + 1 - self.first) / (now - self.start)  # updates per second
         means["images_per_s"] = speed * self.batch
-        row = dict(stage=self.stage, step=self.step + 1, **means)
-        self.rows.append(row)
-        self.log_file.write(**row)
-        self.log_file.show(self.stage, self.step + 1, means)
-        self.warn_of_signs()
+        self.write(**means)
+        self.run.log.show(self.stage, self.step + 1, means)
+        for _, why, figure in self.symptoms():
+            if why not in self.warned:
+                self.warned.add(why)
+                where = "docs/faults.md: If a run goes wrong"
+                print(f"\n{self.stage}: {why} ({figure}). {where}", file=sys.stderr, flush=True)
         shown = {name: f"{means[name]:.3f}" for name in self.shown if name in means}
         images = f"{means['images_per_s']:.0f}"
         self.bar.set_postfix(shown | {"img/s": images})
@@ -162,34 +154,26 @@ class Loop:
             place = f"{self.stage} {self.step + 1}/{self.total}"
             print(f"{place}: {line}, {images} images/s, {left:.1f} min left", flush=True)
 
-    def symptoms(self):
-        return symptoms(self.rows, self.signs, self.total // self.options.log_every)
+    def write(self, **values):
+        row = dict(stage=self.stage, step=self.step + 1, **values)
+        self.rows.append(row)
+        self.run.log.write(**row)
 
-    def warn_of_signs(self):
-        for _, why, figure in self.symptoms():
-            if why not in self.warned:
-                self.warned.add(why)
-                where = "docs/faults.md: If a run goes wrong"
-                print(f"\n{self.stage}: {why} ({figure}). {where}", file=sys.stderr, flush=True)
+    def symptoms(self):
+        return symptoms(self.rows, self.signs, self.total // self.run.settings.log_every)
 
     def warn_if_hours(self):
         """After the first updates: on a CPU a preset made for a GPU takes days."""
         left = (self.total - self.step - 1) * (time.perf_counter() - self.warm) / 10
-        if self.device.type == "cpu" and left > 3600:
-            print(
-                f"The {self.stage} alone needs about {left / 3600:.0f} hours on this CPU. "
-                "`--preset nano` is made for a CPU: minutes in all.",
-                file=sys.stderr,
-                flush=True,
-            )
+        if self.run.device.type == "cpu" and left > 3600:
+            needs = f"The {self.stage} alone needs about {left / 3600:.0f} hours on this CPU."
+            print(f"{needs} `--preset nano` is made for a CPU: minutes in all.", file=sys.stderr)
 
     def skip(self, found):
         """Tells of an update that was not applied; five in a row end the run."""
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         names = list(dict.fromkeys(k for k, v in found if v is None or not v.isfinite()))
-        row = dict(stage=self.stage, step=self.step + 1, skipped=self.skipped, not_finite=names)
-        self.log_file.write(**row)
-        self.rows.append(row)
+        self.write(skipped=self.skipped, not_finite=names)
         if self.in_a_row == 5:
             self.in_a_row = 0
             self.save(wait=True)
@@ -202,27 +186,26 @@ class Loop:
                 f"{rate}."
             )
 
-    # ----------------------------------------------------------------------------------------
-    # States
-    # ----------------------------------------------------------------------------------------
+    # states
 
     def checkpoint(self):
         """At a log line: saves a state every so many updates or minutes, and when the run is asked
         to end, which it then does."""
-        if not self.due(self.options.log_every) or self.step + 1 == self.total:
+        s = self.run.settings
+        if not self.due(s.log_every) or self.step + 1 == self.total:
             return  # between log lines there are sums that a state does not hold
-        end = highest(self.watch.due())
-        minutes = self.options.save_minutes
-        late = minutes and time.perf_counter() - self.saved > 60 * minutes
-        passed = (self.step + 1) % self.options.save_every < self.options.log_every
+        end = highest(self.run.watch.due())
+        late = s.save_minutes and time.perf_counter() - self.saved > 60 * s.save_minutes
+        passed = (self.step + 1) % s.save_every < s.log_every
         if passed or highest(late) or end:
             self.save(wait=bool(end))
         if end:
             raise Stop(end)
 
     def save(self, wait=False):
-        self.log_file.sync()
+        self.run.log.sync()
         self.saved = time.perf_counter()
-        facts = dict(stage=self.stage, step=self.step + 1, seconds=self.seconds())
+        seconds = self.earlier + self.saved - self.start
+        facts = dict(stage=self.stage, step=self.step + 1, seconds=seconds)
         facts |= dict(skipped=self.skipped, in_a_row=self.in_a_row)
         self.saver.save(self.step + 1, self.networks, self.optimizers, facts, wait)

@@ -50,13 +50,9 @@ def processes(device, program):
         torch.cuda.set_device(device)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # without it, old addresses
     store = dist.PrefixStore(f"attempt {attempt}", next(dist.rendezvous("env://"))[0])
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=store,
-        rank=rank(),
-        world_size=world(),
-        timeout=datetime.timedelta(minutes=10),
-    )
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    options = dict(rank=rank(), world_size=world(), timeout=datetime.timedelta(minutes=10))
+    dist.init_process_group(backend, store=store, **options)
     try:
         yield
         stop_processes()
@@ -128,14 +124,6 @@ def barrier():
         dist.barrier()
 
 
-def broadcast(value):
-    """Rank 0's value, in all processes."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
 def gather(value):
     """Every process's value, in all of them. -> a list"""
     values = [value] * world()
@@ -144,12 +132,14 @@ def gather(value):
     return values
 
 
+def broadcast(value):
+    """Rank 0's value, in all processes."""
+    return gather(value)[0]
+
+
 def highest(value):
     """The highest of all processes' numbers."""
-    value = torch.tensor(float(value))
-    if dist.is_initialized():
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-    return int(value)
+    return int(max(gather(value)))
 
 
 def average(tensors):
@@ -220,7 +210,7 @@ def to_rank0(value):
 
 def shard_as(tensor, other):
     """This process's part of a full tensor that stands for `other`, if that is sharded."""
-    if not is_sharded(other) or is_sharded(tensor) or tensor.ndim == 0:
+    if not is_sharded(other):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
@@ -235,10 +225,5 @@ def fill(network, weights):
 
 
 def fill_optimizer(optimizer, saved):
-    """The same for an optimiser."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {
-        i: {k: shard_as(v, parameters[i]) for k, v in moments.items()}
-        for i, moments in saved["state"].items()
-    }
-    optimizer.load_state_dict(saved | dict(state=state))
+    """The same for an optimiser of a network that is not sharded."""
+    optimizer.load_state_dict(saved)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map
 
 from lib.errors import UsageError
 from lib.files import link, read_object, save
@@ -19,7 +20,7 @@ from lib.log import Log
 from lib.loop import Loop
 from lib.machine import arithmetic, autocast, deterministic, device_of, facts
 from lib.parallel import barrier, fill, rank, shard, stop_processes, to_rank0, world
-from lib.settings import bound, locked, open_folder
+from lib.settings import bound, differences, locked, open_folder
 from lib.states import forget_states, forget_unfinished
 from lib.streams import key_of
 
@@ -79,15 +80,12 @@ class Run:
 
     def save(self, kind, network, step, optimizer=None):
         """Writes KIND.pt: weights, and what is needed to rebuild the network."""
-        weights = {k: to_rank0(v) for k, v in network.state_dict().items()}
+        weights = dict(network.state_dict())
         checkpoint = dict(format="ladd-1", kind=kind, model=network.config, weights=weights)
         checkpoint |= dict(settings=dataclasses.asdict(self.settings), step=step)
         if optimizer is not None:
-            state = optimizer.state_dict()
-            moments = {
-                i: {k: to_rank0(v) for k, v in own.items()} for i, own in state["state"].items()
-            }
-            checkpoint["optimizer"] = state | dict(state=moments)
+            checkpoint["optimizer"] = optimizer.state_dict()
+        checkpoint = tree_map(to_rank0, checkpoint)
         if rank() == 0:
             save(checkpoint, self.path(kind))
 
@@ -112,10 +110,8 @@ class Run:
         if rank() > 0:
             return
         theirs, mine = read_object(source / "config.json"), bound(self.settings)
-        differ = [name for name in depends if name in mine and mine[name] != theirs.get(name)]
-        if differ:
-            told = ", ".join(f"{name} {theirs.get(name)} → {mine[name]}" for name in differ)
-            raise UsageError(f"--from {source}: made with other settings ({told}).")
+        if different := differences(theirs, mine, [name for name in depends if name in mine]):
+            raise UsageError(f"--from {source}: made with other settings ({different}).")
         for pattern in files:
             for file in source.glob(pattern):
                 link(file, self.out / file.relative_to(source))
@@ -169,11 +165,8 @@ class Run:
             print(f"{stage}: {seconds:.0f} s", flush=True)
             done[stage] = True
 
-    def loop(self, stage, total, batch, networks, optimizers, **options):
+    def loop(self, *arguments, **options):
         """The steps of a stage, from where a cut run goes on; see Loop."""
-        loop = Loop(
-            self.out, stage, total, networks, optimizers, batch=batch, device=self.device,
-            log=self.log, watch=self.watch, options=self.settings, divided=self.divided, **options,
-        )  # fmt: skip
+        loop = Loop(self, *arguments, **options)
         self.earlier = loop.earlier
         return loop

@@ -7,8 +7,10 @@ dict of fields. `free` fields may differ between two commands of the same run.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
+import operator
 import os
 import shlex
 import sys
@@ -45,6 +47,10 @@ def text_of(value):
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+BOUNDS = dict(low=(operator.ge, "at least"), high=(operator.le, "at most"))
+BOUNDS |= dict(above=(operator.gt, "above"), below=(operator.lt, "below"))
+
+
 def fault(value, rule):
     """Why a value is outside the bounds of its field; None where it is not."""
     if value is None:
@@ -53,14 +59,9 @@ def fault(value, rule):
         return "must be finite"
     if rule["choices"] and value not in rule["choices"]:
         return f"must be one of {', '.join(rule['choices'])}"
-    if rule["low"] is not None and value < rule["low"]:
-        return f"must be at least {rule['low']}"
-    if rule["high"] is not None and value > rule["high"]:
-        return f"must be at most {rule['high']}"
-    if rule["above"] is not None and value <= rule["above"]:
-        return f"must be above {rule['above']}"
-    if rule["below"] is not None and value >= rule["below"]:
-        return f"must be below {rule['below']}"
+    for name, (holds, words) in BOUNDS.items():
+        if rule[name] is not None and not holds(value, rule[name]):
+            return f"must be {words} {rule[name]}"
     return None
 
 
@@ -73,47 +74,34 @@ def check_fields(settings):
                 refuse(settings, field.name, why)
 
 
+free = functools.partial(setting, free=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class HowToRun:
     """Settings of any training program; none of them changes a result on the same machine, but
     `precision` and `deterministic`, which say so."""
 
-    out: str = setting("", "run folder (default: runs/PRESET)", free=True)
-    data_dir: str = setting("data", "where downloads and judges are kept", free=True)
-    device: str = setting("auto", "cpu, cuda, …", free=True)
+    out: str = free("", "run folder (default: runs/PRESET)")
+    data_dir: str = free("data", "where downloads and judges are kept")
+    device: str = free("auto", "cpu, cuda, …")
     precision: str = setting(
         "auto", "bf16, fp32, or auto: bf16 where the hardware has it",
         choices=("auto", "bf16", "fp32"),
     )  # fmt: skip
     deterministic: bool = setting(False, "only kernels that give the same bits every time")
-    compile: bool = setting(False, "torch.compile the networks", free=True)
-    checkpointing: bool = setting(
-        False, "less memory: a backward computes the blocks again", free=True
-    )
-    accumulate: int = setting(
-        1, "parts that a process's share of a batch is worked through in", low=1, free=True
-    )
-    shard: bool = setting(
-        False, "of many processes each holds a part of the networks (FSDP)", free=True
-    )
-    offload: bool = setting(
-        False, "--shard: weights and moments of what learns wait on the CPU", free=True
-    )
-    replicas: int = setting(
-        1, "--shard: parts are held so many times (hybrid: once per node)", low=1, free=True
-    )
-    save_every: int = setting(
-        500, "updates between states from which a cut run goes on", low=1, free=True
-    )
-    save_minutes: float = setting(
-        10.0, "minutes after which a state is due anyway; 0: never", low=0, free=True
-    )
-    stop_after: float = setting(
-        0.0, "minutes after which to save and exit with 75; 0: never", low=0, free=True
-    )
-    sample_every: int = setting(1000, "updates between sample grids", low=1, free=True)
-    log_every: int = setting(20, "updates between lines of log.jsonl", low=1, free=True)
-    tensorboard: bool = setting(False, "also write logs for tensorboard", free=True)
+    compile: bool = free(False, "torch.compile the networks")
+    checkpointing: bool = free(False, "less memory: a backward computes the blocks again")
+    accumulate: int = free(1, "parts that a process's share of a batch is worked through in", low=1)
+    shard: bool = free(False, "of many processes each holds a part of the networks (FSDP)")
+    offload: bool = free(False, "--shard: weights and moments of what learns wait on the CPU")
+    replicas: int = free(1, "--shard: parts are held so many times (hybrid: once per node)", low=1)
+    save_every: int = free(500, "updates between states from which a cut run goes on", low=1)
+    save_minutes: float = free(10.0, "minutes after which a state is due anyway; 0: never", low=0)
+    stop_after: float = free(0.0, "minutes after which to save and exit with 75; 0: never", low=0)
+    sample_every: int = free(1000, "updates between sample grids", low=1)
+    log_every: int = free(20, "updates between lines of log.jsonl", low=1)
+    tensorboard: bool = free(False, "also write logs for tensorboard")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -177,6 +165,12 @@ def bound(settings):
     return json.loads(json.dumps(values))
 
 
+def differences(theirs, mine, names):
+    """Where two dicts differ, as text; empty if they are the same."""
+    names = [name for name in names if theirs.get(name) != mine.get(name)]
+    return ", ".join(f"{name} {theirs.get(name)} → {mine.get(name)}" for name in names)
+
+
 def command_of(settings, base, words, without=("seed",)):
     """The words of a command line, then the flags by which `settings` differ from `base`."""
     for field in dataclasses.fields(settings):
@@ -227,9 +221,7 @@ def open_folder(out, mine, defaults):
     path = out / "config.json"
     if path.exists():
         theirs = defaults | read_object(path)
-        names = [k for k in {**theirs, **mine} if theirs.get(k) != mine.get(k)]
-        if names:
-            different = ", ".join(f"{k} {theirs.get(k)} → {mine.get(k)}" for k in names)
+        if different := differences(theirs, mine, theirs | mine):
             raise UsageError(
                 f"{out} was made with other settings ({different}). "
                 f"Choose another folder with --out, or give the same settings to go on."

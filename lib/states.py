@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from lib.errors import CheckpointError, RunError, reason
 from lib.files import read, save, sha256
-from lib.parallel import barrier, gather, highest, my_share, rank
+from lib.parallel import barrier, gather, my_share, rank
 
 KEPT = 2  # states of a stage
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs none
@@ -56,15 +56,14 @@ def newest_state(out, stage):
 def check_files(folder, files):
     """Raises CheckpointError in all processes where one finds a damaged file of a state.
     files: {name: SHA-256}, of which each process reads its share."""
-    bad = 0
-    names = sorted(files)
-    for i in my_share(range(len(names))):
-        path = folder / names[i]
-        if not path.is_file() or sha256(path) != files[names[i]]:
-            bad = i + 1
-    if bad := highest(bad):
-        path = folder / names[bad - 1]
-        raise CheckpointError(f"{path}: missing or damaged, its checksum differs.")
+    bad = []
+    for name in my_share(sorted(files)):
+        path = folder / name
+        if not path.is_file() or sha256(path) != files[name]:
+            bad.append(path)
+    bad = [path for found in gather(bad) for path in found]
+    if bad:
+        raise CheckpointError(f"{bad[0]}: missing or damaged, its checksum differs.")
 
 
 class TensorList(pickle.Unpickler):
@@ -141,7 +140,7 @@ class Saver:
         # On a CPU a copy to write from would cost as much as the writing.
         self.beside_training = divided and device.type == "cuda"
         self.group = None
-        self.pending = None  # what `finish` takes, of a save beside the training
+        self.pending = None  # of a save that was begun: folder, facts, what ends the writing
 
     def save(self, step, networks, optimizers, facts, wait):
         """facts: a dict of plain values for `newest_state`.
@@ -161,18 +160,16 @@ class Saver:
             writing = dcp.async_save(tensors, checkpoint_id=folder, process_group=self.group)
             self.pending = folder, facts, writing.result
         else:
-            self.finish(folder, facts, lambda: dcp.save(tensors, checkpoint_id=folder))
+            self.pending = folder, facts, lambda: dcp.save(tensors, checkpoint_id=folder)
+            self.complete()
 
     def complete(self):
-        """Ends a save that was begun beside the training."""
-        if self.pending is not None:
-            pending, self.pending = self.pending, None
-            self.finish(*pending)
-
-    def finish(self, folder, facts, write):
-        """Calls `write`, after which all files are there; then the state counts."""
+        """Ends a save that was begun: once all of its files are there, the state counts."""
+        if self.pending is None:
+            return
         from torch.distributed.checkpoint.api import CheckpointException
 
+        (folder, facts, write), self.pending = self.pending, None
         try:
             write()
         except CheckpointException as error:

@@ -43,42 +43,42 @@ def by_bucket(files, sizes):
     return groups
 
 
-def encode(encoders, out, *, prompts="", images="", sizes=(), shard=256, part=(0, 1)):
-    """Writes the shards i of a prompts file or of images for which i mod world is this rank.
+def encode(encoders, args, sizes):
+    """Writes the shards i of --prompts or of --images for which i mod --world is --rank.
 
     sizes: the (H, W) in pixels of images; each is cropped to that of the nearest aspect ratio.
     NNNNNN.safetensors holds bf16 tensors of samples of one size: context, pooled, and of images
     latents. Beside it NNNNNN.json has its captions, its length in bytes and its SHA-256, and is
     written last: a shard with it is finished, and not made again. Shard 0 is the empty caption
-    alone. shards.json says of what the folder is made. part: (rank, world)."""
+    alone. shards.json says of what the folder is made."""
     try:
         from safetensors.torch import save
     except ImportError:
         raise DataError(NEEDS) from None
-    files = Files(images) if images else None
+    files = Files(args.images) if args.images else None
     if files:
         groups = by_bucket(files, sizes)
     else:
-        groups = {(0, 0): [("", prompt) for prompt in read_lines(prompts, "--prompts")]}
+        groups = {(0, 0): [("", prompt) for prompt in read_lines(args.prompts, "--prompts")]}
     plan = [((0, 0), [("", "")])]
     for bucket, rows in sorted(groups.items()):
-        plan += [(bucket, rows[i : i + shard]) for i in range(0, len(rows), shard)]
+        plan += [(bucket, rows[i : i + args.shard]) for i in range(0, len(rows), args.shard)]
     source = hashlib.sha256(repr(plan).encode("utf-8", "surrogatepass")).hexdigest()
     made_of = dict(format=SHARDS, shards=len(plan), samples=sum(len(rows) for _, rows in plan))
     made_of |= dict(source=source, model=encoders.identity(), t5=encoders.t5)
-    out, (rank, world) = Path(out), part
-    claim(out, made_of, rank)
+    out = Path(args.out)
+    claim(out, made_of)
 
-    bad = []
-    for i, (bucket, rows) in tqdm(list(enumerate(plan))[rank::world], "shards", disable=None):
+    bad, mine = [], list(enumerate(plan))[args.rank :: args.world]
+    for i, (bucket, rows) in tqdm(mine, "shards", disable=None):
         path, pixels = out / f"{i:06d}.safetensors", None
         if path.exists() and path.stat().st_size == shard_note(path).get("bytes"):
             continue
         captions = [caption for _, caption in rows]
         if bucket != (0, 0):
             caption_of = dict(rows)
-            names, pixels = decode_all(files, list(caption_of), [bucket], bad, made_of["samples"])
-            captions = [caption_of[name] for name in names]
+            pixels = decode_all(files, list(caption_of), [bucket], bad, made_of["samples"])
+            captions = [caption_of[name] for name in pixels]
         tensors = features_of(encoders, captions, pixels) if captions else {}
         content = save(tensors)
         with replacing(path) as file:
@@ -86,31 +86,30 @@ def encode(encoders, out, *, prompts="", images="", sizes=(), shard=256, part=(0
         note = dict(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
         latents = list(tensors["latents"].shape[1:]) if "latents" in tensors else None
         write_json(note | dict(latents=latents, captions=captions), path.with_suffix(".json"))
-    mine = len(range(rank, len(plan), world))
-    print(f"{mine} of {len(plan)} shards: {out}")
+    print(f"{len(mine)} of {len(plan)} shards: {out}")
 
 
 def features_of(encoders, captions, pixels):
-    """The bf16 tensors of a shard: context, pooled, and of pixels [(3, H, W) uint8] latents."""
+    """The bf16 tensors of a shard: context, pooled, and latents of {name: (3, H, W) uint8}."""
     distinct = list(dict.fromkeys(captions))
     context, pooled = encoders.text(distinct)
     rows = [distinct.index(caption) for caption in captions]
     tensors = dict(context=context[rows], pooled=pooled[rows])
     if pixels is not None:
-        tensors["latents"] = encoders.encode(torch.from_numpy(np.stack(pixels)))
+        tensors["latents"] = encoders.encode(torch.from_numpy(np.stack(list(pixels.values()))))
     for name, x in tensors.items():
         if not x.isfinite().all():
             raise DataError(f"{encoders.folder}: its {name} of {captions[0]!r} … are not finite.")
     return {name: x.bfloat16().contiguous() for name, x in tensors.items()}
 
 
-def claim(out, made_of, rank):
+def claim(out, made_of):
     """Signs the folder, if it is empty, or finds it made of the same."""
     if out.exists() and not out.is_dir():
         raise DataError(f"--out {out}: is a file; choose another name.")
     out.mkdir(parents=True, exist_ok=True)
-    signing = re.compile(r"\..*\.tmp|shards\.\d+\.json")  # by processes that started with this one
-    strangers = [path.name for path in out.iterdir() if not signing.fullmatch(path.name)]
+    # .tmp: other processes that started with this one are signing
+    strangers = [path.name for path in out.iterdir() if path.suffix != ".tmp"]
     signed = shard_note(out / "shards")
     if strangers and not signed:
         raise DataError(f"--out {out}: has {strangers[0]} and is no shard folder; choose another.")
@@ -119,9 +118,7 @@ def claim(out, made_of, rank):
             f"--out {out}: was made with another {', '.join(differing)}; choose "
             "another, or give the same prompts or images, model and options to go on."
         )
-    own = out / f"shards.{rank}.json"
-    write_json(made_of, own)
-    os.replace(own, out / "shards.json")
+    write_json(made_of, out / "shards.json")
 
 
 ASPECTS = "1:1,5:4,4:5,3:2,2:3,16:9,9:16"
@@ -131,11 +128,9 @@ def main(argv=None):
     parser = Parser("sd3/encode.py", "Computes text features, and latents of images.")
     add, env = parser.add_argument, os.environ
     add("--model", required=True, metavar="SD3_DIR", help="a local SD3 folder, diffusers' layout")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompts", default="", metavar="FILE", help="one prompt a line")
-    source.add_argument(
-        "--images", default="", metavar="PATH", help="a folder or zip with captions"
-    )
+    either = parser.add_mutually_exclusive_group(required=True).add_argument
+    either("--prompts", default="", metavar="FILE", help="one prompt a line")
+    either("--images", default="", metavar="PATH", help="a folder or zip with captions")
     add("--out", required=True, metavar="FOLDER", help="where shards are written, or gone on with")
     add("--size", type=int, default=1024, help="pixels; images get the area of such a square,")
     add("--multiple", type=int, default=64, help="sides that are multiples of this,")
@@ -156,10 +151,7 @@ def main(argv=None):
     sizes = bucket_sizes((args.size, args.size), args.multiple, args.aspects.split(","))
     try:
         encoders = Encoders(args.model, args.device, not args.no_t5, vae=bool(args.images))
-        encode(
-            encoders, args.out, prompts=args.prompts, images=args.images, sizes=sizes,
-            shard=args.shard, part=(args.rank, args.world),
-        )  # fmt: skip
+        encode(encoders, args, sizes)
     except DataError as error:
         return exit_status("sd3/encode.py", error)
     except (OSError, RuntimeError) as error:

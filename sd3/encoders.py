@@ -112,13 +112,12 @@ class Encoders:
         if self.t5:
             (t5,) = self.read("_3", captions)
         else:
-            t5 = torch.zeros(len(captions), TOKENS, self.t5_width())
+            path, width = self.folder / "text_encoder_3" / "config.json", 4096
+            if path.exists():
+                width = json.loads(path.read_text(encoding="utf-8"))["d_model"]
+            t5 = torch.zeros(len(captions), TOKENS, width)
         clip = torch.nn.functional.pad(clip, (0, t5.shape[2] - clip.shape[2]))
         return torch.cat([clip, t5], dim=1), torch.cat([l_pooled, g_pooled], dim=1)
-
-    def t5_width(self):
-        path = self.folder / "text_encoder_3" / "config.json"
-        return json.loads(path.read_text(encoding="utf-8"))["d_model"] if path.exists() else 4096
 
     def learn(self, captions):
         """Encodes those captions that are new, and keeps their features on the CPU."""

@@ -1,15 +1,14 @@
 """A folder of encoded shards as a data set: latents, and the text features of their captions."""
 
-import json
+import operator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data import SYNTHETIC_INDEX, Buckets, ImageSet, Text
-from lib.archive import MOST_BYTES
 from lib.errors import DataError
-from lib.files import sha256
+from lib.files import read_object, sha256
 from sd3.encoders import NEEDS
 
 SHARDS = "ladd-shards-1"
@@ -18,28 +17,7 @@ SHARDS = "ladd-shards-1"
 def shard_note(path):
     """What stands in the JSON file beside a shard; nothing, if the shard was not finished."""
     path = path.with_suffix(".json")
-    try:
-        if path.exists() and not path.is_file():
-            raise ValueError("not a file")
-        with open(path, "rb") as file:
-            return dict(json.loads(file.read(MOST_BYTES)))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError, OSError, RecursionError) as error:
-        raise DataError(f"{path} can't be read ({error}).") from None
-
-
-def is_whole(note):
-    """Whether a shard's note says all that `encode` writes: bytes, hash, captions, (C, h, w)."""
-    captions, latents = note.get("captions"), note.get("latents", 0)
-    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
-        return False
-    if latents is not None:
-        if not isinstance(latents, list) or len(latents) != 3:
-            return False
-        if not all(type(n) is int and 0 < n < 1 << 20 for n in latents):
-            return False
-    return type(note.get("bytes")) is int and "sha256" in note
+    return read_object(path) if path.exists() else {}
 
 
 class ShardBucket(ImageSet):
@@ -93,15 +71,13 @@ class Shards(Buckets):
         self.first = torch.from_numpy(np.unique(caption.numpy(), return_index=True)[1])
         self.labels = torch.zeros(len(self.captions), 0, dtype=torch.int64)
         self.counts = [len(note.pop("captions")) for note in self.notes]
-        starts = np.cumsum([0, *self.counts])
-        file = np.repeat(np.arange(len(self.counts)), self.counts)
-        self.place = np.stack([file, np.arange(len(file)) - starts[file]], axis=1)
+        self.place = [(i, k) for i, n in enumerate(self.counts) for k in range(n)]
 
         self.channels = kinds.pop()
         members = {}  # (h, w) of latents -> their samples; None -> prompts alone
-        for i, note in enumerate(self.notes[1:], 1):
-            size = tuple(note["latents"][1:]) if note["latents"] else None
-            members.setdefault(size, []).extend(range(starts[i], starts[i + 1]))
+        for sample in range(self.counts[0], len(self.place)):
+            latents = self.notes[self.place[sample][0]]["latents"]
+            members.setdefault(latents and tuple(latents[1:]), []).append(sample)
         prompts = members.pop(None, [])
         if self.channels is None:
             members = {size: prompts[i :: len(sizes)] for i, size in enumerate(sizes)}
@@ -115,13 +91,20 @@ class Shards(Buckets):
             self.open(i)
 
     def checked_note(self, file):
-        """What stands beside a shard that is whole."""
+        """What stands beside a shard: bytes, sha256, captions, (C, h, w) of latents or None."""
         note = shard_note(file)
-        if not is_whole(note) or not file.is_file():
-            raise DataError(f"{self.path}: {file.name} is missing; run the same encode again.")
-        found = file.stat().st_size
-        if found != note["bytes"]:
-            raise DataError(f"{file}: {found:,} of {note['bytes']:,} bytes; encode it again.")
+        try:
+            note["captions"] = [caption + "" for caption in note["captions"] + []]
+            note["sha256"] += ""
+            latents = (0, 0, 0) if note["latents"] is None else note["latents"]
+            size, _, _, _ = map(operator.index, (note["bytes"], *latents))
+        except (KeyError, TypeError, ValueError):
+            raise DataError(
+                f"{self.path}: {file.name} is missing; run the same encode again."
+            ) from None
+        found = file.stat().st_size if file.is_file() else 0
+        if not found or found != size:
+            raise DataError(f"{file}: {found:,} of {size:,} bytes; encode it again.")
         return note
 
     def check(self, s, processes, needs_images):
@@ -148,7 +131,7 @@ class Shards(Buckets):
             )
 
     def open(self, i):
-        """File i, checked and memory-mapped."""
+        """File i, memory-mapped; DataError where it is not what its note and the first file say."""
         if i in self.opened:
             return self.opened[i]
         try:
@@ -164,31 +147,28 @@ class Shards(Buckets):
             )
         try:
             opened = safe_open(file, "pt")
-            self.check_content(opened, i)
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
+            if i == 0:
+                self.tokens, self.context_dim = shapes["context"][1:]
+                (self.pooled_dim,) = shapes["pooled"][1:]
+            n, latents = self.counts[i], self.notes[i]["latents"]
+            wanted = dict(context=(n, self.tokens, self.context_dim), pooled=(n, self.pooled_dim))
+            if latents:
+                wanted["latents"] = (n, *latents)
+            if n and shapes != wanted:
+                raise ValueError(f"{shapes} in it, but {wanted} expected")
+            if any(s.get_dtype() != "BF16" for s in slices.values()):
+                raise ValueError("not bfloat16")
         except Exception as error:  # safetensors' own, of a damaged header
             raise DataError(f"{file}: not a shard ({error}).") from None
         self.opened[i] = opened
         return opened
 
-    def check_content(self, opened, i):
-        """Raises ValueError where file i does not hold what its note and the first file say."""
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-        shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
-        if i == 0:
-            self.tokens, self.context_dim = shapes["context"][1:]
-            (self.pooled_dim,) = shapes["pooled"][1:]
-        n, latents = self.counts[i], self.notes[i]["latents"]
-        wanted = dict(context=(n, self.tokens, self.context_dim), pooled=(n, self.pooled_dim))
-        if latents:
-            wanted["latents"] = (n, *latents)
-        if n and shapes != wanted:
-            raise ValueError(f"{shapes} in it, but {wanted} expected")
-        if any(s.get_dtype() != "BF16" for s in slices.values()):
-            raise ValueError("not bfloat16")
-
     def read(self, name, samples):
         """One tensor of samples (B,) -> (B, …) float32 on the device."""
-        rows = [self.open(i).get_slice(name)[k] for i, k in self.place[samples.numpy()].tolist()]
+        places = [self.place[sample] for sample in samples.tolist()]
+        rows = [self.open(i).get_slice(name)[k] for i, k in places]
         return torch.stack(rows).to(self.device).float()
 
     def ids(self, captions):

@@ -167,16 +167,12 @@ def files_of(path):
     if not path.is_dir():
         return [path], None
     heads = json.loads((path / "config.json").read_text("utf-8"))["num_attention_heads"]
-    index = sorted(path.glob("diffusion_pytorch_model*.index*.json"), key=length)
-    if index:
-        names = json.loads(index[0].read_text("utf-8"))["weight_map"].values()
-        return [path / Path(name).name for name in sorted(set(names))], heads
-    return sorted(path.glob("diffusion_pytorch_model*.safetensors"), key=length)[:1], heads
-
-
-def length(path):
-    """Of a file's name: the shortest is no variant like .fp16."""
-    return len(path.name)
+    by_length = sorted(path.glob("diffusion_pytorch_model*"), key=lambda file: len(file.name))
+    for file in by_length:  # the shortest name is no variant like .fp16
+        if file.suffix == ".json" and ".index" in file.name:
+            names = json.loads(file.read_text("utf-8"))["weight_map"].values()
+            return [path / Path(name).name for name in sorted(set(names))], heads
+    return [file for file in by_length if file.suffix == ".safetensors"][:1], heads
 
 
 def open_sd3(path):

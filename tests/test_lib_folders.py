@@ -312,7 +312,7 @@ def test_two_lists_that_name_the_same_picture_are_refused(tmp_path, refused):
     files = {"a/0.png": PICTURE, "a/captions.jsonl": json_lines(row_of())}
     files["captions.jsonl"] = json_lines(row_of("a/0.png"))
     path = folder(tmp_path / "set", files)
-    refused(ladd, run_on(path), 2, path, "captions.jsonl names a/0.png")
+    refused(ladd, run_on(path), 2, path, "captions.jsonl line 1 names a/0.png a second time")
 
 
 def test_a_caption_beside_its_picture_that_is_not_utf8_is_refused_by_name(tmp_path, refused):

@@ -30,12 +30,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def make_loop(out, total=6, watch=None, **options):
     """A loop of a stage that has one network and no optimiser."""
-    options = dict(log_every=1, save_every=99, save_minutes=0) | options
-    return Loop(
-        out, "teacher", total, dict(model=torch.nn.Linear(1, 1)), [], batch=4,
-        device=torch.device("cpu"), log=Log(out), watch=watch or Watch(0, "test"),
-        options=SimpleNamespace(**options),
-    )  # fmt: skip
+    settings = dict(log_every=1, save_every=99, save_minutes=0) | options
+    run = SimpleNamespace(out=out, device=torch.device("cpu"), divided=False, log=Log(out))
+    run.watch, run.settings = watch or Watch(0, "test"), SimpleNamespace(**settings)
+    return Loop(run, "teacher", total, 4, dict(model=torch.nn.Linear(1, 1)), [])
 
 
 def numbers(out):
@@ -271,7 +269,7 @@ def contents(launch, monkeypatch, flags, stage):
     found = []
 
     def look(loop):
-        for folder in state_folders(loop.out, stage):
+        for folder in state_folders(loop.run.out, stage):
             load_state(folder, loop.networks, loop.optimizers)
             content = {
                 f"{name}/{key}": tensor.clone()

@@ -51,7 +51,7 @@ def work(commands, ports):
             own.saver.beside_training = asynchronous  # as on a GPU
             if parallel.rank() == parallel.world() - 1 and own.step + 1 == int(step):
                 if what == "stop":
-                    own.watch.status = 75
+                    own.run.watch.status = 75
                 if what == "fail":
                     raise OSError("no such luck")
                 if what == "full":  # no file can grow beyond this

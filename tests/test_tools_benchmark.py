@@ -7,20 +7,20 @@ import pytest
 import torch
 
 import data
-from tools import benchmark, contestants
+from tools import benchmark
 
 SMALL = "--width 32 --depth 2 --heads 2 --taps 0,1 --batch 4 --precision fp32"
 
 
 def test_contestants_take_turns_and_the_first_rounds_do_not_count():
     calls = []
-    seconds = contestants.rounds(dict(a=lambda: calls.append("a"), b=lambda: calls.append("b")), 2)
+    seconds = benchmark.rounds(dict(a=lambda: calls.append("a"), b=lambda: calls.append("b")), 2)
     assert calls == ["a", "b"] * 5
     assert list(seconds) == ["a", "b"] and all(0 < value < 1 for value in seconds.values())
 
 
 def test_an_iteration_moves_both_players_and_the_average_but_not_the_teacher(tmp_path):
-    d = contestants.Distillation(contestants.settings("nano", *SMALL.split()), torch.device("cpu"))
+    d = benchmark.Distillation(benchmark.settings("nano", *SMALL.split()), torch.device("cpu"))
     networks = d.networks | dict(teacher=d.teacher)
     before = copy.deepcopy(networks)
     d.iteration()
@@ -38,7 +38,7 @@ def test_an_iteration_moves_both_players_and_the_average_but_not_the_teacher(tmp
 
 
 def test_memory_is_a_ratio_near_one():
-    assert benchmark.memory(contestants.settings("nano", "--precision", "fp32")) == pytest.approx(
+    assert benchmark.memory(benchmark.settings("nano", "--precision", "fp32")) == pytest.approx(
         1, abs=0.1
     )
 
@@ -53,7 +53,7 @@ def test_the_data_sets_that_are_read_are_made_where_asked(tmp_path):
 
 def test_diffusers_network_of_the_same_sizes_has_as_many_weights():
     pytest.importorskip("diffusers")
-    s = contestants.settings("nano")
-    ours, theirs = contestants.MMDiT(**s.model()), contestants.theirs(s)
+    s = benchmark.settings("nano")
+    ours, theirs = benchmark.MMDiT(**s.model()), benchmark.theirs(s)
     counts = [sum(p.numel() for p in network.parameters()) for network in (ours, theirs)]
     assert counts[0] == counts[1]

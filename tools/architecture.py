@@ -6,20 +6,25 @@ python -m tools.architecture --check    compares its numbers with those of the c
 Every shape and number is read off a pass of `nano`, and is kept in the PNG as text, too.
 """
 
+import io
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import ladd
-from discriminator import Discriminator
-from lib.diagram import BLUE, GREEN, GREY, RED, VIOLET, WHITE, YELLOW, Diagram
 from lib.errors import Parser, UsageError, exit_status
-from mmdit import MMDiT
+from lib.files import replacing
+from tools.plan import meta_networks, random_batch
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "architecture.png"
+# Fill and edge of a box; arrows have the colour of the edge.
+BLUE, GREEN, YELLOW = ("#dbe9f8", "#2f6fb4"), ("#dcf0e1", "#2e8653"), ("#fcefcb", "#b5840f")
+GREY, VIOLET, RED = ("#e9edf1", "#7c8896"), ("#ebe1f7", "#7a4fb5"), ("white", "#d1495b")
+WHITE = ("white", "#1f2a37")
 
 
 def shape_of(tensor):
@@ -29,13 +34,11 @@ def shape_of(tensor):
 def read_code():
     """Follows a batch of nano through the code. -> {what: number, or words}"""
     s = ladd.parse(["--preset", "nano", "--device", "cpu"])[0]
-    with torch.device("meta"):  # tensors without data
-        student, teacher = MMDiT(**s.model()), MMDiT(**s.model()).requires_grad_(False)
-        heads = Discriminator(**s.head_sizes())
-        x0, t = torch.empty(s.batch, s.channels, *s.size), torch.empty(s.batch)
-        c, y = torch.empty(s.batch, s.text_length, s.text_dim), torch.empty(s.batch, s.text_dim)
+    student, teacher, heads, _ = meta_networks(s)
+    b = random_batch(s, s.batch, "meta")
     first, last = student.joint_blocks[0].x_block, student.joint_blocks[-1].context_block
-    n = dict(x0=shape_of(x0), t=shape_of(t), c=shape_of(c), y=shape_of(y), depth=s.depth)
+    n = dict(x0=shape_of(b.x0), t=shape_of(b.t), c=shape_of(b.text.context))
+    n |= dict(y=shape_of(b.text.pooled), depth=s.depth)
     n |= dict(taps=list(s.tapped), levels=len(s.levels), weight=s.distill_weight, qk_norm=s.qk_norm)
     n |= dict(vectors=first.chunks, last_vectors=last.chunks, attention_heads=first.attn.heads)
     n["kernel"] = "×".join(map(str, heads.heads[0].conv.kernel_size))
@@ -47,10 +50,9 @@ def read_code():
 
     for module in names:
         module.register_forward_hook(note)
-    batch = ladd.Batch(x0, ladd.Text(c, y), t, x0, t, t, x0, x0)
-    x0_hat, fake = ladd.make_fakes(student, teacher, batch, s)
-    loss_d, *_ = ladd.heads_loss(teacher, heads, fake, batch, s)
-    loss_g, _ = ladd.student_losses(heads, x0_hat, fake, batch, s)
+    x0_hat, fake = ladd.make_fakes(student, teacher, b, s)
+    loss_d, *_ = ladd.heads_loss(teacher, heads, fake, b, s)
+    loss_g, _ = ladd.student_losses(heads, x0_hat, fake, b, s)
     networks = dict(student=student, teacher=teacher, heads=heads)
     n |= {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     for loss, value in (("L_D", loss_d), ("L_G", loss_g)):
@@ -61,6 +63,54 @@ def read_code():
                 n[loss].append(name)
             network.zero_grad()
     return n
+
+
+class Diagram:
+    """A picture in units of a column and a row; rows go downwards."""
+
+    def __init__(self, columns, rows):
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise UsageError("matplotlib is missing: pip install matplotlib") from None
+        self.figure = Figure(figsize=(2.3 * columns, 1.1 * rows), dpi=100)
+        self.axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, columns), ylim=(rows, 0))
+        self.axes.axis("off")
+
+    def heading(self, x, y, text):
+        self.axes.text(x, y, text, fontsize=20, va="center")
+
+    def note(self, x, y, text, **style):
+        return self.axes.text(x, y, text, fontsize=13, ha="center", va="center", **style)
+
+    def box(self, x, y, colour, text):
+        """A box around (x, y) with centred text. -> what `join` takes"""
+        shape = dict(boxstyle="round,pad=0.5", facecolor=colour[0], edgecolor=colour[1])
+        return self.note(x, y, text, linespacing=1.5, bbox=shape)
+
+    def boxes(self, x, y, right, down, colour, *texts):
+        """Boxes in a row or a column, joined by arrows."""
+        made = [self.box(x + i * right, y + i * down, colour, t) for i, t in enumerate(texts)]
+        self.join(colour, *made)
+        return made
+
+    def join(self, colour, *boxes, bend="arc3"):
+        """Arrows from box to box. bend: a `connectionstyle` of matplotlib"""
+        style = dict(arrowstyle="-|>", color=colour[1], linewidth=1.8, mutation_scale=18)
+        style |= dict(connectionstyle=bend, shrinkA=0, shrinkB=0)
+        for a, b in pairwise(boxes):
+            ends = dict(patchA=a.get_bbox_patch(), patchB=b.get_bbox_patch())
+            self.axes.annotate("", b.get_position(), a.get_position(), arrowprops=style | ends)
+
+    def save(self, path, **notes):
+        """Writes a PNG that carries the notes as text."""
+        with io.BytesIO() as drawn, replacing(path) as file:
+            self.figure.savefig(drawn, format="png")
+            info = PngImagePlugin.PngInfo()
+            for key, value in notes.items():
+                info.add_itxt(key, value)
+            picture = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+            picture.save(file, "PNG", pnginfo=info, optimize=True)
 
 
 def draw_batch(d, n):

@@ -7,11 +7,15 @@
 The network is compared with diffusers' SD3Transformer2DModel (pip install diffusers).
 """
 
+import copy
 import itertools
+import math
 import pickle
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,29 +23,127 @@ import torch
 from PIL import Image
 
 import data
+import ladd
 import sample
+from discriminator import Discriminator
+from lib.cifar10 import NAMES
 from lib.errors import Parser
 from lib.files import write_text
-from lib.machine import autocast, device_of, facts, keep_memory
+from lib.machine import arithmetic, autocast, device_of, facts, keep_memory
 from lib.memory import peak_bytes
+from lib.optim import make_optimizers, step_all, update_ema
+from lib.states import Saver
 from mmdit import MMDiT
-from tools.contestants import Distillation, awake, call_theirs, inputs, rounds, settings, theirs
-from tools.plan import plan
+from tools.plan import plan, random_batch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+# ---------------------------------------------------------------------------------------------
+# What is compared: our network and diffusers', and the parts of a run of LADD
+# ---------------------------------------------------------------------------------------------
+
+
+def rounds(contestants, n):
+    """{name: function} -> {name: median seconds of n calls}. All run one after the other in every
+    round, so that a machine whose speed drifts treats them alike; three rounds warm up."""
+    times = {name: [] for name in contestants}
+    for i in range(n + 3):
+        for name, call in contestants.items():
+            start = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if i >= 3:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def settings(preset, *flags):
+    return ladd.parse(["--preset", preset, "--data", "shapes", *flags])[0]
+
+
+def awake(model):
+    """adaLN-Zero starts at zero, and so would every gradient: small random weights instead."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def theirs(s):
+    """diffusers' network of the same sizes."""
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=s.sizes[0][0], patch_size=s.patch, in_channels=s.channels,
+        out_channels=s.channels, num_layers=s.depth, num_attention_heads=s.heads,
+        attention_head_dim=s.width // s.heads, caption_projection_dim=s.width,
+        joint_attention_dim=s.text_dim, pooled_projection_dim=s.pooled_dim or s.text_dim,
+        pos_embed_max_size=s.pos_size, qk_norm="rms_norm" if s.qk_norm else None,
+    )  # fmt: skip
+
+
+def call_theirs(model, x, t, context, pooled):
+    return model(x, context, pooled, 1000 * t, return_dict=False)
+
+
+class Distillation:
+    """Iterations of LADD on always the same batch, without data and logs."""
+
+    def __init__(self, s, device):
+        self.s, self.device = s, device
+        with torch.device(device):
+            student, heads = awake(MMDiT(**s.model())), Discriminator(**s.head_sizes())
+        self.teacher = copy.deepcopy(student).to(arithmetic(device, s.precision))
+        self.teacher.eval().requires_grad_(False)
+        ema = copy.deepcopy(student).requires_grad_(False)
+        self.networks = dict(student=student, ema=ema, heads=heads)
+        self.optimizers = make_optimizers(student, 1e-4, 0.0, s.beta1)
+        self.heads_optimizers = make_optimizers(heads, 1e-4, 0.0, s.beta1)
+        self.batch = random_batch(s, s.batch, device)
+
+    @torch.no_grad()
+    def forward(self):
+        """The unit: one forward of the whole network."""
+        with autocast(self.device, self.s.precision):
+            self.teacher(self.batch.x0, self.batch.t, *self.batch.text)
+
+    def iteration(self):
+        s, student, ema, heads = self.s, *self.networks.values()
+        with autocast(self.device, s.precision):
+            x0_hat, fake = ladd.make_fakes(student, self.teacher, self.batch, s)
+            loss_d, *_ = ladd.heads_loss(self.teacher, heads, fake, self.batch, s)
+        loss_d.backward()
+        step_all((self.heads_optimizers, heads, math.inf, 1.0))
+        with autocast(self.device, s.precision):
+            loss_g, distill = ladd.student_losses(heads, x0_hat, fake, self.batch, s)
+        (loss_g + s.distill_weight * distill).backward()
+        step_all((self.optimizers, student, s.clip, 1.0))
+        update_ema(ema, student, s.student_ema, step=10_000)
+
+    def save(self, folder):
+        """A state, as a run saves it every so many updates."""
+        saver = Saver(Path(folder), "distillation", self.device, divided=False)
+        saver.save(1, self.networks, self.optimizers + self.heads_optimizers, {}, wait=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# What is measured
+# ---------------------------------------------------------------------------------------------
 
 
 def training_step(preset, precision, device, n):
     """A teacher's step: seconds of diffusers' network, and of ours."""
     s = settings(preset)
-    batch = inputs(s, 32, device)
+    b = random_batch(s, 32, device)
 
     def step(model, forward):
         optimizer = torch.optim.AdamW(awake(model).to(device).parameters(), 1e-4, fused=True)
 
         def call():
             with autocast(device, precision):
-                v = forward(model, *batch)[0]
+                v = forward(model, b.x0, b.t, *b.text)[0]
             v.float().square().mean().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -49,7 +151,7 @@ def training_step(preset, precision, device, n):
 
         return call
 
-    ours = step(MMDiT(**s.model()), lambda model, *batch: model(*batch))
+    ours = step(MMDiT(**s.model()), MMDiT.__call__)
     return rounds(dict(theirs=step(theirs(s), call_theirs), ours=ours), n).values()
 
 
@@ -92,16 +194,6 @@ def memory(s):
     return peak_bytes(work) / plan(s)["ways"][False]["total"]
 
 
-def noise_as_cifar10(folder):
-    """Random files of CIFAR-10's size and format."""
-    random, batches = np.random.default_rng(0), folder / "cifar-10-batches-py"
-    batches.mkdir()
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-        pixels = random.integers(0, 256, (10_000, 3072), np.uint8)
-        labels = random.integers(0, 10, 10_000).tolist()
-        (batches / name).write_bytes(pickle.dumps({b"data": pixels, b"labels": labels}))
-
-
 def reading(folder, n):
     """Seconds that a batch of 64 takes, per data set; what must be files is made in `folder`."""
     sizes = [(16, 16)]
@@ -111,7 +203,12 @@ def reading(folder, n):
         path = folder / "images" / shapes.captions[row].split()[3] / f"{i}.png"
         path.parent.mkdir(exist_ok=True, parents=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    noise_as_cifar10(folder)
+    random, batches = np.random.default_rng(0), folder / "cifar-10-batches-py"
+    batches.mkdir()
+    for name in NAMES:  # noise in files of CIFAR-10's size and format
+        pixels = random.integers(0, 256, (10_000, 3072), np.uint8)
+        labels = random.integers(0, 10, 10_000).tolist()
+        (batches / name).write_bytes(pickle.dumps({b"data": pixels, b"labels": labels}))
     sets = {"shapes": shapes, "a folder of images": data.load(str(folder / "images"), sizes)}
     sets["CIFAR-10"] = data.load("cifar10", sizes, data_dir=folder)
     index = itertools.count()
@@ -201,13 +298,13 @@ def measure_sample(preset):
     device, s = torch.device("cuda"), settings(preset)
     with device:
         model = awake(MMDiT(**s.model()).bfloat16()).eval()
-    x, _, *text = inputs(s, 1, device)
+    b = random_batch(s, 1, device)
     torch.cuda.reset_peak_memory_stats()
 
     @torch.no_grad()
     def draw():
         with autocast(device, "bf16"):
-            list(sample.renoise(model, x, s.levels, text, lambda step: torch.randn_like(x)))
+            list(sample.renoise(model, b.x0, s.levels, b.text, lambda step: b.noise))
 
     seconds = rounds(dict(draw=draw), 3)["draw"]
     used = torch.cuda.max_memory_allocated() / 1e9
@@ -234,10 +331,8 @@ def main(argv=None):
         print(lines[-1], flush=True)
     where = facts()
     dirty = " with uncommitted changes" if where["dirty"] else ""
-    told = (
-        f"\n`python -m tools.benchmark --rounds {args.rounds}`, commit {where['commit']}{dirty}, "
-    )
-    told += f"torch {where['torch']}, {where['gpu'] or where['processor']}, "
+    told = f"\n`python -m tools.benchmark --rounds {args.rounds}`, commit {where['commit']}{dirty}"
+    told += f", torch {where['torch']}, {where['gpu'] or where['processor']}, "
     told += f"{where['threads']} threads."
     print(told)
     if args.write:

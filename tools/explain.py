@@ -47,14 +47,12 @@ def explain(s, watch, given):
     images = ladd.Samples(run.dataset, run.text.ids(run.dataset.captions), None)
     step = s.heads_warmup + s.warmup_iterations  # the first that is like most
     b = ladd.draw_batch(run, images, step, s.heads_warmup)
-    condition = b.t_hat, b.text.pooled, tuple(side // s.patch for side in b.x0.shape[2:])
+    condition = b.t_hat, b.text.pooled, ladd.grid_of(b, s)
     with run.autocast():
-        x0_hat = ladd.student_predict(student, b.x0, b.text, b.t, b.noise)
-        fake = ladd.teacher_features(teacher, x0_hat, b.text, b.t_hat, b.noise_fake, s.tapped)
+        x0_hat, fake = ladd.make_fakes(student, teacher, b, s)
         real = ladd.teacher_features(teacher, b.x0, b.text, b.t_hat, b.noise_real, s.tapped)
         loss_d, on_real, on_fake = ladd.discriminator_loss(heads, real, fake, *condition, s.r1)
-        loss_g = ladd.generator_loss(heads, fake, *condition)
-        distill = ladd.distillation_loss(x0_hat, b.x0, b.paired)
+        loss_g, distill = ladd.student_losses(heads, x0_hat, fake, b, s)
 
     print(f"{'quantity':12}{'shape':18}{'from':>8}{'to':>8}{'mean':>8}  what it is")
     show("x_0", b.x0, "images")

@@ -28,6 +28,16 @@ def meta_networks(s):
         return student, teacher, Discriminator(**s.head_sizes()), dtype
 
 
+def random_batch(s, n, device):
+    """A batch of n random images with random text, for what depends on sizes alone."""
+    with torch.device(device):
+        x0, *noise = (torch.randn(n, s.channels, *s.sizes[0]) for _ in range(4))
+        context = torch.randn(n, s.text_length, s.text_dim)
+        text = ladd.Text(context, torch.randn(n, s.pooled_dim or s.text_dim))
+        t = torch.rand(n)
+        return ladd.Batch(x0, text, t, noise[0], t < 1, t, *noise[1:])
+
+
 def meta_iteration(s, n, checkpointing):
     """One update of n images without data -> the most bytes kept for the backward, FLOPs of one
     forward, and of all. Up to 512 tokens (float32: 128) attention is counted as on a CPU."""
@@ -35,39 +45,30 @@ def meta_iteration(s, n, checkpointing):
     student, teacher, heads = networks
     student.checkpointing = teacher.checkpointing = checkpointing
 
-    def cast(_, inputs):  # as autocast does, which knows no meta device
-        return tree_map(lambda x: x.to(dtype) if torch.is_tensor(x) else x, inputs)
+    def cast(_, given):  # as autocast does, which knows no meta device
+        return tree_map(lambda x: x.to(dtype) if torch.is_tensor(x) else x, given)
 
     for network in networks:
         network.to(dtype).register_forward_pre_hook(cast)
-    with torch.device("meta"):
-        x0, t = torch.empty(n, s.channels, *s.sizes[0]), torch.empty(n)
-        y = torch.empty(n, s.pooled_dim or s.text_dim)
-        text = torch.empty(n, s.text_length, s.text_dim), y
-    grid = tuple(side // s.patch for side in s.sizes[0])
+    b = random_batch(s, n, "meta")
     with FlopCounterMode(display=False) as forward, torch.no_grad():
-        ladd.student_predict(student, x0, text, t, x0)
+        ladd.student_predict(student, b.x0, b.text, b.t, b.noise)
     with FlopCounterMode(display=False) as flops:
-        x0_hat, by_student = kept_by(networks, ladd.student_predict, student, x0, text, t, x0)
-        levels = t, x0, s.tapped
-        fake, by_teacher = kept_by(networks, ladd.teacher_features, teacher, x0_hat, text, *levels)
-        with torch.no_grad():
-            real = ladd.teacher_features(teacher, x0, text, *levels)
-        given = heads, real, fake, t, y, grid, s.r1
-        (loss_d, *_), by_d = kept_by(networks, ladd.discriminator_loss, *given)
+        (_, fake), passes = kept_by(networks, ladd.make_fakes, student, teacher, b, s)
+        (loss_d, *_), by_d = kept_by(networks, ladd.heads_loss, teacher, heads, fake, b, s)
         loss_d.backward()
-        loss_g, by_g = kept_by(networks, ladd.generator_loss, heads, fake, t, y, grid)
+        condition = b.t_hat, b.text.pooled, ladd.grid_of(b, s)
+        loss_g, by_g = kept_by(networks, ladd.generator_loss, heads, fake, *condition)
         loss_g.backward()
         if s.accumulate > 1:  # the fakes pass once more, for the heads alone
             with torch.no_grad():
-                x0_hat = ladd.student_predict(student, x0, text, t, x0)
-                ladd.teacher_features(teacher, x0_hat, text, *levels)
-    passes, reals = by_student | by_teacher, {f.untyped_storage()._cdata: f.nbytes for f in real}
-    most = max(sum((passes | by_d | reals).values()), sum((passes | by_g).values()))
+                ladd.make_fakes(student, teacher, b, s)
+    reals = sum(f.nbytes for f in fake)  # which the heads read beside the fakes
+    most = max(sum((passes | by_d).values()) + reals, sum((passes | by_g).values()))
     if checkpointing:  # the way back through the blocks holds one that it has computed again
         words = fake[0].new_empty(n, s.text_length, s.width)
-        inputs = words, fake[0].detach(), words[:, 0]
-        _, block = kept_by(networks, student.joint_blocks[0], *inputs)
+        given = words, fake[0].detach(), words[:, 0]
+        _, block = kept_by(networks, student.joint_blocks[0], *given)
         most = max(most, sum(passes.values()) + sum(block.values()))
     return most, forward.get_total_flops(), flops.get_total_flops()
 

@@ -80,12 +80,10 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
             source = Path(s.source)
             fields = dataclasses.fields(s)
             names = [field.name for field in fields if field.name not in ("seed", "teacher")]
+            files, unread = ["teacher.pt"], "synthetic"  # the first setting that changes none
             if s.targets == "synthetic" and any(source.glob("synthetic/*.pt")):
-                names = names[: names.index("iterations")]  # what samples depend on
-                run.take(source, ("teacher.pt", "synthetic/*.pt"), names)
-            else:
-                names = names[: names.index("synthetic")]  # what a teacher depends on
-                run.take(source, ("teacher.pt",), names)
+                files, unread = ["teacher.pt", "synthetic/*.pt"], "iterations"
+            run.take(source, files, names[: names.index(unread)])
         if start and not run.path("teacher").exists() and rank() == 0:
             save(start | dict(weights=dict(start["weights"])), run.path("teacher"))
         samples = len(list((run.out / "synthetic").glob("*.pt")))
@@ -126,9 +124,7 @@ def run_program(argv, program, parse, work):
 
 def main(argv, distil=ladd.distil, method="ladd"):
     """The command line of ladd.py and of methods/."""
-
-    def work(s, watch, given):
-        train(s, watch, distil, method, given)
-
     program = "ladd.py" if method == "ladd" else f"-m methods.{method}"
-    return run_program(argv, program, ladd.parse, work)
+    return run_program(
+        argv, program, ladd.parse, lambda s, watch, given: train(s, watch, distil, method, given)
+    )
