@@ -12,7 +12,7 @@ Rectified flow and its schedules: arXiv 2403.03206 (SD3). Few-step sampling: LAD
     M        text tokens                          | t       t         (B,)
     n        number of positions of a latent, H·W | c, y    text      (B, M, D_c), (B, D_p)
 
-    python sample.py runs/nano --prompt "a large red circle on a striped blue background" --out a.png
+    python sample.py runs/nano --prompt "a large red circle on a dotted blue background" --out a.png
     python sample.py runs/nano --evaluate                       tools/score.py: the table again
     python sample.py runs/nano --export student.safetensors     under SD3's names
     python sample.py RUN --decode SD3_DIR --prompt "a red fox" --size 832x1216 --out fox.png

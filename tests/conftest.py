@@ -361,6 +361,7 @@ NETWORK |= dict(pos_size=4, qk_norm=False, attn2_blocks=0)
 SETTINGS = dict(
     text_dim=6, text_length=4, levels=(1.0, 0.75, 0.5, 0.25), teacher_steps=2, cfg=2.0, shift=1.0,
     size=8, patch=2, pos_size=4, data="shapes", seed=0, evaluation=8, judge_steps=2, judge_width=8,
+    eta=1.0,  # fresh noise: every step is another image, although the weights are random
 )  # fmt: skip
 CPU = ["--device", "cpu", "--precision", "fp32"]
 TINY = "--smoke --size 8 --width 16 --depth 1 --heads 1 --text-dim 6 --taps 0 --head-width 8 "

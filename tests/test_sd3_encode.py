@@ -517,13 +517,14 @@ def test_decode_starts_at_images_and_shows_the_way(student, sd3, tmp_path):
     pixels = torch.randint(0, 256, (1, 3, 64, 32), generator=torch.manual_seed(1)).byte()
     Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).save(tmp_path / "start.png")
     arguments = [str(student), "--decode", str(sd3), "--prompt", "a fox", "--size", "64x32"]
-    arguments += ["--init-image", str(tmp_path / "start.png"), "--strength", "0.0001"]
-    arguments += ["--trajectory", str(tmp_path / "way.gif"), "--device", "cpu"]
-    assert sample.main([*arguments, "--precision", "fp32", "--out", str(tmp_path / "out")]) == 0
+    arguments += ["--init-image", str(tmp_path / "start.png"), "--device", "cpu"]
+    arguments += ["--precision", "fp32", "--out", str(tmp_path / "out"), "--strength"]
+    assert sample.main([*arguments, "0.0001"]) == 0
     encoders = Encoders(sd3, vae=True)
     wanted = encoders.decode(encoders.encode(pixels))[0].numpy()
     got = np.asarray(Image.open(tmp_path / "out" / "00000.png")).transpose(2, 0, 1)
     assert np.abs(got.astype(int) - wanted).max() <= 2
+    assert sample.main([*arguments, "1", "--trajectory", str(tmp_path / "way.gif")]) == 0
     with Image.open(tmp_path / "way.gif") as moving:
         assert moving.n_frames == 2 and moving.size == (34, 66)
 
