@@ -12,14 +12,16 @@ whose numbers stand again at the functions:
     4  f, r  = features of the frozen teacher on the noised x̂_0 and x_0
     5  L_D   = E[relu(1 - D(r))] + E[relu(1 + D(sg f))]    the heads learn
     6  L_G   = -E[D(f)]                                     the student learns, through the teacher
-             + λ·smooth_l1(x̂_0, x_0)           ours, λ = 0 at the paper's sizes
+             + λ·smooth_l1(x̂_0, x_0)           where t < 1; ours, λ = 0 at the paper's sizes
 
-sg means stop-gradient. At t = 1 x_t is noise alone, and can tell x_0 only where ε is the noise that
-the teacher made x_0 from: with λ > 0 it is. The heads step first, and L_G is of the new heads, on
-the same features f: so an update costs six forwards (a backward counts two, one through the frozen
-teacher): student 1 + 2, teacher on fakes 1 + 1, teacher on reals 1. The paper published neither
-code nor learning rates, batch size, optimiser or EMA: those are ours, chosen by the experiments in
-docs/log.md.
+sg means stop-gradient. At t < 1 ε is the noise that the teacher made x_0 from, as in the student's
+sampler, which keeps the noise that it predicts; the last term holds x̂_0 to x_0 there. At t = 1 ε is
+new noise, which tells no x_0. There the heads alone say what a picture looks like, so that it is
+sharp, and not the mean of all that it could be. The heads step first, and L_G is of the new heads,
+on the same features f: so an update costs six forwards (a backward counts two, one through the
+frozen teacher): student 1 + 2, teacher on fakes 1 + 1, teacher on reals 1. The paper published
+neither code nor learning rates, batch size, optimiser or EMA: those are ours, chosen by the
+experiments in docs/log.md.
 
     python ladd.py --preset nano                  everything, on a laptop, with built-in data
     python ladd.py --preset tiny                  CIFAR-10 on one GPU
@@ -96,8 +98,8 @@ class Settings(HowToRun):
     teacher_batch: int = setting(64, "images per update", low=1)
     teacher_lr: float = setting(2e-3, "AdamW, for what Muon does not train", above=0)
     muon_lr: float = setting(0.02, "Muon, for the blocks' matrices; 0: AdamW for all", low=0)
-    t_mean: float = setting(-0.5, "logit-normal mean of t in training (SD3: 0)")
-    t_std: float = setting(1.0, "its standard deviation (SD3: 1)", above=0)
+    t_mean: float = setting(0.0, "logit-normal mean of t in training")
+    t_std: float = setting(1.0, "its standard deviation", above=0)
     drop: float = setting(0.1, "share of captions dropped, for guidance", low=0, below=1)
     teacher_ema: float = setting(0.995, "decay per update of its average", low=0, below=1)
     # synthesis
@@ -109,13 +111,13 @@ class Settings(HowToRun):
     iterations: int = setting(2200, "updates of the student and the heads", low=1)
     batch: int = setting(32, "images per update", low=1)
     targets: str = setting("synthetic", "what is real to the heads", choices=("synthetic", "real"))
-    levels: tuple = setting((), "noise levels t of the student; default: by size", above=0)
+    levels: tuple = setting((1.0, 0.75, 0.5, 0.25), "noise levels t of the student", above=0)
     level_p: tuple = setting((), "their probabilities; default: .4, and equal parts", low=0)
     warmup_iterations: int = setting(0, "first updates, with other probabilities", low=0)
     warmup_p: tuple = setting((0.0, 0.0, 0.5, 0.5), "those", low=0)
-    t_hat_mean: float | None = setting(None, "m of t̂, default: by size; s below", kind=float)
+    t_hat_mean: float = setting(1.0, "m of t̂, the mean of its logit")
     t_hat_std: float = setting(1.0, "s of t̂", above=0)
-    distill_weight: float = setting(150.0, "weight λ of a distillation loss beside L_G", low=0)
+    distill_weight: float = setting(150.0, "weight λ of the distillation loss at t < 1", low=0)
     heads_warmup: int = setting(100, "first updates, of the heads alone", low=0)
     taps: tuple = setting((1, 2), "blocks whose tokens the heads see; empty: all", kind=int)
     head_width: int = setting(64, "channels of a head", low=1)
@@ -159,27 +161,9 @@ class Settings(HowToRun):
     def tapped(self):
         return self.taps or tuple(range(self.depth))
 
-    @property
-    def alpha(self):
-        """SD3's shift from a 1024² image's latent to this x_0: √(values here / values there).
-
-        The same t destroys more of a small image, so the paper's levels and m belong to its latents
-        of 16·128·128 values. Elsewhere (ours, by the experiments in docs/log.md) m, the mean of a
-        logit, moves by ln α, as SD3 moves t, and the levels' logits by a third of it."""
-        return math.sqrt(self.channels * self.positions / (16 * 128**2))
-
-    @property
-    def m(self):
-        """Mean of t̂'s logit, at --size."""
-        return 1 + math.log(self.alpha) if self.t_hat_mean is None else self.t_hat_mean
-
     def logit_shift(self, size):
         """What SD3's shift √(H·W / positions) for another size than --size adds to a t's logit."""
         return 0.5 * math.log(size[0] * size[1] / self.positions)
-
-    def default_levels(self):
-        paper, alpha = (1.0, 0.75, 0.5, 0.25), self.alpha ** (1 / 3)
-        return tuple(round(sample.shift_t(t, alpha), 4) for t in paper)
 
     def model(self):
         """MMDiT's arguments."""
@@ -196,10 +180,9 @@ class Settings(HowToRun):
         return sizes | dict(hidden=self.head_width)
 
     def scaled(self):
-        """The settings with the size's levels, --smoke and --steps-scale worked in."""
-        levels = self.levels or self.default_levels()
-        others = (round(0.6 / (len(levels) - 1), 4),) * (len(levels) - 1) if levels[1:] else ()
-        changes = dict(levels=levels, level_p=self.level_p or (0.4, *others))
+        """The settings with the levels' probabilities, --smoke and --steps-scale worked in."""
+        others = len(self.levels) - 1
+        changes = dict(level_p=self.level_p or (0.4, *[round(0.6 / max(1, others), 4)] * others))
         if self.steps_scale != 1:
             for name in SCALED:
                 value = getattr(self, name)
@@ -219,10 +202,9 @@ SD3 = dict(
     size=(1024, 1024), channels=16, downscale=8, patch=2, pos_size=192,  # [P]
     text_dim=4096, pooled_dim=2048, text_length=154,  # [P] 77 tokens of CLIP, 77 of T5
     shift=3.0, adam_eps=1e-15,  # [P]
-    levels=(1.0, 0.75, 0.5, 0.25), level_p=(0.7, 0.1, 0.1, 0.1),  # [L]
+    level_p=(0.7, 0.1, 0.1, 0.1),  # [L], and the levels
     warmup_iterations=500, warmup_p=(0.0, 0.0, 0.5, 0.5),  # [L] above 512²
-    t_mean=0.0,  # [P]
-    t_hat_mean=1.0, t_hat_std=1.0, taps=(), distill_weight=0.0,  # [L] m of -1, 0, 1, 2; all blocks
+    taps=(), distill_weight=0.0,  # [L] all blocks; and m = 1 of -1, 0, 1, 2
     iterations=10_000,  # [L] of its ablations
     aspects=("1:1", "5:4", "4:5", "3:2", "2:3", "16:9", "9:16"), batch=128, synthetic=500_000,
     student_lr=1e-5, heads_lr=1e-4, student_ema=0.999, head_width=128, save_every=500, log_every=10,
@@ -232,7 +214,7 @@ SD3 = dict(
 PRESETS = {
     "nano": dict(),
     "tiny": dict(
-        data="cifar10", size=(32, 32), width=384, depth=8, heads=6, text_length=16, t_mean=0.0,
+        data="cifar10", size=(32, 32), width=384, depth=8, heads=6, text_length=16,
         teacher_iterations=20_000, teacher_batch=256, teacher_lr=1e-3, teacher_ema=0.999, cfg=2.0,
         synthetic=50_000, synthetic_cfg=2.0, synthetic_steps=16, iterations=8_000, batch=256,
         taps=(), student_ema=0.999, evaluation=10_000, judge_steps=8_000, judge_width=64,
@@ -241,7 +223,7 @@ PRESETS = {
     "small": dict(  # ours, not run yet; folders of photographs take --data PATH
         size=(64, 64), aspects=("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16"), patch=4,
         width=512, depth=12, heads=8, text_length=16, teacher_iterations=40_000, teacher_batch=256,
-        t_mean=0.0, teacher_lr=1e-3, teacher_ema=0.999, synthetic=50_000, iterations=10_000,
+        teacher_lr=1e-3, teacher_ema=0.999, synthetic=50_000, iterations=10_000,
         batch=256, taps=(), student_ema=0.999, evaluation=10_000, judge_steps=8_000,
         judge_width=64, log_every=50, save_every=2_000, sample_every=2_000,
     ),
@@ -303,7 +285,7 @@ def generator_loss(heads, fake, t_hat, pooled, size):
 
 
 def distillation_loss(x0_hat, x0, paired):
-    """Beside L_G, ours: smooth L1 between x̂_0 and x_0 where x_t can tell x_0, `paired` (B,)."""
+    """Beside L_G, ours: smooth L1 between x̂_0 and x_0, where x_t can tell x_0: `paired` (B,)."""
     loss = F.smooth_l1_loss(x0_hat, x0, reduction="none").mean(dim=(1, 2, 3))
     return (loss * paired).mean()
 
@@ -443,11 +425,12 @@ def draw_levels(settings, n, step, random):
     return torch.from_numpy(random.choice(np.float32(settings.levels), n, p=p / p.sum()))
 
 
-def draw_batch(run, samples, step, heads_warmup=0, own_noise=True):
+def draw_batch(run, samples, step, heads_warmup=0, own_noise="low"):
     """All that an update starts from, drawn from (seed, step) alone; this process's share of it.
 
-    samples: of `distillation_samples`. own_noise: at t = 1, where x_t is noise alone, it is the
-    noise that the teacher made this very sample from, so that x_t can tell x_0 there, too."""
+    samples: of `distillation_samples`. own_noise: where ε is the noise that the teacher made this
+    very sample from: at the "low" levels, all but pure noise; at "all", so that x_t can tell x_0
+    there, too; at "none". Real images have no such noise."""
     s, device, random = run.settings, run.device, rng(run.settings.seed, "distillation", step)
     dataset, words, seed = samples
     bucket = data.draw_bucket(dataset, s.seed, "distillation", step)
@@ -455,17 +438,16 @@ def draw_batch(run, samples, step, heads_warmup=0, own_noise=True):
     x0, text = data.to_float(images).to(device), run.text.features(words[caption].to(device))
     since = max(0, step - heads_warmup)  # the heads, alone, see the student's first levels
     t = my_share(draw_levels(s, s.batch, since, random)).to(device)
-    m = s.m + s.logit_shift(x0.shape[2:])
+    m = s.t_hat_mean + s.logit_shift(x0.shape[2:])
     t_hat = my_share(logit_normal(s.batch, m, s.t_hat_std, random)).to(device)
     noises = random.standard_normal((3, s.batch, *x0.shape[1:]), np.float32)
     noises = (torch.from_numpy(my_share(noise)).to(device) for noise in noises)
     noise, noise_fake, noise_real = noises
-    paired = t < s.levels[0]  # the first level is pure noise
-    if own_noise and seed is not None:
+    paired = (t < s.levels[0]) | (own_noise == "all")  # the first level is pure noise
+    if own_noise != "none" and seed is not None:
         # every synthetic sample has a caption row of its own: the row is the sample's number
         source = sample.noise_of(seed, "synthesis", caption, x0.shape[1:]).to(device)
-        noise = torch.where(per_sample(paired, x0), noise, source)
-        paired = torch.ones_like(paired)
+        noise = torch.where(per_sample(paired, x0), source, noise)
     return Batch(x0, text, t, noise, paired, t_hat, noise_fake, noise_real)
 
 
@@ -535,7 +517,7 @@ def distil(run):
         run.compile(network)
     for step in loop:
         learning, one_pass = step >= s.heads_warmup, s.accumulate == 1
-        batch = draw_batch(run, samples, step, s.heads_warmup, own_noise=bool(s.distill_weight))
+        batch = draw_batch(run, samples, step, s.heads_warmup)
         parts = split(batch, s.accumulate)
         for b in parts:  # the heads learn
             with run.autocast(), torch.set_grad_enabled(learning and one_pass):
@@ -586,7 +568,7 @@ def diversity_probe(run, teacher, samples):
     most = max(1, min(32, s.batch // world()) // s.accumulate)
     b = commonest([draw_batch(run, samples, step) for step in range(steps)], most)
     t = torch.full_like(b.t, s.levels[0])
-    t_hat = torch.full_like(t, s.m + s.logit_shift(b.x0.shape[2:])).sigmoid()
+    t_hat = torch.full_like(t, s.t_hat_mean + s.logit_shift(b.x0.shape[2:])).sigmoid()
     alike = b.noise_fake[:1].expand_as(b.x0)
 
     @torch.no_grad()

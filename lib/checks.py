@@ -35,7 +35,7 @@ def faults(s):
     if s.head_width % max(1, s.head_width // 16):
         yield "head_width", "must be a multiple of 16, or less than 32"
     # noise levels
-    levels = s.levels or s.default_levels()
+    levels = s.levels
     p, warmup_p = s.level_p or levels, s.warmup_p if s.warmup_iterations else levels
     if not len(levels) == len(p) == len(warmup_p):
         yield "level_p", "--levels, --level-p and --warmup-p need the same number of values"

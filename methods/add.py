@@ -4,7 +4,7 @@ heads, on the features of a frozen network of clean pixels. One update:
     1  x̂_0  = the student's prediction, as in LADD
     2  f, r = maps of x̂_0 and x_0 in a classifier, without noise; the teacher has no part
     3  L_D  = the hinge loss of the heads on every map, each map counting alike
-    4  L_G  = -E[D(f)] + λ·smooth_l1(x̂_0, x_0)
+    4  L_G  = -E[D(f)] + λ·smooth_l1(x̂_0, x_0) where t < 1, as in LADD
 
 ADD reads DINO's features; here a classifier stands in for it, which is like the judge that scores,
 but with other weights and wider convolutions: nobody is scored by what it has learned to please.
@@ -62,7 +62,7 @@ def distil(run):
                     shown=("loss_d", "loss_g"))  # fmt: skip
     for step in loop:
         learning = step >= s.heads_warmup
-        b = draw_batch(run, samples, step, s.heads_warmup, own_noise=bool(s.distill_weight))
+        b = draw_batch(run, samples, step, s.heads_warmup)
         with run.autocast():
             with torch.set_grad_enabled(learning):
                 x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)  # line 1

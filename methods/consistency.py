@@ -43,7 +43,7 @@ def distil(run):
     networks = dict(student=student, ema=ema)
     loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers)
     for step in loop:
-        b = draw_batch(run, samples, step, own_noise=False)
+        b = draw_batch(run, samples, step, own_noise="none")
         i = rng(s.seed, "consistency", step).integers(LEVELS, size=s.batch)
         i = torch.from_numpy(my_share(i)).to(run.device)
 

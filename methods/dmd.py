@@ -52,7 +52,7 @@ def distil(run):
     optimizers_of_both = optimizers + score_optimizers
     loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers_of_both)
     for step in loop:
-        b = draw_batch(run, samples, step, own_noise=False)
+        b = draw_batch(run, samples, step, own_noise="none")
         levels = rng(s.seed, "dmd", step).uniform(0.02, 0.98, (s.batch, 2)).astype(np.float32)
         t, t_score = torch.from_numpy(my_share(levels)).to(run.device).unbind(dim=1)
 

@@ -3,7 +3,7 @@
 The simplest distillation, and what LADD has to beat: where a picture is uncertain it gives the
 mean. One update:
 
-    1  x_t  = (1 - t)·x_0 + t·ε        at t = 1 ε is the teacher's own noise of x_0
+    1  x_t  = (1 - t)·x_0 + t·ε        ε is the noise that the teacher made x_0 from
     2  x̂_0  = x_t - t·v_θ(x_t, t, c)
     3  L    = smooth_l1(x̂_0, x_0)
 
@@ -26,7 +26,7 @@ def distil(run):
     networks = dict(student=student, ema=ema)
     loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers)
     for step in loop:
-        b = draw_batch(run, samples, step)
+        b = draw_batch(run, samples, step, own_noise="all")
         with run.autocast():
             x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)  # lines 1, 2
             loss = distillation_loss(x0_hat, b.x0, b.paired)  # line 3

@@ -83,7 +83,7 @@ def test_the_students_noise_is_the_one_that_the_shared_samples_were_made_of(swep
     """A student of another seed than the teacher's must still start from its sample's own noise."""
     path = member_of(swept, "*-of-0/seed-4/config.json").parent
     run = run_of([*SWEEP.split(), "--levels", "1", "--seed", "4", "--out", path])
-    b = ladd.draw_batch(run, ladd.distillation_samples(run), 0)
+    b = ladd.draw_batch(run, ladd.distillation_samples(run), 0, own_noise="all")
     made = sample.noise_of(0, "synthesis", range(6), (3, 12, 12))
     assert b.paired.all()
     assert all(any(torch.equal(row, own) for own in made) for row in b.noise)

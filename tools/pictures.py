@@ -35,9 +35,9 @@ def draw_levels():
     titles = {"nano": "16² pixels (nano)", "sd3-8b": "1024² pixels (sd3-2b and sd3-8b)"}
     for axis, (preset, title) in zip(axes, titles.items(), strict=True):
         s = ladd.Settings(**ladd.PRESETS[preset]).scaled()
-        normal = torch.distributions.Normal(s.m, s.t_hat_std)
+        normal = torch.distributions.Normal(s.t_hat_mean, s.t_hat_std)
         density = normal.log_prob(t.logit()).exp() / (t * (1 - t))  # du/dt of t = sigmoid(u)
-        axis.fill_between(t, density / density.max(), alpha=0.4, label=f"t̂, m = {s.m:.2f}")
+        axis.fill_between(t, density / density.max(), alpha=0.4, label=f"t̂, m = {s.t_hat_mean:g}")
         bars = axis.bar(s.levels, s.level_p, 0.012, color="tab:red", label="t of the student")
         axis.bar_label(bars, [f"t = {level:.2g}" for level in s.levels])
         axis.set(title=title, ylabel="probability of t, density of t̂")
