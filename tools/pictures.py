@@ -25,25 +25,25 @@ def subplots(rows):
         from matplotlib.figure import Figure
     except ImportError:
         raise UsageError("matplotlib is missing: pip install matplotlib") from None
-    return Figure(figsize=(8, 6.5), layout="constrained").subplots(rows, sharex=True)
+    size = (8, 1.1 + 1.8 * rows)
+    return Figure(figsize=size, layout="constrained").subplots(rows, sharex=True, squeeze=False)[
+        :, 0
+    ]
 
 
 def draw_levels():
-    """For two sizes, one above the other: t̂'s density, and the student's levels as bars."""
-    axes = subplots(2)
-    t = torch.linspace(0.001, 0.999, 999)
-    titles = {"nano": "16² pixels (nano)", "sd3-8b": "1024² pixels (sd3-2b and sd3-8b)"}
-    for axis, (preset, title) in zip(axes, titles.items(), strict=True):
-        s = ladd.Settings(**ladd.PRESETS[preset]).scaled()
-        normal = torch.distributions.Normal(s.t_hat_mean, s.t_hat_std)
-        density = normal.log_prob(t.logit()).exp() / (t * (1 - t))  # du/dt of t = sigmoid(u)
-        axis.fill_between(t, density / density.max(), alpha=0.4, label=f"t̂, m = {s.t_hat_mean:g}")
-        bars = axis.bar(s.levels, s.level_p, 0.012, color="tab:red", label="t of the student")
-        axis.bar_label(bars, [f"t = {level:.2g}" for level in s.levels])
-        axis.set(title=title, ylabel="probability of t, density of t̂")
-        axis.legend(loc="upper center")
-    axes[-1].set_xlabel("noise level: 0 is data, 1 is pure noise")
-    return axes[0].figure
+    """The density of t̂, and the student's levels as bars."""
+    (axis,) = subplots(1)
+    s, t = ladd.Settings().scaled(), torch.linspace(0.001, 0.999, 999)
+    normal = torch.distributions.Normal(s.t_hat_mean, s.t_hat_std)
+    density = normal.log_prob(t.logit()).exp() / (t * (1 - t))  # du/dt of t = sigmoid(u)
+    axis.fill_between(t, density / density.max(), alpha=0.4, label=f"t̂, m = {s.t_hat_mean:g}")
+    bars = axis.bar(s.levels, s.level_p, 0.012, color="tab:red", label="t of the student")
+    axis.bar_label(bars, [f"t = {level:.2g}" for level in s.levels])
+    axis.set(ylabel="probability of t, density of t̂")
+    axis.set_xlabel("noise level: 0 is data, 1 is pure noise")
+    axis.legend(loc="upper left")
+    return axis.figure
 
 
 def flops(function, *arguments):
