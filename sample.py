@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import data
 from lib import checkpoints
-from lib.errors import Parser, UsageError, UserError, exit_status, reason
+from lib.errors import Parser, RunError, UsageError, UserError, exit_status, reason
 from lib.files import read_lines
 from lib.images import decode_file
 from lib.machine import autocast, device_of
@@ -309,6 +309,8 @@ def parse(argv):
         parser.error(f"--strength {args.strength:g}: must be above 0 and at most 1")
     if args.eta is not None and not 0 <= args.eta <= 1:
         parser.error(f"--eta {args.eta:g}: must be from 0 to 1")
+    if args.cfg is not None and not math.isfinite(args.cfg):
+        parser.error(f"--cfg {args.cfg:g}: must be finite")
     for name in ("num", "steps", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name}: must be at least 1")
@@ -384,6 +386,8 @@ def make_pictures(args):
     notes = dict(seed=args.seed, steps=steps, cfg=cfg, model=f"{generator.kind} of {args.run}")
     with tqdm(total=len(prompts), desc="sampling", disable=not sys.stderr.isatty()) as bar:
         x0 = generator.sample(prompts, batch=args.batch, progress=bar, **options)
+    if not x0.isfinite().all():
+        raise RunError(f"{args.run}: its samples are not finite; try --precision fp32, other --cfg")
     save_pictures(codec.decode(x0), args.out, prompts, notes)
     print(f"{len(x0)} images, {steps} steps: {args.out}")
     if args.trajectory:
@@ -408,7 +412,7 @@ def main(argv=None):
             make_pictures(args)
     except (FileExistsError, ValueError) as error:
         return exit_status("sample.py", UsageError(error))
-    except (UserError, OSError) as error:
+    except (UserError, RunError, OSError) as error:
         return exit_status("sample.py", error)
     return 0
 

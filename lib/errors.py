@@ -58,9 +58,15 @@ def exit_status(program, error):
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose errors are one line and status 2; --help shows the rest."""
+    """A command line whose errors are one line and status 2; --help shows the rest.
+
+    Every program has one, and begins with it: from then on a character that the terminal or the
+    file behind it can't show (Windows, Latin-1) is a "?", and does not end the program."""
 
     def __init__(self, program, description, **options):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # tests put others in their place
+                stream.reconfigure(errors="replace")
         super().__init__(program, description=description, allow_abbrev=False, **options)
 
     def error(self, message):

@@ -15,10 +15,12 @@ from lib.parallel import world
 
 
 def device_of(name):
-    """--device as torch.device; `auto` is a GPU where there is one. Of many processes each has its
-    own GPU. UsageError where there is no such device."""
+    """--device as torch.device; `auto` is a GPU where there is one, NVIDIA's before Apple's.
+
+    Of many processes each has its own GPU. UsageError where there is no such device."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+        name = next((device for device in there if there[device]), "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

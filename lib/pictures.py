@@ -86,6 +86,8 @@ def save_pictures(images, out, prompts, notes):
     """Images (n, 3, H, W) uint8 as one grid, where `out` ends in .png, or as a folder of one PNG
     each with its own prompt."""
     out = Path(out)
+    if out.suffix.lower() != ".png" and out.suffix.lower() in Image.registered_extensions():
+        raise ValueError(f"{out}: pictures are written as .png; or name a folder for one PNG each")
     if out.suffix.lower() == ".png":
         save_png(square(images), out, prompt="; ".join(dict.fromkeys(prompts)), **notes)
         return

@@ -37,14 +37,15 @@ def write_samples(run, plan, make, seed):
             # Divided networks need all processes: those without a file of their own join in.
             file = todo[min(turn + rank(), len(todo) - 1)]
             x0, captions = make(file, plan[file])
+            x0 = x0.half()
             if not x0.isfinite().all():
-                raise RunError(
-                    f"the teacher's samples {plan[file][0]} to {plan[file][-1]} are not finite. "
-                    "Train it in another folder (--out) with a lower --teacher-lr or "
-                    "--precision fp32."
-                )
+                where = f"{plan[file][0]} to {plan[file][-1]}"
+                advice = "Give another --teacher, or --precision fp32."
+                if not run.settings.teacher:
+                    advice = "Train it in another --out, with a lower --teacher-lr or in fp32."
+                raise RunError(f"the teacher's samples {where} are not finite in fp16. {advice}")
             if turn + rank() < len(todo):
-                made = dict(x0=x0.half(), captions=captions, index=plan[file].tolist(), seed=seed)
+                made = dict(x0=x0, captions=captions, index=plan[file].tolist(), seed=seed)
                 save(made, paths[file])
             bar.update(min(world(), len(todo) - turn))
             run.watch.check()

@@ -1,11 +1,15 @@
-"""The machine: memory that an update frees is kept for the next."""
+"""The machine: its memory, its devices, its terminal."""
 
+import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from lib.machine import device_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,3 +33,24 @@ def test_an_update_takes_the_memory_of_the_last_one_instead_of_asking_the_system
     first, *_, last = map(int, out.stdout.split())
     assert first > 32  # pages, or huge pages of 2 MB
     assert last < first / 10, out.stdout
+
+
+@pytest.mark.parametrize(
+    ("there", "chosen"), [(("cuda", "mps"), "cuda"), (("mps",), "mps"), ((), "cpu")]
+)
+def test_auto_is_nvidias_gpu_then_apples_then_the_cpu(monkeypatch, there, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
+    monkeypatch.setattr(torch, "empty", lambda *_, device: None)  # none of them is here
+    assert device_of("auto").type == chosen
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_that_cant_show_a_character_ends_no_program(encoding):
+    """--help has Greek letters, which such a terminal shows as "?"."""
+    for program in ("ladd.py", "sample.py"):
+        words = [sys.executable, program, "--help"]
+        environment = os.environ | dict(PYTHONIOENCODING=encoding)
+        out = subprocess.run(words, capture_output=True, cwd=ROOT, env=environment)
+        assert out.returncode == 0, out.stderr
+        assert b"?" in out.stdout and b"Traceback" not in out.stderr

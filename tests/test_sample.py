@@ -573,7 +573,7 @@ def test_the_batch_size_changes_no_image(run, tmp_path):
         ["--steps", "1"],
         ["--eta", "0.5"],
         ["--teacher"],
-        ["--sampler", "euler"],
+        ["--sampler", "euler", "--steps", "7"],
         ["--sampler", "euler", "--cfg", "3"],
         ["--teacher", "--steps", "7"],
         ["--teacher", "--cfg", "1"],
@@ -646,6 +646,17 @@ def test_little_strength_stays_near_the_image(run, tmp_path):
     assert (forgotten == drawn(run, tmp_path / "none")).all()
 
 
+def test_samples_that_are_not_finite_are_no_picture(tmp_path, capsys):
+    """A black picture would say that all went well."""
+    made = run_folder(tmp_path / "made")
+    broken = torch.load(made / "student.pt")
+    broken["weights"] = {k: torch.full_like(w, math.nan) for k, w in broken["weights"].items()}
+    torch.save(broken, made / "student.pt")
+    assert cpu(made, "--prompt", PROMPT, "--out", tmp_path / "a.png") == 1
+    assert "not finite" in capsys.readouterr().err
+    assert not (tmp_path / "a.png").exists()
+
+
 # What is wrong: the command line, and what the message must name.
 BAD = {
     "missing run": ("{dir}/gone --prompt x", "gone"),
@@ -668,6 +679,8 @@ BAD = {
     "stranger's file": ("{run} --prompt x --out {dir}/photo.png", "photo.png"),
     "stranger's film": ("{run} --prompt x --trajectory {dir}/photo.png", "photo.png"),
     "abbreviation": ("{run} --prompt x --tea", "--tea"),
+    "no scale": ("{run} --prompt x --teacher --cfg nan", "--cfg"),
+    "another kind of picture": ("{run} --prompt x --out {dir}/b.jpg", ".png"),
     "no share": ("{run} --prompt x --eta 1.5", "--eta"),
     "fresh noise of Euler": ("{run} --prompt x --eta 0.5 --sampler euler", "--eta"),
     "unknown sampler": ("{run} --prompt x --sampler heun", "heun"),
