@@ -63,7 +63,9 @@ def test_evaluate_prints_the_table_and_keeps_it(run, capsys):
     assert metrics["samples"] == 32 and metrics["checkpoints"] == made_from
 
 
-@pytest.mark.parametrize("flags", [["--num", 16], ["--seed", 5], ["--steps", 2], ["--cfg", 1.5]])
+@pytest.mark.parametrize(
+    "flags", [["--num", 16], ["--seed", 5], ["--steps", 2], ["--cfg", 1.5], ["--other-judge"]]
+)
 def test_a_table_of_other_samples_than_the_runs_own_is_printed_and_not_kept(
     run, tmp_path, capsys, flags
 ):

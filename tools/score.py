@@ -27,6 +27,9 @@ def parse(argv):
     add("--data", help="score against other data")
     add("--steps", type=int, help="the teacher's")
     add("--cfg", type=float, help="the teacher's guidance scale w")
+    add(
+        "--other-judge", action="store_true", help="score by a second classifier, to compare orders"
+    )
     add("--data-dir", default="data", help="where downloads and judges are kept")
     add("--device", default="auto")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
@@ -56,8 +59,9 @@ def score(args):
     other = {k: value for k, value in asked.items() if value is not None and value != s[k]}
     vars(teacher.settings).update(other)
     dataset = sample.data_of(student, args)
+    own = dict(seed=2, kernel=5) if args.other_judge else {}
     judge = sample.judge_of(
-        dataset, student.settings, student.device, args.data_dir, args.precision
+        dataset, student.settings, student.device, args.data_dir, args.precision, **own
     )
     held = held_out(data.shares(dataset, 2000))
     accuracy = judge_accuracy(held, dataset.labels, dataset.attributes, judge)
@@ -65,8 +69,8 @@ def score(args):
     rows = sample.evaluate(dataset, judge, teacher, student, count, seed)
     print(markdown_table(rows))
     print(f"\nThe judge reads held-out images right: {accuracy_line(accuracy)}")
-    if other:
-        own = ", ".join(f"{name} {s[name]}" for name in other)
+    if other or args.other_judge:
+        own = ", ".join(["the first judge", *(f"{name} {s[name]}" for name in other)])
         print(f"Not kept: the run's own metrics.json is of {own}.")
     else:
         metrics |= dict(rows=rows, judge_accuracy=accuracy, samples=count)
