@@ -74,7 +74,7 @@ def test_a_table_of_other_samples_than_the_runs_own_is_printed_and_not_kept(
     assert evaluate(run, *flags, folder=folder) == 0
     assert "| student, 1 step |" in (printed := capsys.readouterr().out)
     assert "Not kept" in printed and snapshot(folder) == before
-    name, value = flags
+    name, value = [*flags, None][:2]
     steps, cfg = value if name == "--steps" else 4, value if name == "--cfg" else 4
     assert f"| teacher, {steps} steps, CFG {cfg} |" in printed
 
