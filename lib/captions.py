@@ -1,13 +1,35 @@
 """Captions as questions with few answers, which a judge can read back from a picture."""
 
 import re
+import unicodedata
 from collections import Counter
 
 import torch
 
 
 def split_words(caption):
-    return re.findall(r"\w+", caption.lower())
+    """The words of a caption, in small letters. The same character is the same however it was
+    composed, and marks, as Hindi and Thai have them, belong to their word."""
+    caption = caption.lower()
+    if caption.isascii():
+        return re.findall(r"\w+", caption)
+    whole = unicodedata.normalize("NFC", caption)
+    inside = (c.isalnum() or c == "_" or unicodedata.category(c)[0] == "M" for c in whole)
+    return "".join(c if kept else " " for c, kept in zip(whole, inside, strict=True)).split()
+
+
+def unread_words(captions, length):
+    """What a reader of the first `length` words misses of the captions, in one line, or None."""
+    words = [tuple(split_words(caption)) for caption in captions]
+    longest = max(map(len, words), default=0)
+    cut, alike = sum(len(w) > length for w in words), len(words) - len(set(words))
+    found = []
+    if cut:
+        more = f"--text-length {longest} reads all"
+        found.append(f"{cut} of {len(words)} captions have more than {length} words; {more}.")
+    if alike:
+        found.append(f"{alike} of {len(words)} captions have the same words as another one.")
+    return " ".join(found) or None
 
 
 def class_attributes(names):

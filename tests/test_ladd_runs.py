@@ -316,3 +316,11 @@ def test_data_that_was_asked_for_is_never_replaced(launch, offline, tmp_path, ca
     message = capsys.readouterr().err
     assert "CIFAR-10 can't be had" in message and message.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_captions_that_are_cut_are_told_at_the_start_and_in_the_log(launch, tmp_path, capsys):
+    flags = f"{SMALL} --smoke --text-length 3 --stage"
+    assert launch("run", f"{flags} teacher") == 0
+    told = "1792 of 1792 captions have more than 3 words; --text-length 9 reads all."
+    assert told in capsys.readouterr().err
+    assert told in lines(tmp_path / "run")[0]["note"]

@@ -1,8 +1,28 @@
 """lib/captions.py: captions as questions with few answers."""
 
+import unicodedata
+
 import torch
 
-from lib.captions import class_attributes, word_attributes
+from lib.captions import class_attributes, split_words, unread_words, word_attributes
+
+
+def test_marks_belong_to_their_word_and_composition_makes_no_other_word():
+    """Hindi's vowel signs and Thai's tones are marks; macOS writes é as two characters."""
+    assert split_words("हिन्दी की किताब") == ["हिन्दी", "की", "किताब"]
+    assert split_words("น้ำ, ที่") == ["น้ำ", "ที่"]
+    assert split_words(unicodedata.normalize("NFD", "Café ÉTÉ!")) == ["café", "été"]
+    assert split_words("a RED_2 fox-tail") == ["a", "red_2", "fox", "tail"]
+
+
+def test_captions_that_are_not_read_to_their_end_or_read_alike_are_told():
+    assert unread_words(["a red fox", "a cat"], 3) is None
+    assert unread_words(["a red fox", "a cat"], 2) == (
+        "1 of 2 captions have more than 2 words; --text-length 3 reads all."
+    )
+    assert unread_words(["a cat", "A cat!", "🐈", "🐕"], 2) == (
+        "2 of 4 captions have the same words as another one."
+    )
 
 
 def test_class_names_become_captions_and_labels():

@@ -13,6 +13,7 @@ import torch
 import data
 import ladd
 import sample
+from lib.captions import unread_words
 from lib.checkpoints import same_network
 from lib.checks import check_for_method
 from lib.errors import DataError, RunError, Stop, UserError, exit_status
@@ -73,6 +74,8 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
     if rank() == 0:
         barrier()
     text = data.text_features(dataset, s.text_dim, s.text_length)
+    if text is not dataset:  # which brings features of its own
+        note = " ".join(filter(None, [note, unread_words(dataset.captions, s.text_length)])) or None
     base = ladd.Settings(**ladd.PRESETS[s.preset]).scaled()
     run = Run(s, dataset, text, watch, method, base)
     with run.opened(note):
