@@ -1,5 +1,6 @@
 """tools/table.py: the documents' tables are those of the kept results."""
 
+import re
 import shutil
 
 import pytest
@@ -21,13 +22,11 @@ def test_the_tables_of_the_documents_are_those_of_the_kept_results():
     assert table.main([]) == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "old"), [("../README.md", "0.957"), ("results.md", "62.6"), ("ablations.md", "99.3")]
-)
-def test_a_number_that_is_not_in_the_results_is_found_and_mended(docs, capsys, name, old):
+@pytest.mark.parametrize("name", ["../README.md", "results.md", "ablations.md"])
+def test_a_number_that_is_not_in_the_results_is_found_and_mended(docs, capsys, name):
     text = (docs / name).read_text("utf-8")
-    assert old in text
-    (docs / name).write_text(text.replace(old, "9.999"), "utf-8")
+    mean = re.search(r"\| \d+\.\d+(?= ± )", text)  # the first one of a table
+    (docs / name).write_text(text.replace(mean[0], "| 9.999"), "utf-8")
     assert table.main([]) == 1
     said = capsys.readouterr().out
     assert said.startswith(name.removeprefix("../")) and said.count("\n") == 1
