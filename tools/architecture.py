@@ -129,7 +129,7 @@ def draw_batch(d, n):
     heads = d.box(6.5, 2.8, VIOLET, f"heads D\n{n['heads'] / 1e6:.2f} M weights")
     on_real = d.box(7.5, 3.8, VIOLET, f"5   D(r), D(sg f)\n{n['logits']}\n$L_D$: hinge")
     on_fake = d.box(7.5, 1.8, VIOLET, f"6   D(f)\n{n['logits']}\n$L_G$: −mean")
-    beside = f"{n['weight']:g} · smooth L1 of $\\hat x_0$, $x_0$\nbeside $L_G$, ours"
+    beside = f"{n['weight']:g} · smooth L1 of $\\hat x_0$, $x_0$\nbeside $L_G$ at t < 1, ours"
     d.join(WHITE, start, noised, student, guess, fake, teacher, f, heads, on_fake)
     d.join(WHITE, start, real, teacher, r, heads, on_real)
     d.join(WHITE, guess, d.box(2.5, 2.8, WHITE, beside))
