@@ -21,7 +21,7 @@ from tools import report
 
 ROOT = Path(ladd.__file__).parent
 
-RUN = "--size 8 --width 16 --depth 2 --heads 2 --text-dim 8 --text-length 4 --pos-size 6 --taps 0,1"
+RUN = "--size 8 --width 16 --depth 2 --heads 2 --text-dim 8 --text-length 9 --pos-size 6 --taps 0,1"
 RUN += " --head-width 8 --teacher-batch 8 --batch 8 --teacher-iterations 20 --iterations 20"
 RUN += " --heads-warmup 3 --synthetic 22 --synthetic-steps 2 --teacher-steps 2 --save-every 8"
 RUN += " --precision fp32 --device cpu --log-every 1 --aspects 1:1,2:1 --muon-lr 0"
