@@ -146,6 +146,11 @@ def test_more_gpus_divide_state_and_arithmetic():
     assert eight["traffic"] == pytest.approx(one["parameters"]["student"] * 14 * 7 / 8)
 
 
+def test_a_plan_with_r1_is_the_plan_without_it():
+    """A gradient of a gradient of the small heads: left out of the count, not a traceback."""
+    assert plan_of("--r1 1") == plan_of("")
+
+
 def test_a_plan_of_parts_has_the_memory_of_one_part_and_eight_forwards():
     """A batch in two parts: what one of half of it keeps; the fakes pass for each player."""
     whole, half, parts = (

@@ -4,6 +4,7 @@ meta device), on any machine, in half a minute. Nothing is read or written.
 python ladd.py --preset sd3-8b --dry-run --gpus 128
 """
 
+import dataclasses
 import math
 import sys
 
@@ -55,7 +56,8 @@ def meta_iteration(s, n, checkpointing):
         ladd.student_predict(student, b.x0, b.text, b.t, b.noise)
     with FlopCounterMode(display=False) as flops:
         (_, fake), passes = kept_by(networks, ladd.make_fakes, student, teacher, b, s)
-        (loss_d, *_), by_d = kept_by(networks, ladd.heads_loss, teacher, heads, fake, b, s)
+        plain = dataclasses.replace(s, r1=0.0)  # a gradient of a gradient can't be counted here
+        (loss_d, *_), by_d = kept_by(networks, ladd.heads_loss, teacher, heads, fake, b, plain)
         loss_d.backward()
         condition = b.t_hat, b.text.pooled, ladd.grid_of(b, s)
         loss_g, by_g = kept_by(networks, ladd.generator_loss, heads, fake, *condition)
