@@ -27,6 +27,7 @@ import torch
 
 from lib.captions import split_words
 from lib.errors import DataError
+from lib.machine import moved
 from lib.shapes import object_cover, pattern_cover
 from lib.streams import rng, uniform
 
@@ -196,6 +197,7 @@ class HashedText:
 
     def features(self, ids):
         """ids (B, M) -> context (B, M, D_c), pooled (B, D_p). Rows of 0 (no words) give zeros."""
+        ids = moved(ids, self.table.device)
         words = self.table[ids]  # (B, M, D_c)
         present = (ids > 0)[..., None]  # (B, M, 1)
         context = (words + self.positions) * present
@@ -203,7 +205,7 @@ class HashedText:
         return Text(context, pooled)
 
     def __call__(self, captions):
-        return self.features(self.ids(captions).to(self.table.device))
+        return self.features(self.ids(captions))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -46,13 +46,14 @@ from discriminator import Discriminator, hinge_d, hinge_g, r1
 from lib.checkpoints import same_network
 from lib.checks import check_together
 from lib.health import commonest, diversity
+from lib.machine import moved
 from lib.optim import learning_rate, make_optimizers, split, step_all, update_ema
 from lib.parallel import fill, fill_optimizer, leave, my_share, rank, world
 from lib.pictures import grid, save_png
 from lib.report import SIGNS
 from lib.samples import read_samples, write_samples
 from lib.settings import HowToRun, check_fields, parse_settings, setting
-from lib.streams import rng
+from lib.streams import normal, rng
 from mmdit import MMDiT
 from sample import add_noise, logit_normal, per_sample, predict_x0
 
@@ -310,12 +311,12 @@ def draw_teacher_batch(run, step, words):
     index = my_share(np.arange(step * s.teacher_batch, (step + 1) * s.teacher_batch))
     images, caption = bucket.batch(index)
     kept = torch.from_numpy(my_share(random.random(s.teacher_batch)) >= s.drop)
-    text = run.text.features((words[caption] * kept[:, None]).to(run.device))
-    x0 = data.to_float(images.to(run.device))
+    text = run.text.features(words[caption] * kept[:, None])
+    x0 = data.to_float(moved(images, run.device))
     mean = s.t_mean + s.logit_shift(x0.shape[2:])
-    t = my_share(logit_normal(s.teacher_batch, mean, s.t_std, random)).to(run.device)
-    noise = random.standard_normal((s.teacher_batch, *x0.shape[1:]), np.float32)
-    return x0, text, t, torch.from_numpy(my_share(noise)).to(run.device)
+    t = moved(my_share(logit_normal(s.teacher_batch, mean, s.t_std, random)), run.device)
+    noise = normal(s.seed, "teacher, noise", index, x0.shape[1:], run.device)
+    return x0, text, t, noise
 
 
 def train_teacher(run):
@@ -434,19 +435,21 @@ def draw_batch(run, samples, step, heads_warmup=0, own_noise="low"):
     s, device, random = run.settings, run.device, rng(run.settings.seed, "distillation", step)
     dataset, words, seed = samples
     bucket = data.draw_bucket(dataset, s.seed, "distillation", step)
-    images, caption = bucket.batch(my_share(np.arange(step * s.batch, (step + 1) * s.batch)))
-    x0, text = data.to_float(images).to(device), run.text.features(words[caption].to(device))
+    index = my_share(np.arange(step * s.batch, (step + 1) * s.batch))
+    images, caption = bucket.batch(index)
+    x0, text = data.to_float(moved(images, device)), run.text.features(words[caption])
     since = max(0, step - heads_warmup)  # the heads, alone, see the student's first levels
-    t = my_share(draw_levels(s, s.batch, since, random)).to(device)
+    t = moved(my_share(draw_levels(s, s.batch, since, random)), device)
     m = s.t_hat_mean + s.logit_shift(x0.shape[2:])
-    t_hat = my_share(logit_normal(s.batch, m, s.t_hat_std, random)).to(device)
-    noises = random.standard_normal((3, s.batch, *x0.shape[1:]), np.float32)
-    noises = (torch.from_numpy(my_share(noise)).to(device) for noise in noises)
-    noise, noise_fake, noise_real = noises
+    t_hat = moved(my_share(logit_normal(s.batch, m, s.t_hat_std, random)), device)
+    noise, noise_fake, noise_real = (
+        normal(s.seed, f"distillation, noise of {whose}", index, x0.shape[1:], device)
+        for whose in ("x_t", "fakes", "reals")
+    )
     paired = (t < s.levels[0]) | (own_noise == "all")  # the first level is pure noise
     if own_noise != "none" and seed is not None:
         # every synthetic sample has a caption row of its own: the row is the sample's number
-        source = sample.noise_of(seed, "synthesis", caption, x0.shape[1:]).to(device)
+        source = sample.noise_of(seed, "synthesis", caption, x0.shape[1:], device=device)
         noise = torch.where(per_sample(paired, x0), source, noise)
     return Batch(x0, text, t, noise, paired, t_hat, noise_fake, noise_real)
 

@@ -146,9 +146,9 @@ def latent_sizes(s):
     return data.bucket_sizes(size, unit, s.aspects) if s.aspects else [size]
 
 
-def noise_of(seed, stream, indices, shape, step=0):
+def noise_of(seed, stream, indices, shape, step=0, device="cpu"):
     """The noise of sampling: ε of every image at a step. -> (B, *shape)"""
-    return normal(seed, f"{stream}, step {step}", indices, shape)
+    return normal(seed, f"{stream}, step {step}", indices, shape, device)
 
 
 class Generator:
@@ -197,7 +197,7 @@ class Generator:
         shape = (self.model.config["channels"], *(size or self.size))
 
         def fresh(step):
-            return noise_of(seed, stream, indices, shape, step).to(self.device)
+            return noise_of(seed, stream, indices, shape, step, self.device)
 
         x, level = fresh(0), 1.0
         if start is not None:

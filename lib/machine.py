@@ -31,6 +31,13 @@ def device_of(name):
     return device
 
 
+def moved(tensor, device):
+    """The tensor on the device, without waiting for what the device has still to do."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # a copy from other memory would wait
+    return tensor.to(device, non_blocking=True)
+
+
 def arithmetic(device, precision):
     """The dtype of products: `auto` is bf16 where the hardware has it, float32 elsewhere."""
     bf16 = has_bf16(torch.device(device)) if precision == "auto" else precision == "bf16"

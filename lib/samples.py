@@ -7,6 +7,7 @@ from lib.errors import RunError, reason
 from lib.files import load, save
 from lib.loop import progress
 from lib.parallel import broadcast, my_share, rank, world
+from lib.streams import RULE
 
 
 class Joined:
@@ -46,7 +47,7 @@ def write_samples(run, plan, make, seed):
                 raise RunError(f"the teacher's samples {where} are not finite in fp16. {advice}")
             if turn + rank() < len(todo):
                 made = dict(x0=x0, captions=captions, index=plan[file].tolist(), seed=seed)
-                save(made, paths[file])
+                save(made | dict(noise=RULE), paths[file])
             bar.update(min(world(), len(todo) - turn))
             run.watch.check()
 
@@ -59,6 +60,8 @@ def read_file(path, channels, patch, check):
         n, C, H, W = x0.shape
         if (n, C) != (len(captions), channels) or H % patch or W % patch:
             raise ValueError("samples and captions don't match")
+        if content.get("noise") != RULE:
+            raise ValueError("from another version, which drew noise by another rule")
         return x0, captions, int(content["seed"])
     except Exception as error:  # a damaged file raises nearly anything
         raise RunError(

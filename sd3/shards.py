@@ -9,6 +9,7 @@ import torch
 from data import SYNTHETIC_INDEX, Buckets, ImageSet, Text
 from lib.errors import DataError
 from lib.files import read_object, sha256
+from lib.machine import moved
 from sd3.encoders import NEEDS
 
 SHARDS = "ladd-shards-1"
@@ -35,7 +36,7 @@ class ShardBucket(ImageSet):
         samples, caption = super().batch(index, held_out)
         if self.shards.channels is None:
             return None, caption
-        return self.shards.read("latents", samples).cpu(), caption
+        return self.shards.read("latents", samples), caption
 
 
 class Shards(Buckets):
@@ -169,7 +170,7 @@ class Shards(Buckets):
         """One tensor of samples (B,) -> (B, …) float32 on the device."""
         places = [self.place[sample] for sample in samples.tolist()]
         rows = [self.open(i).get_slice(name)[k] for i, k in places]
-        return torch.stack(rows).to(self.device).float()
+        return moved(torch.stack(rows), self.device).float()
 
     def ids(self, captions):
         """captions -> (B, 1) int64 rows of `captions`."""

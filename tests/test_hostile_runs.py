@@ -159,6 +159,7 @@ SHARDS = {
     "captions that are numbers": lambda whole: saved(whole | dict(captions=[1] * 32)),
     "a caption too few": lambda whole: saved(whole | dict(captions=whole["captions"][1:])),
     "no pictures": lambda whole: saved(whole | dict(x0="x")),
+    "of another rule of noise": lambda whole: saved(whole | dict(noise="Philox")),
     "pictures of another size": lambda whole: saved(whole | dict(x0=whole["x0"][..., 1:])),
 }
 

@@ -50,6 +50,7 @@ from lib.report import fingerprints, read_metrics
 from lib.samples import read_samples
 from lib.scores import get_judge
 from lib.settings import bound, open_folder
+from lib.streams import RULE
 from mmdit import MMDiT
 from sd3.weights import open_sd3
 
@@ -105,7 +106,8 @@ def readers(path):
     captions = json_lines(*(row_of(f"{k}.png") for k in range(3)))
     files = {f"{k}.png": p for k, p in enumerate(few)} | {"captions.jsonl": captions}
     whole = zipped(io.BytesIO(), files).getvalue()
-    shard = dict(x0=torch.zeros(2, 3, 8, 8).half(), captions=["a", "b"], index=[0, 1], seed=2)
+    shard = dict(x0=torch.zeros(2, 3, 8, 8).half(), captions=["a", "b"], index=[0, 1])
+    shard |= dict(seed=2, noise=RULE)
     (path / "run").mkdir()
     sign = bound(settings)
     open_folder(path / "run", sign, sign)

@@ -15,6 +15,7 @@ from lib.files import save
 from lib.loop import Watch
 from lib.memory import peak_bytes
 from lib.run import Run
+from lib.streams import RULE
 from mmdit import MMDiT
 from tools.plan import main, meta_networks, plan
 
@@ -46,7 +47,7 @@ def measured(words, out, monkeypatch):
     monkeypatch.setattr(ladd, "show", lambda *_: None)
     run.save("teacher", run.make(MMDiT, **s.model()), 0)
     samples = dict(x0=randn(64, 3, 16, 16).half(), captions=dataset.captions[:64], seed=2)
-    save(samples | dict(index=list(range(64))), out / "synthetic" / "00000.pt")
+    save(samples | dict(index=list(range(64)), noise=RULE), out / "synthetic" / "00000.pt")
     return s, peak_bytes(lambda: ladd.distil(run))
 
 

@@ -172,7 +172,7 @@ def sampling(device, n):
     def diffusers():
         scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
         scheduler.set_timesteps(4)
-        x = sample.noise_of(0, "sampling", range(64), (s.channels, *s.size)).to(device)
+        x = sample.noise_of(0, "sampling", range(64), (s.channels, *s.size), device=device)
         for t in scheduler.timesteps:
             with autocast(device, "auto"):
                 v = call_theirs(other, x, t.to(device).expand(64) / 1000, *text)[0]
