@@ -8,20 +8,21 @@ whose numbers stand again at the functions:
 
     1  x_t   = (1 - t)·x_0 + t·ε            t from the student's few levels, x_0 made by the teacher
     2  x̂_0   = x_t - t·v_θ(x_t, t, c)       one evaluation of the student
-    3  noise x̂_0 and x_0 to a level t̂       t̂ ~ logit-normal(m, s), the same for both
+    3  noise x̂_0 and x_0 to a level t̂       t̂ ~ logit-normal(m, s), with the same noise for both
     4  f, r  = features of the frozen teacher on the noised x̂_0 and x_0
     5  L_D   = E[relu(1 - D(r))] + E[relu(1 + D(sg f))]    the heads learn
     6  L_G   = -E[D(f)]                                     the student learns, through the teacher
-             + λ·smooth_l1(x̂_0, x_0)           where t < 1; ours, λ = 0 at the paper's sizes
+             + λ·E[(LN(f) - LN(r))²]           where t < 1; ours, λ = 0 at the paper's sizes
 
-sg means stop-gradient. At t < 1 ε is the noise that the teacher made x_0 from, as in the student's
-sampler, which keeps the noise that it predicts; the last term holds x̂_0 to x_0 there. At t = 1 ε is
-new noise, which tells no x_0. There the heads alone say what a picture looks like, so that it is
-sharp, and not the mean of all that it could be. The heads step first, and L_G is of the new heads,
-on the same features f: so an update costs six forwards (a backward counts two, one through the
-frozen teacher): student 1 + 2, teacher on fakes 1 + 1, teacher on reals 1. The paper published
-neither code nor learning rates, batch size, optimiser or EMA: those are ours, chosen by the
-experiments in docs/log.md.
+sg means stop-gradient, LN layer normalisation of a token. At t < 1 ε is the noise that the teacher
+made x_0 from, as in the student's sampler, which keeps the noise that it predicts; the last term,
+the distillation loss, holds x̂_0 to x_0 there, in the teacher's eyes. At t = 1 ε is new noise, which
+tells no x_0. There the heads alone say what a picture looks like, so that it is sharp, and not the
+mean of all that it could be. The heads step first, and L_G is of the new heads, on the same
+features f: so an update costs six forwards (a backward counts two, one through the frozen teacher):
+student 1 + 2, teacher on fakes 1 + 1, teacher on reals 1. The paper published neither code nor
+learning rates, batch size, optimiser or EMA: those are ours, chosen by the experiments in
+docs/log.md.
 
     python ladd.py --preset nano                  everything, on a laptop, with built-in data
     python ladd.py --preset tiny                  CIFAR-10 on one GPU
@@ -118,7 +119,7 @@ class Settings(HowToRun):
     warmup_p: tuple = setting((0.0, 0.0, 0.5, 0.5), "those", low=0)
     t_hat_mean: float = setting(1.0, "m of t̂, the mean of its logit")
     t_hat_std: float = setting(1.0, "s of t̂", above=0)
-    distill_weight: float = setting(150.0, "weight λ of the distillation loss at t < 1", low=0)
+    distill_weight: float = setting(10.0, "weight λ of the distillation loss at t < 1", low=0)
     heads_warmup: int = setting(100, "first updates, of the heads alone", low=0)
     taps: tuple = setting((1, 2), "blocks whose tokens the heads see; empty: all", kind=int)
     head_width: int = setting(64, "channels of a head", low=1)
@@ -285,9 +286,14 @@ def generator_loss(heads, fake, t_hat, pooled, size):
     return hinge_g(logits)
 
 
-def distillation_loss(x0_hat, x0, paired):
-    """Beside L_G, ours: smooth L1 between x̂_0 and x_0, where x_t can tell x_0: `paired` (B,)."""
-    loss = F.smooth_l1_loss(x0_hat, x0, reduction="none").mean(dim=(1, 2, 3))
+def distillation_loss(fake, real, paired):
+    """Beside L_G, ours: how far f is from r, E[(LN(f) - LN(r))²], where x_t can tell x_0.
+
+    fake, real: [(B, N, D)] with the same t̂ and noise; paired (B,). -> scalar in [0, 4]"""
+    loss = 0
+    for f, r in zip(fake, real, strict=True):
+        f, r = (F.layer_norm(tokens, tokens.shape[-1:]) for tokens in (f, r))
+        loss = loss + (f - r).square().mean(dim=(1, 2)) / len(fake)
     return (loss * paired).mean()
 
 
@@ -398,8 +404,7 @@ class Batch(NamedTuple):
     noise: torch.Tensor  # (B, C, H, W) ε of line 1
     paired: torch.Tensor  # (B,) whether x_t can tell x_0
     t_hat: torch.Tensor  # (B,) t̂, the level of the re-noising
-    noise_fake: torch.Tensor  # (B, C, H, W) ε of line 3, of x̂_0
-    noise_real: torch.Tensor  # and of x_0
+    noise_hat: torch.Tensor  # (B, C, H, W) the noise of line 3
 
 
 class Samples(NamedTuple):
@@ -442,16 +447,16 @@ def draw_batch(run, samples, step, heads_warmup=0, own_noise="low"):
     t = moved(my_share(draw_levels(s, s.batch, since, random)), device)
     m = s.t_hat_mean + s.logit_shift(x0.shape[2:])
     t_hat = moved(my_share(logit_normal(s.batch, m, s.t_hat_std, random)), device)
-    noise, noise_fake, noise_real = (
-        normal(s.seed, f"distillation, noise of {whose}", index, x0.shape[1:], device)
-        for whose in ("x_t", "fakes", "reals")
+    noise, noise_hat = (
+        normal(s.seed, f"distillation, noise of {level}", index, x0.shape[1:], device)
+        for level in ("t", "t̂")
     )
     paired = (t < s.levels[0]) | (own_noise == "all")  # the first level is pure noise
     if own_noise != "none" and seed is not None:
         # every synthetic sample has a caption row of its own: the row is the sample's number
         source = sample.noise_of(seed, "synthesis", caption, x0.shape[1:], device=device)
         noise = torch.where(per_sample(paired, x0), source, noise)
-    return Batch(x0, text, t, noise, paired, t_hat, noise_fake, noise_real)
+    return Batch(x0, text, t, noise, paired, t_hat, noise_hat)
 
 
 def start_student(run):
@@ -479,23 +484,26 @@ def student_rate(s, step, heads_warmup=0):
     return learning_rate(step - heads_warmup, s.iterations - heads_warmup, 0.3)
 
 
-def make_fakes(student, teacher, b, s):
-    """Lines 1 to 4 for the student's prediction. -> x̂_0, f"""
+def features_of_both(student, teacher, b, s):
+    """Lines 1 to 4. -> f, with the graph to the student, and r"""
     x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
-    return x0_hat, teacher_features(teacher, x0_hat, b.text, b.t_hat, b.noise_fake, s.tapped)
-
-
-def heads_loss(teacher, heads, fake, b, s):
-    """Lines 3 and 4 for the real x_0, and line 5. -> L_D, logits of reals, logits of fakes"""
+    fake = teacher_features(teacher, x0_hat, b.text, b.t_hat, b.noise_hat, s.tapped)
     with torch.no_grad():
-        real = teacher_features(teacher, b.x0, b.text, b.t_hat, b.noise_real, s.tapped)
+        real = teacher_features(teacher, b.x0, b.text, b.t_hat, b.noise_hat, s.tapped)
+    return fake, real
+
+
+def heads_loss(heads, fake, real, b, s):
+    """Line 5. -> L_D, logits of reals, logits of fakes"""
     return discriminator_loss(heads, real, fake, b.t_hat, b.text.pooled, grid_of(b, s), s.r1)
 
 
-def student_losses(heads, x0_hat, fake, b, s):
+def student_losses(heads, fake, real, b, s):
     """Line 6. -> L_G, the distillation loss before its weight λ"""
     loss_g = generator_loss(heads, fake, b.t_hat, b.text.pooled, grid_of(b, s))
-    return loss_g, distillation_loss(x0_hat, b.x0, b.paired)
+    with torch.set_grad_enabled(s.distill_weight > 0):  # at 0 it is only logged
+        distill = distillation_loss(fake, real, b.paired)
+    return loss_g, distill
 
 
 def grid_of(b, s):
@@ -524,9 +532,9 @@ def distil(run):
         parts = split(batch, s.accumulate)
         for b in parts:  # the heads learn
             with run.autocast(), torch.set_grad_enabled(learning and one_pass):
-                x0_hat, fake = make_fakes(student, teacher, b, s)
+                fake, real = features_of_both(student, teacher, b, s)
             with run.autocast():
-                loss_d, on_real, on_fake = heads_loss(teacher, heads, fake, b, s)
+                loss_d, on_real, on_fake = heads_loss(heads, fake, real, b, s)
             (loss_d / s.accumulate).backward()
             loop.add(loss_d=loss_d, **told_apart(on_real, on_fake))
         (norm_d,) = step_all((heads_optimizers, heads, math.inf, min(1.0, (step + 1) / 40)))
@@ -534,8 +542,8 @@ def distil(run):
         for b in parts if learning else ():  # the student learns, from the new heads
             with run.autocast():
                 if not one_pass:  # the graphs of all parts would not fit in memory: once more
-                    x0_hat, fake = make_fakes(student, teacher, b, s)
-                loss_g, distill = student_losses(heads, x0_hat, fake, b, s)
+                    fake, real = features_of_both(student, teacher, b, s)
+                loss_g, distill = student_losses(heads, fake, real, b, s)
             ((loss_g + s.distill_weight * distill) / s.accumulate).backward()
             loop.add(loss_g=loss_g, loss_distill=distill)
         if learning:
@@ -572,7 +580,7 @@ def diversity_probe(run, teacher, samples):
     b = commonest([draw_batch(run, samples, step) for step in range(steps)], most)
     t = torch.full_like(b.t, s.levels[0])
     t_hat = torch.full_like(t, s.t_hat_mean + s.logit_shift(b.x0.shape[2:])).sigmoid()
-    alike = b.noise_fake[:1].expand_as(b.x0)
+    alike = b.noise_hat[:1].expand_as(b.x0)
 
     @torch.no_grad()
     def features(student=None):

@@ -4,7 +4,7 @@ heads, on the features of a frozen network of clean pixels. One update:
     1  x̂_0  = the student's prediction, as in LADD
     2  f, r = maps of x̂_0 and x_0 in a classifier, without noise; the teacher has no part
     3  L_D  = the hinge loss of the heads on every map, each map counting alike
-    4  L_G  = -E[D(f)] + λ·smooth_l1(x̂_0, x_0) where t < 1, as in LADD
+    4  L_G  = -E[D(f)] + λ·E[(LN(f) - LN(r))²] where t < 1, as in LADD
 
 ADD reads DINO's features; here a classifier stands in for it, which is like the judge that scores,
 but with other weights and wider convolutions: nobody is scored by what it has learned to please.
@@ -73,7 +73,8 @@ def distil(run):
             heads.requires_grad_(False)
             loss_g = sum(map(hinge_g, logits_of(heads, fake, b))) / len(heads)  # line 4
             heads.requires_grad_(True)
-            distill = distillation_loss(x0_hat, b.x0, b.paired)
+            both = ([tokens for tokens, _ in features] for features in (fake, real))
+            distill = distillation_loss(*both, b.paired)
         (loss_d + loss_g + s.distill_weight * distill).backward()
         players = [(heads_optimizers, heads, math.inf, min(1.0, (step + 1) / 40))]
         means = [x.detach().float().flatten(1).mean(1) for x in (*on_real, *on_fake)]

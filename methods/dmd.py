@@ -64,8 +64,8 @@ def distil(run):
 
         with run.autocast():
             x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
-            gradient = matching_gradient(x0_hat, b.noise_fake, t, guided, fakes)
-            loss_score = teacher_loss(fake_score, x0_hat.detach(), b.text, t_score, b.noise_real)
+            gradient = matching_gradient(x0_hat, b.noise_hat, t, guided, fakes)
+            loss_score = teacher_loss(fake_score, x0_hat.detach(), b.text, t_score, b.noise_hat)
         loss = matching_loss(x0_hat, gradient)
         (loss + loss_score).backward()
         norm, norm_score = step_all(

@@ -10,8 +10,10 @@ mean. One update:
     python -m methods.regression --preset nano --from runs/nano
 """
 
+import torch.nn.functional as F
+
 import ladd
-from ladd import distillation_loss, draw_batch, student_predict
+from ladd import draw_batch, student_predict
 from lib.optim import make_optimizers, step_all, update_ema
 from lib.parallel import leave
 
@@ -29,7 +31,7 @@ def distil(run):
         b = draw_batch(run, samples, step, own_noise="all")
         with run.autocast():
             x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)  # lines 1, 2
-            loss = distillation_loss(x0_hat, b.x0, b.paired)  # line 3
+            loss = F.smooth_l1_loss(x0_hat, b.x0)  # line 3
         loss.backward()
         rate = ladd.student_rate(s, step)
         (norm,) = step_all((optimizers, student, s.clip, rate))

@@ -152,15 +152,15 @@ def test_a_plan_with_r1_is_the_plan_without_it():
     assert plan_of("--r1 1") == plan_of("")
 
 
-def test_a_plan_of_parts_has_the_memory_of_one_part_and_eight_forwards():
-    """A batch in two parts: what one of half of it keeps; the fakes pass for each player."""
+def test_a_plan_of_parts_has_the_memory_of_one_part_and_nine_forwards():
+    """A batch in two parts: what one of half of it keeps; fakes and reals pass for each player."""
     whole, half, parts = (
         plan_of(f"{SHORT} --batch 4 {more}") for more in ("", "--batch 2", "--accumulate 2")
     )
     assert parts["ways"][False]["activations"] == half["ways"][False]["activations"]
     for again in (False, True):
         more = parts["ways"][again]["forwards"] - whole["ways"][again]["forwards"]
-        assert more == pytest.approx(2, abs=0.05)
+        assert more == pytest.approx(3, abs=0.05)
 
 
 def test_a_plan_divides_by_the_processes_that_share_a_network():

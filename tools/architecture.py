@@ -50,9 +50,9 @@ def read_code():
 
     for module in names:
         module.register_forward_hook(note)
-    x0_hat, fake = ladd.make_fakes(student, teacher, b, s)
-    loss_d, *_ = ladd.heads_loss(teacher, heads, fake, b, s)
-    loss_g, _ = ladd.student_losses(heads, x0_hat, fake, b, s)
+    fake, real = ladd.features_of_both(student, teacher, b, s)
+    loss_d, *_ = ladd.heads_loss(heads, fake, real, b, s)
+    loss_g, _ = ladd.student_losses(heads, fake, real, b, s)
     networks = dict(student=student, teacher=teacher, heads=heads)
     n |= {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     for loss, value in (("L_D", loss_d), ("L_G", loss_g)):
@@ -129,10 +129,12 @@ def draw_batch(d, n):
     heads = d.box(6.5, 2.8, VIOLET, f"heads D\n{n['heads'] / 1e6:.2f} M weights")
     on_real = d.box(7.5, 3.8, VIOLET, f"5   D(r), D(sg f)\n{n['logits']}\n$L_D$: hinge")
     on_fake = d.box(7.5, 1.8, VIOLET, f"6   D(f)\n{n['logits']}\n$L_G$: −mean")
-    beside = f"{n['weight']:g} · smooth L1 of $\\hat x_0$, $x_0$\nbeside $L_G$ at t < 1, ours"
+    beside = f"{n['weight']:g} · (LN f − LN r)²\nbeside $L_G$ at t < 1, ours"
     d.join(WHITE, start, noised, student, guess, fake, teacher, f, heads, on_fake)
     d.join(WHITE, start, real, teacher, r, heads, on_real)
-    d.join(WHITE, guess, d.box(2.5, 2.8, WHITE, beside))
+    near = d.box(5.5, 2.8, WHITE, beside)
+    d.join(WHITE, f, near)
+    d.join(WHITE, r, near)
     d.join(RED, on_fake, student, bend="bar,fraction=0.06")
     d.join(RED, on_real, heads, bend="arc3,rad=-0.5")
     to = {loss: f"gradient of ${loss}$: to the {' and '.join(n[loss])}" for loss in ("L_D", "L_G")}

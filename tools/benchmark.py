@@ -112,12 +112,12 @@ class Distillation:
     def iteration(self):
         s, student, ema, heads = self.s, *self.networks.values()
         with autocast(self.device, s.precision):
-            x0_hat, fake = ladd.make_fakes(student, self.teacher, self.batch, s)
-            loss_d, *_ = ladd.heads_loss(self.teacher, heads, fake, self.batch, s)
+            fake, real = ladd.features_of_both(student, self.teacher, self.batch, s)
+            loss_d, *_ = ladd.heads_loss(heads, fake, real, self.batch, s)
         loss_d.backward()
         step_all((self.heads_optimizers, heads, math.inf, 1.0))
         with autocast(self.device, s.precision):
-            loss_g, distill = ladd.student_losses(heads, x0_hat, fake, self.batch, s)
+            loss_g, distill = ladd.student_losses(heads, fake, real, self.batch, s)
         (loss_g + s.distill_weight * distill).backward()
         step_all((self.optimizers, student, s.clip, 1.0))
         update_ema(ema, student, s.student_ema, step=10_000)

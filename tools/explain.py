@@ -49,10 +49,10 @@ def explain(s, watch, given):
     b = ladd.draw_batch(run, images, step, s.heads_warmup)
     condition = b.t_hat, b.text.pooled, ladd.grid_of(b, s)
     with run.autocast():
-        x0_hat, fake = ladd.make_fakes(student, teacher, b, s)
-        real = ladd.teacher_features(teacher, b.x0, b.text, b.t_hat, b.noise_real, s.tapped)
+        x0_hat = ladd.student_predict(student, b.x0, b.text, b.t, b.noise)
+        fake, real = ladd.features_of_both(student, teacher, b, s)
         loss_d, on_real, on_fake = ladd.discriminator_loss(heads, real, fake, *condition, s.r1)
-        loss_g, distill = ladd.student_losses(heads, x0_hat, fake, b, s)
+        loss_g, distill = ladd.student_losses(heads, fake, real, b, s)
 
     print(f"{'quantity':12}{'shape':18}{'from':>8}{'to':>8}{'mean':>8}  what it is")
     show("x_0", b.x0, "images")
@@ -66,7 +66,7 @@ def explain(s, watch, given):
         b.t_hat,
         f"3  the level of the re-noising, logit-normal({s.t_hat_mean:g}, {s.t_hat_std})",
     )
-    show("x̂_t̂", add_noise(x0_hat, b.noise_fake, b.t_hat), "   what the frozen teacher sees")
+    show("x̂_t̂", add_noise(x0_hat, b.noise_hat, b.t_hat), "   what the frozen teacher sees")
     for block, f, r in zip(s.tapped, fake, real, strict=True):
         show(f"f, block {block}", f, "4  image tokens of the fakes after this block")
         show(f"r, block {block}", r, "   and of the real ones")
@@ -76,7 +76,7 @@ def explain(s, watch, given):
     show_gradients(loss_d, "L_D", networks)
     show("L_G", loss_g, "6  -mean logit: the student's loss")
     show_gradients(loss_g, "L_G", networks)
-    show("smooth_l1", distill, f"   of x̂_0 and x_0: added {s.distill_weight:g} times")
+    show("(LN f - LN r)²", distill, f"   added {s.distill_weight:g} times")
     if not taught:
         print(f"The networks are untrained: {run.path('teacher')} is not there yet.")
 

@@ -32,11 +32,11 @@ def meta_networks(s):
 def random_batch(s, n, device):
     """A batch of n random images with random text, for what depends on sizes alone."""
     with torch.device(device):
-        x0, *noise = (torch.randn(n, s.channels, *s.sizes[0]) for _ in range(4))
+        x0, noise, noise_hat = (torch.randn(n, s.channels, *s.sizes[0]) for _ in range(3))
         context = torch.randn(n, s.text_length, s.text_dim)
         text = ladd.Text(context, torch.randn(n, s.pooled_dim or s.text_dim))
         t = torch.rand(n)
-        return ladd.Batch(x0, text, t, noise[0], t < 1, t, *noise[1:])
+        return ladd.Batch(x0, text, t, noise, t < 1, t, noise_hat)
 
 
 def meta_iteration(s, n, checkpointing):
@@ -55,18 +55,17 @@ def meta_iteration(s, n, checkpointing):
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         ladd.student_predict(student, b.x0, b.text, b.t, b.noise)
     with FlopCounterMode(display=False) as flops:
-        (_, fake), passes = kept_by(networks, ladd.make_fakes, student, teacher, b, s)
+        (fake, real), passes = kept_by(networks, ladd.features_of_both, student, teacher, b, s)
         plain = dataclasses.replace(s, r1=0.0)  # a gradient of a gradient can't be counted here
-        (loss_d, *_), by_d = kept_by(networks, ladd.heads_loss, teacher, heads, fake, b, plain)
+        (loss_d, *_), by_d = kept_by(networks, ladd.heads_loss, heads, fake, real, b, plain)
         loss_d.backward()
-        condition = b.t_hat, b.text.pooled, ladd.grid_of(b, s)
-        loss_g, by_g = kept_by(networks, ladd.generator_loss, heads, fake, *condition)
-        loss_g.backward()
-        if s.accumulate > 1:  # the fakes pass once more, for the heads alone
+        (loss_g, distill), by_g = kept_by(networks, ladd.student_losses, heads, fake, real, b, s)
+        (loss_g + s.distill_weight * distill).backward()
+        if s.accumulate > 1:  # all pass once more, for the heads alone
             with torch.no_grad():
-                ladd.make_fakes(student, teacher, b, s)
-    reals = sum(f.nbytes for f in fake)  # which the heads read beside the fakes
-    most = max(sum((passes | by_d).values()) + reals, sum((passes | by_g).values()))
+                ladd.features_of_both(student, teacher, b, s)
+    reals = sum(r.nbytes for r in real)
+    most = reals + max(sum((passes | by_d).values()), sum((passes | by_g).values()))
     if checkpointing:  # the way back through the blocks holds one that it has computed again
         words = fake[0].new_empty(n, s.text_length, s.width)
         given = words, fake[0].detach(), words[:, 0]
