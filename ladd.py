@@ -538,7 +538,6 @@ def distil(run):
             (loss_d / s.accumulate).backward()
             loop.add(loss_d=loss_d, **told_apart(on_real, on_fake))
         (norm_d,) = step_all((heads_optimizers, heads, math.inf, min(1.0, (step + 1) / 40)))
-        learning = learning and norm_d is not None
         for b in parts if learning else ():  # the student learns, from the new heads
             with run.autocast():
                 if not one_pass:  # the graphs of all parts would not fit in memory: once more
@@ -548,7 +547,7 @@ def distil(run):
             loop.add(loss_g=loss_g, loss_distill=distill)
         if learning:
             rate = student_rate(s, step, s.heads_warmup)
-            (norm_g,) = step_all((student_optimizers, student, s.clip, rate))
+            (norm_g,) = step_all((student_optimizers, student, s.clip, rate), after=[norm_d])
             update_ema(ema, student, s.student_ema, step - s.heads_warmup)
             loop.add(grad_norm=norm_g)
         if loop.due(s.log_every):

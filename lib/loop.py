@@ -7,10 +7,12 @@ import sys
 import threading
 import time
 
+import torch
 from tqdm import tqdm
 
 from lib.errors import RunError, Stop
 from lib.health import symptoms
+from lib.machine import moved
 from lib.parallel import average, highest
 from lib.states import Saver, forget_states, load_state, newest_state
 
@@ -74,7 +76,7 @@ class Loop:
         self.saver = Saver(run.out, stage, run.device, run.divided)
         self.step = self.skipped = self.in_a_row = 0
         self.earlier = 0.0  # seconds that earlier processes worked at the stage
-        self.sums, self.found = {}, []
+        self.found, self.updates = [], []  # numbers of this update; of those since the last line
         if state := newest_state(run.out, stage):
             folder, facts = state
             load_state(folder, networks, optimizers)
@@ -106,38 +108,55 @@ class Loop:
     # logging
 
     def add(self, **values):
-        """Notes numbers of this update, or of a part of its batch."""
-        self.found += values.items()
+        """Notes numbers of this update, or of a part of its batch: tensors on any device."""
+        self.found += [(name, value.detach()) for name, value in values.items()]
 
     def log(self, **values):
-        """Ends an update: adds up its numbers; at every log line writes their means.
-
-        None among them: an update that was not applied, which is counted and told instead."""
+        """Ends an update; at every log line reads the numbers of all updates since the last one."""
         self.add(**values)
-        found, self.found = self.found, []
-        if any(value is None for _, value in found):
-            self.skip(found)
-        else:
-            self.in_a_row = 0
-            for name, value in found:
-                total, n = self.sums.get(name, (0, 0))
-                self.sums[name] = (total + value.detach().float().to(self.run.device), n + 1)
+        self.updates.append(self.found)
+        self.found = []
         if self.step - self.first == 4:  # the first updates are slower
             self.warm = time.perf_counter()
         if self.step - self.first == 14:
             self.warn_if_hours()
-        if self.due(self.run.settings.log_every) and self.sums:
-            average([total for total, _ in self.sums.values()])
-            means = {name: (total / n).item() for name, (total, n) in self.sums.items()}
-            self.sums = {}
-            self.tell(means)
+        if self.due(self.run.settings.log_every):
+            self.read()
+
+    def read(self):
+        """Writes the means of what was noted since the last log line. The host reads it here alone,
+        all at once: to read is to wait until the device has done all that it was given.
+
+        An update whose gradient's norm is not finite was not applied: it is counted and told
+        instead. With five in a row at a log line the run ends."""
+        found = [value.float() for update in self.updates for _, value in update]
+        found = [moved(value, self.run.device) for value in found]  # --offload has norms elsewhere
+        found = iter(torch.stack(found).tolist() if found else ())
+        numbers = {}
+        for step, update in enumerate(self.updates, self.step + 2 - len(self.updates)):
+            own = [(name, next(found)) for name, _ in update]
+            bad = list(dict.fromkeys(name for name, x in own if not math.isfinite(x)))
+            if any(name.startswith("grad_norm") for name in bad):
+                self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+                self.write(step, skipped=self.skipped, not_finite=bad)
+                continue
+            self.in_a_row = 0
+            for name, x in own:
+                numbers.setdefault(name, []).append(x)
+        self.updates = []
+        if numbers:
+            means = torch.tensor([sum(x) / len(x) for x in numbers.values()])
+            average([means])
+            self.tell(dict(zip(numbers, means.tolist(), strict=True)))
+        if self.in_a_row >= 5:
+            self.give_up(bad)
 
     def tell(self, means):
         """One row: to log.jsonl, tensorboard and the progress bar, with warnings of bad signs."""
         now = time.perf_counter()
         speed = (self.step + 1 - self.first) / (now - self.start)  # updates per second
         means["images_per_s"] = speed * self.batch
-        self.write(**means)
+        self.write(self.step + 1, **means)
         self.run.log.show(self.stage, self.step + 1, means)
         for _, why, figure in self.symptoms():
             if why not in self.warned:
@@ -154,8 +173,8 @@ class Loop:
             place = f"{self.stage} {self.step + 1}/{self.total}"
             print(f"{place}: {line}, {images} images/s, {left:.1f} min left", flush=True)
 
-    def write(self, **values):
-        row = dict(stage=self.stage, step=self.step + 1, **values)
+    def write(self, step, **values):
+        row = dict(stage=self.stage, step=step, **values)
         self.rows.append(row)
         self.run.log.write(**row)
 
@@ -169,22 +188,18 @@ class Loop:
             needs = f"The {self.stage} alone needs about {left / 3600:.0f} hours on this CPU."
             print(f"{needs} `--preset nano` is made for a CPU: minutes in all.", file=sys.stderr)
 
-    def skip(self, found):
-        """Tells of an update that was not applied; five in a row end the run."""
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        names = list(dict.fromkeys(k for k, v in found if v is None or not v.isfinite()))
-        self.write(skipped=self.skipped, not_finite=names)
-        if self.in_a_row == 5:
-            self.in_a_row = 0
-            self.save(wait=True)
-            rate = "--teacher-lr" if self.stage == "teacher" else "--student-lr"
-            raise RunError(
-                f"{self.stage}: the loss or the gradient was not finite at update {self.step + 1} "
-                f"and the 4 before it ({', '.join(names)}). None of them was applied; the weights "
-                "are saved as they were before. The same command tries the next batches; if that "
-                f"does not help, train in another folder (--out) with --precision fp32 or a lower "
-                f"{rate}."
-            )
+    def give_up(self, names):
+        """Ends a run whose last updates were not applied; the next one goes on after them."""
+        before, self.in_a_row = self.in_a_row - 1, 0
+        self.save(wait=True)
+        rate = "--teacher-lr" if self.stage == "teacher" else "--student-lr"
+        raise RunError(
+            f"{self.stage}: the loss or the gradient was not finite at update {self.step + 1} "
+            f"and the {before} before it ({', '.join(names)}). None of them was applied; the "
+            "weights are saved as they were before. The same command tries the next batches; if "
+            "that does not help, train in another folder (--out) with --precision fp32 or a lower "
+            f"{rate}."
+        )
 
     # states
 

@@ -1,5 +1,7 @@
 """Optimisers, their step, learning rates, and the average of the weights."""
 
+import math
+
 import torch
 from torch.utils._pytree import tree_map
 
@@ -12,7 +14,7 @@ def make_optimizers(model, lr, muon_lr, beta1, eps=1e-8):
     for name, parameter in model.named_parameters():
         inner = muon_lr and parameter.ndim == 2 and "blocks" in name
         (matrices if inner else rest).append(parameter)
-    fused = rest[0].device.type in ("cpu", "cuda")  # and not on the meta device of the plan
+    fused = rest[0].device.type not in ("meta", "mps")
     adamw = dict(betas=(beta1, 0.99), eps=eps, weight_decay=0.0, fused=fused)
     optimizers = [torch.optim.AdamW(rest, lr, **adamw)]
     if matrices:
@@ -29,25 +31,48 @@ def learning_rate(step, total, decay, warmup=40):
     return min(1.0, (step + 1) / warmup, (total - step) / (decay * total))
 
 
-def step_all(*players):
+def step_all(*players, after=()):
     """One step of every player by the gradient in its network, which is then forgotten.
 
-    players: (optimizers, network, largest gradient norm, factor of the learning rate) each. -> the
-    gradients' norms before clipping. None for each, and no step of any, where one is not finite.
-    (To know costs a wait for the backward pass; the queue of the device fills again at once.)"""
+    players: (optimizers, network, largest gradient norm, factor of the learning rate) each; after:
+    norms of players that stepped before them. -> the gradients' norms before clipping. NaN for
+    each, and no step of any, where one of these norms is not finite. The host does not look."""
     norms = []
     for _, network, clip, _ in players:
         average([p.grad for p in network.parameters() if p.grad is not None])
         norms.append(full_tensor(torch.nn.utils.clip_grad_norm_(network.parameters(), clip)))
-    finite = all(norm.isfinite() for norm in norms)  # one by one: --offload has its own on the CPU
+    bad = ~sum([*norms, *after]).isfinite()
     for optimizers, _, _, rate in players:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * rate
-            if finite:
-                optimizer.step()
+            step_unless(bad.to(group["params"][0].device), optimizer)
             optimizer.zero_grad(set_to_none=True)
-    return norms if finite else [None] * len(norms)
+    return [torch.where(bad, math.nan, norm) for norm in norms]
+
+
+@torch.no_grad()
+def step_unless(bad, optimizer):
+    """One step of an optimiser, or where `bad` () is true, none.
+
+    To read `bad` would wait for all that a GPU has still to do. There AdamW's kernel reads it, as
+    for torch.amp's GradScaler, and what others change is put back."""
+    if bad.device.type in ("cpu", "mps"):
+        if not bad:
+            optimizer.step()
+    elif optimizer.defaults.get("fused"):
+        optimizer.found_inf = bad.float()
+        optimizer.step()
+    else:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = [p for p in parameters if p.grad is not None]
+        moments = [m for state in optimizer.state.values() for m in state.values()]
+        before = [(tensor, tensor.clone()) for tensor in parameters + moments]
+        for parameter in parameters:  # of these the first step makes its moments
+            parameter.grad = torch.where(bad, 0, parameter.grad)
+        optimizer.step()
+        for tensor, old in before:
+            torch.where(bad, old, tensor, out=tensor)
 
 
 def split(batch, n):

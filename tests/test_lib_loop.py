@@ -17,6 +17,7 @@ from conftest import FEW, MAKING, cut_at, lines, same, updates
 import ladd
 import lib.samples
 import sample
+from lib.errors import RunError
 from lib.log import Log
 from lib.loop import Loop, Watch
 from lib.states import load_state, newest_state, state_folders
@@ -79,17 +80,18 @@ def test_the_numbers_of_an_update_that_was_not_applied_are_not_logged(tmp_path):
         for part in range(2):
             bad = step == 1 and part == 1
             loop.add(loss=torch.tensor(math.nan if bad else float(step)), other=torch.tensor(1.0))
-        loop.log(norm=None if step == 1 else torch.tensor(5.0))
+        loop.log(grad_norm=torch.tensor(math.nan if step == 1 else 5.0))
     assert numbers(tmp_path) == {
-        2: dict(skipped=1, not_finite=["loss", "norm"]),
-        3: dict(loss=1.0, other=1.0, norm=5.0),
+        2: dict(skipped=1, not_finite=["loss", "grad_norm"]),
+        3: dict(loss=1.0, other=1.0, grad_norm=5.0),
     }
 
 
 def test_a_log_line_without_any_applied_update_is_left_out(tmp_path):
     loop = make_loop(tmp_path, total=4, log_every=2)
     for step in loop:
-        loop.log(loss=torch.tensor(float(step)), norm=None if step < 2 else torch.tensor(1.0))
+        norm = torch.tensor(math.nan if step < 2 else 1.0)
+        loop.log(loss=torch.tensor(float(step)), grad_norm=norm)
     assert list(numbers(tmp_path)) == [1, 2, 4]
 
 
@@ -141,7 +143,8 @@ def test_a_loop_goes_on_where_its_newest_state_was_and_forgets_later_rows(tmp_pa
     with torch.no_grad():
         loop.networks["model"].weight.fill_(7.0)
     for step in loop:
-        loop.log(loss=torch.tensor(1.0), norm=None if step == 1 else torch.tensor(1.0))
+        norm = torch.tensor(math.nan if step == 1 else 1.0)
+        loop.log(loss=torch.tensor(1.0), grad_norm=norm)
         loop.checkpoint()
         if step == 4:
             break
@@ -357,6 +360,25 @@ def test_after_five_bad_updates_the_run_stops_with_the_weights_before_them(
     assert all(key.startswith("ema/") for key in moved)
     assert launch("run", flags) == 0
     assert [r["step"] for r in lines(out) if "skipped" in r] == [2, 3, 4, 5, 6]
+
+
+CASES = [((3, 7), None), ((3, 8), 8), ((6, 12), 12), ((1, 6), None)]  # not applied: 4 to 7, …
+
+
+@pytest.mark.parametrize(("bad", "ends"), CASES)
+def test_a_run_ends_at_a_log_line_if_the_last_five_updates_were_not_applied(tmp_path, bad, ends):
+    """Not where they were fewer, nor where the run has found back before the log line."""
+    loop, told = make_loop(tmp_path, total=12, log_every=4, save_every=99), None
+    for step in loop:
+        norm = torch.tensor(math.nan if bad[0] < step + 1 <= bad[1] else 1.0)
+        try:
+            loop.log(grad_norm=norm)
+        except RunError as error:
+            told = step + 1
+            assert f"at update {told} and the {bad[1] - bad[0] - 1} before it" in f"{error}"
+            break
+    assert told == ends
+    assert (ends is not None) == bool(state_folders(tmp_path, "teacher"))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_a_gradient_that_is_not_finite_in_one_player_moves_neither(bad, loser):
     for i, (model, _) in enumerate(players):
         learn(model, bad if i == loser else 1.0)
     games = [(optimizers, model, 1.0, 1.0) for model, optimizers in players]
-    assert step_all(*games) == [None, None]
+    assert all(norm.isnan() for norm in step_all(*games))
     for (model, (optimizer,)), weight in zip(players, (1.0, 2.0), strict=True):
         assert (model.weight == weight).all() and model.weight.grad is None
         assert not optimizer.state
