@@ -466,8 +466,9 @@ def start_heads(run):
     if s.discriminator:
         start = given_heads(s)
         fill(heads, start["weights"])
-        moments = dict(state=start["optimizer"]["state"])  # the learning rate is the settings'
-        fill_optimizer(optimizers[0], optimizers[0].state_dict() | moments)
+        if "optimizer" in start:  # pretrained/ has none; the learning rate is the settings'
+            moments = dict(state=start["optimizer"]["state"])
+            fill_optimizer(optimizers[0], optimizers[0].state_dict() | moments)
     return heads, optimizers
 
 
