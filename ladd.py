@@ -45,6 +45,7 @@ from data import Text, parse_size
 from discriminator import Discriminator, hinge_d, hinge_g, r1
 from lib.checkpoints import same_network
 from lib.checks import check_together
+from lib.curves import save_curves
 from lib.health import commonest, diversity
 from lib.optim import learning_rate, make_optimizers, split, step_all, update_ema
 from lib.parallel import fill, fill_optimizer, leave, my_share, rank, world
@@ -605,7 +606,8 @@ def pictures_of(parts):
 
 
 def show(run, kind, step, model):
-    """A grid from fixed noise and captions into samples/; of pixels, not of latents."""
+    """Draws curves.png anew; a grid from fixed noise and captions into samples/, if of pixels."""
+    save_curves(run)
     if run.settings.is_latent:
         return
     parts = data.held_out_captions(run.dataset, 32)

@@ -34,7 +34,7 @@ from lib.errors import Parser, RunError, UsageError, UserError, exit_status, rea
 from lib.files import read_lines
 from lib.images import decode_file
 from lib.machine import autocast, device_of
-from lib.pictures import refuse_strangers, save_gif, save_pictures
+from lib.pictures import refuse_strangers, save_gif, save_pictures, square
 from lib.scores import compared, get_judge, held_out, score_table
 from lib.streams import normal
 from mmdit import MMDiT
@@ -402,7 +402,7 @@ def make_pictures(args):
     if args.trajectory:
         first = prompts[:64]
         path = generator.trajectory(first, range(len(first)), **options)
-        frames = [codec.decode(x) for x in path]
+        frames = [square(codec.decode(x)) for x in path]
         save_gif(frames, args.trajectory)
         print(f"{len(frames)} frames: {args.trajectory}")
 

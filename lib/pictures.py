@@ -116,9 +116,9 @@ def save_pictures(images, out, prompts, notes):
 
 
 def save_gif(frames, path):
-    """An animation of grids, the last of them shown longest. frames: [images (n, 3, H, W) uint8]"""
+    """An animation of pictures, the last of them shown longest."""
     refuse_strangers(path)
-    first, *more = (square(images) for images in frames)
+    first, *more = frames
     pauses = [150] * len(more) + [1500]  # milliseconds
     with replacing(path) as file:
         first.save(

@@ -97,8 +97,9 @@ def test_a_picture_of_our_own_is_replaced(tmp_path):
 
 
 def frames(n):
-    """n frames of 3 images each, told apart by their brightness."""
-    return [torch.full((3, 3, 4, 4), 40 * k, dtype=torch.uint8) for k in range(n)]
+    """n grids of 3 images each, told apart by their brightness."""
+    images = (torch.full((3, 3, 4, 4), 40 * k, dtype=torch.uint8) for k in range(n))
+    return [pictures.square(each) for each in images]
 
 
 def test_an_animation_shows_every_frame_and_the_last_one_longest(tmp_path):
