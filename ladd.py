@@ -46,6 +46,7 @@ from data import Text, parse_size
 from discriminator import Discriminator, hinge_d, hinge_g, r1
 from lib.checkpoints import same_network
 from lib.checks import check_together
+from lib.curves import save_curves
 from lib.health import commonest, diversity
 from lib.machine import moved
 from lib.optim import learning_rate, make_optimizers, split, step_all, update_ema
@@ -474,8 +475,9 @@ def start_heads(run):
     if s.discriminator:
         start = given_heads(s)
         fill(heads, start["weights"])
-        moments = dict(state=start["optimizer"]["state"])  # the learning rate is the settings'
-        fill_optimizer(optimizers[0], optimizers[0].state_dict() | moments)
+        if "optimizer" in start:  # pretrained/ has none; the learning rate is the settings'
+            moments = dict(state=start["optimizer"]["state"])
+            fill_optimizer(optimizers[0], optimizers[0].state_dict() | moments)
     return heads, optimizers
 
 
@@ -614,7 +616,8 @@ def pictures_of(parts):
 
 
 def show(run, kind, step, model):
-    """A grid from fixed noise and captions into samples/; of pixels, not of latents."""
+    """Draws curves.png anew; a grid from fixed noise and captions into samples/, if of pixels."""
+    save_curves(run)
     if run.settings.is_latent:
         return
     parts = data.held_out_captions(run.dataset, 32)

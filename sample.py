@@ -34,7 +34,7 @@ from lib.errors import Parser, RunError, UsageError, UserError, exit_status, rea
 from lib.files import read_lines
 from lib.images import decode_file
 from lib.machine import autocast, device_of
-from lib.pictures import refuse_strangers, save_gif, save_pictures
+from lib.pictures import refuse_strangers, save_gif, save_pictures, square
 from lib.scores import compared, get_judge, held_out, score_table
 from lib.streams import normal
 from mmdit import MMDiT
@@ -215,19 +215,23 @@ class Generator:
         for x0 in path:
             yield x0.float().cpu()
 
-    def sample(self, captions, indices=None, *, batch=256, progress=None, start=None, **options):
-        """captions -> samples (n, C, H, W) in [-1, 1]; see `trajectory` for the options."""
+    def batches(
+        self, captions, indices=None, *, batch=256, progress=None, start=None, **options
+    ):  # fmt: skip
+        """captions -> samples (B, C, H, W) in [-1, 1], batch by batch; options: of `trajectory`."""
         indices = range(len(captions)) if indices is None else indices
-        out = []
         for a in range(0, len(captions), batch):
             part = slice(a, a + batch)
             own = start and (start[0][part] if len(start[0]) > 1 else start[0], start[1])
             for x0 in self.trajectory(captions[part], indices[part], start=own, **options):
                 last = x0
-            out.append(last)
             if progress is not None:
                 progress.update(len(last))
-        return torch.cat(out)
+            yield last
+
+    def sample(self, captions, indices=None, **options):
+        """captions -> samples (n, C, H, W), all of them together."""
+        return torch.cat(list(self.batches(captions, indices, **options)))
 
     def sample_parts(self, parts, **options):
         """Samples of several sizes: parts = [(captions, (H, W)), …] -> [(n, C, H, W), …].
@@ -384,16 +388,21 @@ def make_pictures(args):
     if args.trajectory:
         refuse_strangers(args.trajectory)
     notes = dict(seed=args.seed, steps=steps, cfg=cfg, model=f"{generator.kind} of {args.run}")
-    with tqdm(total=len(prompts), desc="sampling", disable=not sys.stderr.isatty()) as bar:
-        x0 = generator.sample(prompts, batch=args.batch, progress=bar, **options)
-    if not x0.isfinite().all():
-        raise RunError(f"{args.run}: its samples are not finite; try --precision fp32, other --cfg")
-    save_pictures(codec.decode(x0), args.out, prompts, notes)
-    print(f"{len(x0)} images, {steps} steps: {args.out}")
+
+    def images():
+        with tqdm(total=len(prompts), desc="sampling", disable=not sys.stderr.isatty()) as bar:
+            for x0 in generator.batches(prompts, batch=args.batch, progress=bar, **options):
+                if not x0.isfinite().all():
+                    why = "its samples are not finite; try --precision fp32, other --cfg"
+                    raise RunError(f"{args.run}: {why}")
+                yield from codec.decode(x0)
+
+    number = save_pictures(images(), args.out, prompts, notes)
+    print(f"{number} images, {steps} steps: {args.out}")
     if args.trajectory:
         first = prompts[:64]
         path = generator.trajectory(first, range(len(first)), **options)
-        frames = [codec.decode(x) for x in path]
+        frames = [square(codec.decode(x)) for x in path]
         save_gif(frames, args.trajectory)
         print(f"{len(frames)} frames: {args.trajectory}")
 

@@ -4,6 +4,8 @@ A file that this program did not make is never replaced.
 """
 
 import math
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ from PIL import Image, ImageDraw, PngImagePlugin
 
 from lib.errors import clean
 from lib.files import replacing
+
+WRITERS = 16  # threads that write the pictures of a folder: they wait for the disk more than work
 
 
 def grid(images, columns, scale=None):
@@ -83,23 +87,38 @@ def square(images):
 
 
 def save_pictures(images, out, prompts, notes):
-    """Images (n, 3, H, W) uint8 as one grid, where `out` ends in .png, or as a folder of one PNG
-    each with its own prompt."""
+    """Images (3, H, W) uint8 as one grid, where `out` ends in .png, or as a folder of one PNG each
+    with its own prompt. -> their number
+
+    images: may be an iterator that makes them: those of a folder are written by threads while it
+    makes the next, and are not kept."""
     out = Path(out)
     if out.suffix.lower() != ".png" and out.suffix.lower() in Image.registered_extensions():
         raise ValueError(f"{out}: pictures are written as .png; or name a folder for one PNG each")
     if out.suffix.lower() == ".png":
+        images = list(images)
         save_png(square(images), out, prompt="; ".join(dict.fromkeys(prompts)), **notes)
-        return
-    for i, image in enumerate(images):
+        return len(images)
+
+    def write(i, image):
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
         save_png(picture, out / f"{i:05d}.png", prompt=prompts[i], index=i, **notes)
 
+    waiting, number = deque(), 0
+    with ThreadPoolExecutor(WRITERS) as threads:
+        for number, image in enumerate(images, 1):
+            waiting.append(threads.submit(write, number - 1, image))
+            if len(waiting) > 16 * WRITERS:  # what is not written yet is bounded
+                waiting.popleft().result()
+        for each in waiting:
+            each.result()
+    return number
+
 
 def save_gif(frames, path):
-    """An animation of grids, the last of them shown longest. frames: [images (n, 3, H, W) uint8]"""
+    """An animation of pictures, the last of them shown longest."""
     refuse_strangers(path)
-    first, *more = (square(images) for images in frames)
+    first, *more = frames
     pauses = [150] * len(more) + [1500]  # milliseconds
     with replacing(path) as file:
         first.save(

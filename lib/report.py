@@ -25,6 +25,7 @@ COLUMNS = (
     ("alignment", ".3f"), ("frechet", ".2f"), ("precision", ".2f"), ("recall", ".2f"),
     ("evaluations", "d"), ("seconds", ".4f"),
 )  # fmt: skip
+DRAWN = ("curves.png", "student.gif")  # the numbers and the student's grids over the updates
 
 
 def markdown_table(rows):
@@ -107,6 +108,8 @@ def write_report(run, rows, accuracy, report_seconds):
         *run.notes,
         "",
         "![samples](samples.png)",
+        "",
+        *(f"![{name}]({name})" for name in DRAWN if (run.out / name).exists()),
         "",
         table,
         "",

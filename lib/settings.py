@@ -99,7 +99,7 @@ class HowToRun:
     save_every: int = free(500, "updates between states from which a cut run goes on", low=1)
     save_minutes: float = free(10.0, "minutes after which a state is due anyway; 0: never", low=0)
     stop_after: float = free(0.0, "minutes after which to save and exit with 75; 0: never", low=0)
-    sample_every: int = free(1000, "updates between sample grids", low=1)
+    sample_every: int = free(250, "updates between sample grids and curves", low=1)
     log_every: int = free(20, "updates between lines of log.jsonl", low=1)
     tensorboard: bool = free(False, "also write logs for tensorboard")
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import data
 from tools import pictures
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,6 +102,18 @@ def test_the_warning_of_a_bad_sign_names_a_section_that_exists():
 def test_the_table_of_passes_is_that_of_the_code():
     text = (ROOT / "docs" / "passes.md").read_text("utf-8")
     assert f"<!-- passes -->\n{pictures.pass_table()}\n<!-- end -->" in text
+
+
+def test_the_page_on_fid_writes_the_training_set_as_pictures(tmp_path, monkeypatch):
+    """Its first block of Python, with five images in the place of CIFAR-10."""
+    images = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(5, 3, 32, 32)
+    monkeypatch.setattr(data, "load", lambda name, sizes: data.ImageSet(name, (images, None)))
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "fid.md").read_text("utf-8")
+    exec(re.search("```python\n(.*?)```", text, re.S)[1], {})
+    for i in range(5):
+        with Image.open(tmp_path / "fid" / "real" / f"0000{i}.png") as picture:
+            assert (np.asarray(picture) == i).all() and picture.size == (32, 32)
 
 
 def test_the_pictures_of_levels_and_health_are_drawn(tmp_path):

@@ -36,7 +36,7 @@ def test_a_run_leaves_every_promised_file(smoke):
     assert set(snapshot(smoke)) == {
         "config.json", "log.jsonl", "teacher.pt", "student.pt", "heads.pt", "synthetic/00000.pt",
         "samples/teacher-000002.png", "samples/student-000002.png", "samples.png",
-        "metrics.json", "report.md",
+        "metrics.json", "report.md", "curves.png", "student.gif",
     }  # fmt: skip
 
 
@@ -66,6 +66,7 @@ def test_the_report_holds_the_student_against_the_untrained_one(smoke):
         "size", "colour", "shape", "background", "pattern",
     }  # fmt: skip
     assert "![samples](samples.png)" in text
+    assert "![curves.png](curves.png)" in text and "![student.gif](student.gif)" in text
 
 
 def test_the_report_has_a_verdict_on_every_stage(smoke):

@@ -1,5 +1,7 @@
 """Grids, sheets and animations, pixel by pixel; a stranger's file is never replaced."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -95,8 +97,9 @@ def test_a_picture_of_our_own_is_replaced(tmp_path):
 
 
 def frames(n):
-    """n frames of 3 images each, told apart by their brightness."""
-    return [torch.full((3, 3, 4, 4), 40 * k, dtype=torch.uint8) for k in range(n)]
+    """n grids of 3 images each, told apart by their brightness."""
+    images = (torch.full((3, 3, 4, 4), 40 * k, dtype=torch.uint8) for k in range(n))
+    return [pictures.square(each) for each in images]
 
 
 def test_an_animation_shows_every_frame_and_the_last_one_longest(tmp_path):
@@ -123,3 +126,38 @@ def test_a_strangers_file_is_never_replaced(tmp_path):
         with pytest.raises(FileExistsError, match=path.name):
             pictures.save_gif(frames(2), path)
         assert path.read_bytes() == before
+
+
+def test_pictures_of_a_folder_are_written_while_the_next_are_made_and_not_kept(tmp_path):
+    """Of 1,000 images at most a few hundred are alive at a time, and the first are on the disk
+    before the last are made."""
+    alive, most = weakref.WeakSet(), 0
+
+    def images():
+        nonlocal most
+        for i in range(1000):
+            if i == 999:
+                assert (tmp_path / "00000.png").exists()
+            image = torch.full((3, 2, 2), i % 256, dtype=torch.uint8)
+            alive.add(image)
+            most = max(most, len(alive))
+            yield image
+
+    prompts = [f"image {i}" for i in range(1000)]
+    assert pictures.save_pictures(images(), tmp_path, prompts, dict(seed=3)) == 1000
+    assert most <= 20 * pictures.WRITERS
+    for i in (0, 1, 567, 999):
+        with Image.open(tmp_path / f"{i:05d}.png") as picture:
+            assert picture.getpixel((0, 0)) == (i % 256,) * 3
+            assert picture.info["prompt"] == f"image {i}" and picture.info["seed"] == "3"
+    assert len(list(tmp_path.iterdir())) == 1000
+
+
+def test_a_strangers_picture_in_the_folder_ends_the_drawing(tmp_path):
+    """The threads' error is the program's."""
+    Image.new("RGB", (3, 2), "red").save(tmp_path / "00007.png")
+    before = (tmp_path / "00007.png").read_bytes()
+    images = torch.zeros(9, 3, 2, 2, dtype=torch.uint8)
+    with pytest.raises(FileExistsError, match="00007"):
+        pictures.save_pictures(images, tmp_path, ["a"] * 9, {})
+    assert (tmp_path / "00007.png").read_bytes() == before

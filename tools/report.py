@@ -2,11 +2,14 @@
 
 import time
 
+from PIL import Image
+
 import data
 import ladd
 import sample
+from lib.curves import save_curves
 from lib.files import write_text
-from lib.pictures import panels, save_png
+from lib.pictures import panels, save_gif, save_png
 from lib.report import write_report
 from lib.scores import held_out, judge_accuracy
 
@@ -38,4 +41,8 @@ def report(run):
     titled.sort(key=lambda pair: pair[0].startswith("untrained"))  # it stands last
     captions = "; ".join(caption for own, _ in parts for caption in own)
     save_png(panels(titled, 4), run.out / "samples.png", captions=captions)
+    grids = sorted((run.out / "samples").glob("student-*.png"))
+    if grids:
+        save_gif([Image.open(path).convert("RGB") for path in grids], run.out / "student.gif")
+    save_curves(run)
     write_report(run, rows, accuracy, time.perf_counter() - start)
