@@ -9,6 +9,7 @@ import os
 import re
 import stat
 import zipfile
+import zlib
 from pathlib import Path
 
 from lib.errors import DataError
@@ -80,12 +81,12 @@ def walk(root):
 
 class Files:
     """The files of a folder or of a zip by their relative names; nothing is ever extracted.
-    left_out {why: names}: what else is there.
+    left_out {why: names}: what else is there. sums {name: CRC-32}: of what was read.
 
     Raises DataError where the path is neither, or a zip that can't be read or is not honest."""
 
     def __init__(self, path):
-        self.path, self.zip = Path(path), None
+        self.path, self.zip, self.sums = Path(path), None, {}
         if self.path.is_dir():
             self.names, self.left_out = walk(self.path)
         elif not self.path.is_file():
@@ -121,6 +122,7 @@ class Files:
             content = file.read(most + 1)
         if len(content) > most:
             raise ValueError(f"more than {most:,} bytes unpacked")
+        self.sums[name] = zlib.crc32(content)
         return content
 
     def text(self, name):

@@ -176,13 +176,17 @@ def read_folder(path, sizes):
     aspect ratio.
 
     -> [(train, held out)] of each size, where a part is (images (n, 3, H, W) uint8, rows of the
-    captions (n,)); captions, attributes, labels"""
+    captions (n,)); what is in it, with a digest of names, captions and files; captions, attributes,
+    labels"""
     files = Files(path)
     caption_of, classes = find_captions(files)
     pixels = decode_all(files, sorted(caption_of), sizes, [], len(caption_of))
     counts = Counter(caption_of[name] for name in pixels)
     captions = sorted(counts)
     rows = {caption: i for i, caption in enumerate(captions)}
+    content = repr([(name, caption_of[name], files.sums[name]) for name in sorted(pixels)])
+    digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    content = f"{len(pixels)} images, {len(captions)} captions, digest {digest}"
 
     def part(names):
         images = torch.from_numpy(np.stack([pixels[name] for name in names]))
@@ -193,5 +197,5 @@ def read_folder(path, sizes):
         held_out, train = split_off([name for name in pixels if pixels[name].shape == shape])
         sets.append((part(train), part(held_out)))
     if classes:
-        return sets, *class_attributes(captions)
-    return sets, captions, *word_attributes(captions, [counts[c] for c in captions])
+        return sets, content, *class_attributes(captions)
+    return sets, content, captions, *word_attributes(captions, [counts[c] for c in captions])

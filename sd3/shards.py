@@ -1,5 +1,6 @@
 """A folder of encoded shards as a data set: latents, and the text features of their captions."""
 
+import hashlib
 import operator
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class Shards(Buckets):
     attributes, device = {}, torch.device("cpu")
 
     def __init__(self, path, sizes, seed=0):
-        self.name, self.path, self.seed = f"{Path(path).resolve()}", Path(path), seed
+        self.path, self.seed = Path(path), seed
         index = shard_note(self.path / "shards")
         if index.get("format") != SHARDS or type(index.get("shards")) is not int:
             raise DataError(f"{path}: its shards.json is not that of a shard folder.")
@@ -65,6 +66,9 @@ class Shards(Buckets):
 
         captions = [caption for note in self.notes for caption in note["captions"]]
         self.captions = list(dict.fromkeys(captions))
+        content = repr((captions, [note["sha256"] for note in self.notes]))
+        digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        self.name = f"{len(captions)} samples, {len(self.captions)} captions, digest {digest}"
         self.rows = {caption: row for row, caption in enumerate(self.captions)}
         caption = torch.tensor([self.rows[c] for c in captions])
         # the first sample of every caption
