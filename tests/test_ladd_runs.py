@@ -14,7 +14,7 @@ from PIL import Image
 import ladd
 import lib.cifar10
 import sample
-from lib.errors import DataError
+from lib.errors import NotFetched
 from lib.settings import locked
 
 # ---------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def test_a_folder_of_images_runs_through(launch, tmp_path, capsys, images):
 @pytest.fixture
 def offline(monkeypatch):
     def refuse(*arguments, **options):
-        raise DataError("CIFAR-10 can't be had (no network).")
+        raise NotFetched("CIFAR-10 can't be had (no network).")
 
     monkeypatch.setattr(lib.cifar10, "read_cifar10", refuse)
 
