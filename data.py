@@ -62,6 +62,7 @@ class Pixels:
 class DataSet:
     """What a data set says of itself, and gives.
 
+    name: the same for the same images and captions, wherever they lie; a run is bound to it.
     captions: every distinct caption, in a fixed order. attributes {name: [value, …]}: what a
     caption says, as questions with few answers. labels (len(captions), A) int64: the answers,
     by which alignment is scored."""
@@ -412,9 +413,8 @@ def load(name, sizes, *, data_dir="data", seed=0):
         return Shards(name, sizes, seed)
     from lib.folders import read_folder
 
-    sets, *known = read_folder(name, sizes)
-    path = f"{Path(name).resolve()}"
-    return one_or_buckets([ImageSet(path, train, held, *known, seed) for train, held in sets])
+    sets, content, *known = read_folder(name, sizes)
+    return one_or_buckets([ImageSet(content, train, held, *known, seed) for train, held in sets])
 
 
 def parse_size(text):

@@ -1,18 +1,21 @@
 """A folder or a zip from a stranger: its files by name, and what reading one may cost.
 
-Nothing is ever extracted; links are not followed out of it, and a bomb is unpacked no further than
-a picture or captions can need.
+Nothing is ever extracted; links of a folder are followed, a zip with links is refused. A bomb is
+unpacked no further than a picture or captions can need.
 """
 
 import io
+import os
 import re
 import stat
 import zipfile
+import zlib
 from pathlib import Path
 
 from lib.errors import DataError
 
 MOST_BYTES = 1 << 26  # of one file, unpacked, or of a zip's list of names: half a million
+HIDDEN = re.compile(r"(?s)(.*?/)??(\.|__MACOSX)[^/]*")  # a name up to its first hidden part
 
 
 class ZipBytes(io.FileIO):
@@ -43,16 +46,49 @@ def check_members(path, members):
             raise DataError(f"{path}: {member.filename} {wrong}. Make the zip anew without it.")
 
 
+def walk(root):
+    """The files below a folder, and behind its links to other folders. Every folder is read once:
+    as itself rather than by a link, and those above the root are not read, so that no link loops.
+
+    -> their names; {why: names of what is left out}"""
+    top = Path(root).resolve()
+    seen = {(s.st_dev, s.st_ino) for s in map(os.stat, top.parents)}
+    names, folders, links, left_out = [], [""], [], {}
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        place = os.path.join(root, folder)
+        try:
+            status, inside = os.stat(place), sorted(os.listdir(place))
+        except OSError as error:
+            left_out.setdefault("unreadable", []).append(f"{folder or root} ({error.strerror})")
+            continue
+        if (status.st_dev, status.st_ino) in seen:
+            left_out.setdefault("links to what is read already", []).append(folder)
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for name in (f"{folder}/{name}" if folder else name for name in inside):
+            path = os.path.join(root, name)
+            if HIDDEN.match(name):
+                left_out.setdefault("hidden", []).append(name)
+            elif os.path.isfile(path):
+                names.append(name)
+            elif os.path.isdir(path):
+                (links if os.path.islink(path) else folders).append(name)
+            else:
+                left_out.setdefault("unreadable", []).append(name)
+    return sorted(names), left_out
+
+
 class Files:
     """The files of a folder or of a zip by their relative names; nothing is ever extracted.
+    left_out {why: names}: what else is there. sums {name: CRC-32}: of what was read.
 
     Raises DataError where the path is neither, or a zip that can't be read or is not honest."""
 
     def __init__(self, path):
-        self.path, self.zip = Path(path), None
+        self.path, self.zip, self.sums = Path(path), None, {}
         if self.path.is_dir():
-            found = (p for p in self.path.rglob("*") if p.is_file())
-            self.names = sorted(p.relative_to(self.path).as_posix() for p in found)
+            self.names, self.left_out = walk(self.path)
         elif not self.path.is_file():
             raise DataError(f"{path}: neither a folder nor a file.")
         else:
@@ -63,9 +99,10 @@ class Files:
                     f"{path}: not a readable zip ({error}). If it was cut short, copy it again."
                 ) from None
             check_members(path, self.zip.infolist())
-            self.names = sorted(i.filename for i in self.zip.infolist() if not i.is_dir())
-        hidden = re.compile(r"(^|/)(\.|__MACOSX)")
-        self.names = [name for name in self.names if not hidden.search(name)]
+            names = sorted(i.filename for i in self.zip.infolist() if not i.is_dir())
+            self.names = [name for name in names if not HIDDEN.match(name)]
+            hidden = [HIDDEN.match(name)[0] for name in names if HIDDEN.match(name)]
+            self.left_out = dict(hidden=list(dict.fromkeys(hidden))) if hidden else {}
 
     def open(self, name):
         """A file to read from, in binary."""
@@ -85,6 +122,7 @@ class Files:
             content = file.read(most + 1)
         if len(content) > most:
             raise ValueError(f"more than {most:,} bytes unpacked")
+        self.sums[name] = zlib.crc32(content)
         return content
 
     def text(self, name):

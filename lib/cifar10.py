@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from lib.archive import MOST_BYTES
 from lib.captions import class_attributes
-from lib.errors import DataError
+from lib.errors import DataError, NotFetched
 from lib.files import sha256
 from lib.images import fit
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+ARCHIVE, FOLDER = "cifar-10-python.tar.gz", "cifar-10-batches-py"
 SIZE = 170_498_071
 SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 CLASSES = [
@@ -26,9 +27,10 @@ CLASSES = [
 
 
 NAMES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+RECONSTRUCT = np.empty(0).__reduce__()[0]  # which has no public name
 NEEDED = {  # by the pickle of an array, from old and new NumPy
-    "numpy.core.multiarray._reconstruct": np._core.multiarray._reconstruct,
-    "numpy._core.multiarray._reconstruct": np._core.multiarray._reconstruct,
+    "numpy.core.multiarray._reconstruct": RECONSTRUCT,
+    "numpy._core.multiarray._reconstruct": RECONSTRUCT,
     "numpy.ndarray": np.ndarray,
     "numpy.dtype": np.dtype,
     "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes in old protocols
@@ -69,7 +71,7 @@ def download(url, path, size):
 
 def cifar_batches(data_dir):
     """The six batch files of CIFAR-10, {name: bytes}, from the archive, a folder or the network."""
-    folder, archive = data_dir / "cifar-10-batches-py", data_dir / "cifar-10-python.tar.gz"
+    folder, archive = data_dir / FOLDER, data_dir / ARCHIVE
     if folder.is_dir() and not archive.exists():
         return {name: (folder / name).read_bytes() for name in NAMES}
     fetched = not archive.exists()
@@ -80,14 +82,14 @@ def cifar_batches(data_dir):
         if fetched:
             archive.unlink()
         way_out = "It was deleted: try again." if fetched else "Delete it to fetch it again."
-        raise DataError(
+        raise (NotFetched if fetched else DataError)(
             f"{archive}: not the official CIFAR-10 archive (SHA-256 {found[:16]}…, expected "
             f"{SHA256[:16]}…). {way_out}"
         )
     batches = {}
     with tarfile.open(archive) as tar:
         for name in NAMES:
-            member = tar.getmember(f"cifar-10-batches-py/{name}")
+            member = tar.getmember(f"{FOLDER}/{name}")
             if not member.isreg() or member.size > MOST_BYTES:
                 raise DataError(f"{archive}: {name} is a link, a device, or too large.")
             batches[name] = tar.extractfile(member).read()
@@ -98,13 +100,14 @@ def read_cifar10(data_dir, height, width):
     """CIFAR-10's 50,000 training and 10,000 test photographs.
 
     -> (images (n, 3, H, W) uint8, classes (n,) int64) of each; captions, attributes, labels"""
+    here = (data_dir / FOLDER).is_dir() or (data_dir / ARCHIVE).exists()
     try:
         batches = cifar_batches(data_dir)
     except DataError:
         raise
     except Exception as error:  # a broken connection, a full disk, a damaged archive
-        raise DataError(
-            f"CIFAR-10 can't be had ({error}). Ways out: place cifar-10-python.tar.gz from "
+        raise (DataError if here else NotFetched)(
+            f"CIFAR-10 can't be had ({error}). Ways out: place {ARCHIVE} from "
             f"{URL} in {data_dir}/, point --data-dir at a folder that has it, use a folder "
             "or zip of images with --data PATH, or the built-in set with --data shapes."
         ) from None

@@ -20,6 +20,10 @@ class DataError(UserError):
     """Something is wrong with the user's data."""
 
 
+class NotFetched(DataError):
+    """Data that is not here could not be downloaded."""
+
+
 class CheckpointError(UserError, ValueError):
     """A file is not a checkpoint that can be used."""
 

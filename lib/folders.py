@@ -1,7 +1,7 @@
 """Folders and zips of captioned images as plain arrays.
 
 Captions stand in a captions.jsonl, or in a .txt beside each image, or are the names of the class
-folders. What can't be read is left out, counted and named.
+folders. One line says what is there and what is left out; pictures that can't be read are named.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import io
 import json
 import os
 import posixpath
+import re
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,12 @@ from lib.archive import Files
 from lib.captions import class_attributes, word_attributes
 from lib.errors import DataError, clean
 from lib.images import SUFFIXES, decode
+
+# Folders that programs put beside a person's pictures, and that are no classes.
+THUMBNAILS = re.compile(
+    r"(?is)(.*/)?(_?thumb(nail)?s|[@#][^/]*|\$RECYCLE\.BIN|System Volume Information|lost\+found)/"
+)
+SPLITS = {"train", "training", "val", "valid", "validation", "eval", "dev", "test", "testing"}
 
 
 def read_list(files, name, captions):
@@ -47,33 +54,70 @@ def read_list(files, name, captions):
 
 
 def find_captions(files):
-    """-> {image name: caption}, and whether these are the names of class folders."""
+    """-> {image name: caption}, and whether these are the names of class folders.
+
+    Prints what is read and what is not, in one line."""
     images = [n for n in files.names if n.lower().endswith(SUFFIXES)]
-    if not images:
-        raise DataError(
-            f"{files.path}: no images in it. Expected files ending in {', '.join(SUFFIXES)}."
-        )
-    names, captions = set(files.names), {}
+    names, captions, left_out = set(files.names), {}, dict(files.left_out)
     lists = [n for n in files.names if posixpath.basename(n) == "captions.jsonl"]
     beside = {n: posixpath.splitext(n)[0] + ".txt" for n in images}
+    classes = not lists and names.isdisjoint(beside.values())
+    others = sorted(names.difference(images, lists, beside.values()))
+    if classes:
+        left_out["in thumbnail or system folders"] = [n for n in images if THUMBNAILS.match(n)]
+        images = [n for n in images if not THUMBNAILS.match(n)]
     if lists:
         for name in lists:
             read_list(files, name, captions)
-    elif names.intersection(beside.values()):
+    elif not classes:
         captions = {n: clean(files.text(t)) for n, t in beside.items() if t in names}
     elif all("/" in n for n in images):
-        return {n: clean(n.split("/")[-2].replace("_", " ")) for n in images}, True
+        captions = {n: clean(n.split("/")[-2].replace("_", " ")) for n in images}
     else:
         raise DataError(
             f"{files.path}: images without captions. Put them into one folder per class, or add a "
             'captions.jsonl of {"file": "…", "caption": "…"} lines, or a .txt beside each image.'
         )
+    left_out["without a caption"] = [n for n in images if n not in captions]
+    for name in others:
+        if name not in captions:
+            left_out.setdefault(posixpath.splitext(name)[1].lower() or "others", []).append(name)
+    rest = listed(left_out)
+    if not images:
+        raise DataError(
+            f"{files.path}: no images in it. Expected files ending in {', '.join(SUFFIXES)}{rest}."
+        )
     if not captions:
         raise DataError(f"{files.path}: none of its images has a caption.")
-    without = len(set(images) - set(captions))
-    if without:
-        print(f"left out {without} of {len(images)} images: no caption", file=sys.stderr)
-    return captions, False
+    what = f"{len(captions)} images, {len(set(captions.values()))} captions"
+    if classes:
+        found = sorted(set(captions.values()))
+        what = f"{len(captions)} images, {len(found)} classes ({some(found)})"
+    parts = merged_parts(captions, classes)
+    print(clean(f"{files.path}: {what}{parts}{rest}", 2000), file=sys.stderr)
+    return captions, classes
+
+
+def some(names, most=3):
+    """The first of the names, as text."""
+    return ", ".join([*names[:most], "…"] if len(names) > most else names)
+
+
+def listed(left_out):
+    """{why: names} of what is left out, as text."""
+    kinds = [f"{len(names)} {why} ({some(names)})" for why, names in left_out.items() if names]
+    return f"; left out: {', '.join(kinds)}" if kinds else ""
+
+
+def merged_parts(captions, classes):
+    """Says what becomes of a training and a validation part, which have no meaning here."""
+    folders = {name: name.split("/")[:-1] for name in captions}
+    parts = {f for path in folders.values() for f in path if f.lower() in SPLITS}
+    if len(parts) < 2:
+        return ""
+    as_classes = classes and any(path[-1] in parts for path in folders.values())
+    how = "seen as classes" if as_classes else "read as one set"
+    return f"; {' and '.join(f'{part}/' for part in sorted(parts))} are {how}"
 
 
 def in_threads(function, names):
@@ -132,13 +176,17 @@ def read_folder(path, sizes):
     aspect ratio.
 
     -> [(train, held out)] of each size, where a part is (images (n, 3, H, W) uint8, rows of the
-    captions (n,)); captions, attributes, labels"""
+    captions (n,)); what is in it, with a digest of names, captions and files; captions, attributes,
+    labels"""
     files = Files(path)
     caption_of, classes = find_captions(files)
     pixels = decode_all(files, sorted(caption_of), sizes, [], len(caption_of))
     counts = Counter(caption_of[name] for name in pixels)
     captions = sorted(counts)
     rows = {caption: i for i, caption in enumerate(captions)}
+    content = repr([(name, caption_of[name], files.sums[name]) for name in sorted(pixels)])
+    digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    content = f"{len(pixels)} images, {len(captions)} captions, digest {digest}"
 
     def part(names):
         images = torch.from_numpy(np.stack([pixels[name] for name in names]))
@@ -149,5 +197,5 @@ def read_folder(path, sizes):
         held_out, train = split_off([name for name in pixels if pixels[name].shape == shape])
         sets.append((part(train), part(held_out)))
     if classes:
-        return sets, *class_attributes(captions)
-    return sets, captions, *word_attributes(captions, [counts[c] for c in captions])
+        return sets, content, *class_attributes(captions)
+    return sets, content, captions, *word_attributes(captions, [counts[c] for c in captions])

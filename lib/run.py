@@ -20,7 +20,7 @@ from lib.log import Log
 from lib.loop import Loop
 from lib.machine import arithmetic, autocast, deterministic, device_of, facts
 from lib.parallel import barrier, fill, rank, shard, stop_processes, to_rank0, world
-from lib.settings import bound, differences, locked, open_folder
+from lib.settings import bound, check_data, differences, locked, open_folder
 from lib.states import forget_states, forget_unfinished
 from lib.streams import key_of
 
@@ -109,7 +109,8 @@ class Run:
         files: patterns; depends: the names of the settings that they depend on."""
         if rank() > 0:
             return
-        theirs, mine = read_object(source / "config.json"), bound(self.settings)
+        mine = bound(self.settings) | dict(dataset=self.dataset.name)
+        theirs = check_data(f"--from {source}", read_object(source / "config.json"), mine)
         if different := differences(theirs, mine, [name for name in depends if name in mine]):
             raise UsageError(f"--from {source}: made with other settings ({different}).")
         for pattern in files:
@@ -121,7 +122,8 @@ class Run:
         """The run folder, held for this run alone: signed with the settings and the method, or
         found made with the same. note: a line for the user."""
         s = self.settings
-        mine, defaults = bound(s) | dict(method=self.method), bound(self.base) | dict(method="ladd")
+        mine = bound(s) | dict(method=self.method, dataset=self.dataset.name)
+        defaults = bound(self.base) | dict(method="ladd")
         with locked(self.out), deterministic(s.deterministic):
             open_folder(self.out, mine, defaults)
             barrier()

@@ -171,6 +171,19 @@ def differences(theirs, mine, names):
     return ", ".join(f"{name} {theirs.get(name)} → {mine.get(name)}" for name in names)
 
 
+def check_data(what, theirs, mine):
+    """UsageError where a run was made from other data. -> their settings; the path is free."""
+    old, new = theirs.get("dataset"), mine.get("dataset")
+    if old is None:  # an older version's
+        return theirs | dict(dataset=new)
+    if old != new:
+        raise UsageError(
+            f"{what} was made from other images or captions ({old} → {new}). Choose another "
+            "folder with --out, or give the data of then to go on."
+        )
+    return theirs | dict(data=mine["data"])
+
+
 def command_of(settings, base, words, without=("seed",)):
     """The words of a command line, then the flags by which `settings` differ from `base`."""
     for field in dataclasses.fields(settings):
@@ -220,7 +233,7 @@ def open_folder(out, mine, defaults):
         return
     path = out / "config.json"
     if path.exists():
-        theirs = defaults | read_object(path)
+        theirs = check_data(out, defaults | read_object(path), mine)
         if different := differences(theirs, mine, theirs | mine):
             raise UsageError(
                 f"{out} was made with other settings ({different}). "

@@ -1,5 +1,7 @@
 """A folder of encoded shards as a data set: latents, and the text features of their captions."""
 
+import hashlib
+import math
 import operator
 from pathlib import Path
 
@@ -52,7 +54,7 @@ class Shards(Buckets):
     attributes, device = {}, torch.device("cpu")
 
     def __init__(self, path, sizes, seed=0):
-        self.name, self.path, self.seed = f"{Path(path).resolve()}", Path(path), seed
+        self.path, self.seed = Path(path), seed
         index = shard_note(self.path / "shards")
         if index.get("format") != SHARDS or type(index.get("shards")) is not int:
             raise DataError(f"{path}: its shards.json is not that of a shard folder.")
@@ -66,6 +68,9 @@ class Shards(Buckets):
 
         captions = [caption for note in self.notes for caption in note["captions"]]
         self.captions = list(dict.fromkeys(captions))
+        content = repr((captions, [note["sha256"] for note in self.notes]))
+        digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        self.name = f"{len(captions)} samples, {len(self.captions)} captions, digest {digest}"
         self.rows = {caption: row for row, caption in enumerate(self.captions)}
         caption = torch.tensor([self.rows[c] for c in captions])
         # the first sample of every caption
@@ -110,10 +115,21 @@ class Shards(Buckets):
 
     def check(self, s, processes, needs_images):
         """Raises DataError where a run with these settings can't use the folder."""
+        sides = []  # of squares of the buckets' areas, to that of --size
         for height, width in (bucket.size for bucket in self.sets):
+            what = f"{self.path}: latents of {height}×{width}"
             if height % s.patch or width % s.patch:
-                what = f"{height}×{width} can't be cut into {s.patch}×{s.patch}"
-                raise DataError(f"{self.path}: {what}.")
+                raise DataError(f"{what} can't be cut into {s.patch}×{s.patch}.")
+            if max(height, width) > s.patch * s.pos_size:
+                most = f"more than --pos-size {s.pos_size} patches of {s.patch} a side"
+                raise DataError(
+                    f"{what} are {most}; encode with a smaller --size or fewer --aspects."
+                )
+            sides.append(math.sqrt(height * width / s.positions))
+        nearest = min(sides, key=lambda side: abs(math.log(side)))
+        if not 0.9 < nearest < 1.1:  # areas differ a little, as sides are rounded
+            side = round(nearest * math.sqrt(s.positions) * s.downscale)
+            raise DataError(f"{self.path}: was encoded at about --size {side}: give that --size.")
         for what, mine, wanted in (
             ("text features", self.context_dim, s.text_dim),
             ("pooled text features", self.pooled_dim, s.pooled_dim or s.text_dim),

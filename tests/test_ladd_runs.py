@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FEW, SMALL, lines, same, snapshot, weights
+from conftest import FEW, SMALL, folder, lines, plain, same, saved, snapshot, weights, zipped
 from PIL import Image
 
 import ladd
 import lib.cifar10
 import sample
-from lib.errors import DataError
+from lib.errors import NotFetched
 from lib.settings import locked
 
 # ---------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def test_a_folder_of_images_runs_through(launch, tmp_path, capsys, images):
 @pytest.fixture
 def offline(monkeypatch):
     def refuse(*arguments, **options):
-        raise DataError("CIFAR-10 can't be had (no network).")
+        raise NotFetched("CIFAR-10 can't be had (no network).")
 
     monkeypatch.setattr(lib.cifar10, "read_cifar10", refuse)
 
@@ -327,3 +327,94 @@ def test_captions_that_are_cut_are_told_at_the_start_and_in_the_log(launch, tmp_
     told = "1792 of 1792 captions have more than 3 words; --text-length 9 reads all."
     assert told in capsys.readouterr().err
     assert told in lines(tmp_path / "run")[0]["note"]
+
+
+# ---------------------------------------------------------------------------------------------
+# A run and its data
+# ---------------------------------------------------------------------------------------------
+
+PETS = {f"{'cat' if k % 3 else 'dog'}/{k:02}.png": plain(k) for k in range(90)}
+
+
+@pytest.fixture(scope="module")
+def of_pets(tmp_path_factory, cache):
+    """A run on a folder of images beside it, whose teacher is finished."""
+    place = tmp_path_factory.mktemp("pets")
+    words = [*FEW.split(), "--data", f"{folder(place / 'set', PETS)}", "--out", f"{place / 'run'}"]
+    assert ladd.main([*words, "--stage", "teacher"]) == 0
+    return place
+
+
+WHERE = {
+    "by another spelling": (lambda place: None, "set/../set/"),
+    "by its whole path": (lambda place: None, "{place}/set"),
+    "moved": (lambda place: (place / "set").rename(place / "moved"), "moved"),
+    "as a link": (lambda place: (place / "link").symlink_to("set"), "link"),
+    "as a zip": (lambda place: zipped(place / "set.zip", PETS), "set.zip"),
+    "beside other files": (lambda place: folder(place, {"set/notes.txt": b""}), "set"),
+}
+
+
+@pytest.mark.parametrize("case", WHERE)
+def test_the_same_data_may_lie_anywhere(launch, tmp_path, of_pets, capsys, case):
+    change, path = WHERE[case]
+    shutil.copytree(of_pets, tmp_path, dirs_exist_ok=True)
+    change(tmp_path)
+    flags = f"{FEW} --stage teacher --data {path.format(place=tmp_path)}"
+    assert launch("run", flags) == 0
+    assert launch("next", f"{flags} --from run") == 0
+    assert capsys.readouterr().out.count("teacher: done before") == 2
+
+
+CHANGES = {
+    "an image is gone": lambda place: (place / "cat/01.png").unlink(),
+    "an image is new": lambda place: folder(place, {"cat/99.png": plain(99)}),
+    "an image has another name": lambda place: (place / "cat/01.png").rename(place / "cat/1.png"),
+    "an image has another content": lambda place: folder(place, {"cat/01.png": plain(99)}),
+    "a class has another name": lambda place: (place / "cat").rename(place / "cow"),
+    "an image cannot be read": lambda place: (
+        (place / "cat/01.png").unlink() or (place / "cat/01.png").symlink_to("gone")
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_changed_data_is_noticed(launch, tmp_path, of_pets, capsys, case):
+    """Other images would be held out then, among them some that were trained on."""
+    shutil.copytree(of_pets, tmp_path, dirs_exist_ok=True)
+    CHANGES[case](tmp_path / "set")
+    before = snapshot(tmp_path / "run")
+    for name, more in (("run", ""), ("next", "--from run")):
+        assert launch(name, f"{FEW} --data set --stage teacher {more}") == 2
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert "run was made from other images or captions (90 images, 2 captions" in told
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_changed_data_is_not_scored_by(launch, tmp_path, of_pets, capsys):
+    """sample.py --evaluate keeps its table where the run's data lies elsewhere, not where they are
+    other data."""
+    shutil.copytree(of_pets, tmp_path, dirs_exist_ok=True)
+    made = torch.load(tmp_path / "run/teacher.pt", weights_only=True)
+    made["settings"] |= dict(data="set", evaluation=8, judge_steps=2)
+    for kind in ("teacher", "student"):
+        (tmp_path / f"run/{kind}.pt").write_bytes(saved(made | dict(kind=kind)))
+    words = ["run", "--evaluate", "--device", "cpu", "--precision", "fp32", "--data-dir", "data"]
+    (tmp_path / "set").rename(tmp_path / "moved")
+    assert sample.main([*words, "--data", "moved"]) == 0
+    assert "Not kept" not in capsys.readouterr().out and (tmp_path / "run/metrics.json").exists()
+    (tmp_path / "moved").rename(tmp_path / "set")
+    (tmp_path / "set/cat/01.png").unlink()
+    before = snapshot(tmp_path)
+    assert sample.main(words) == 2
+    assert "run was made from other images or captions" in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
+
+
+def test_a_run_of_an_older_version_goes_on(launch, tmp_path, of_pets, capsys):
+    shutil.copytree(of_pets, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    del config["dataset"]
+    (tmp_path / "run/config.json").write_text(json.dumps(config | dict(data="set")))
+    assert launch("run", f"{FEW} --data set --stage teacher") == 0
+    assert launch("run", f"{FEW} --data set/ --stage teacher") == 2

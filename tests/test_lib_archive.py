@@ -10,7 +10,7 @@ import struct
 import zipfile
 
 import pytest
-from conftest import PICTURE, plain, run_on, zipped
+from conftest import PICTURE, folder, plain, run_on, zipped
 
 import ladd
 from lib import archive
@@ -154,6 +154,65 @@ def test_data_that_is_neither_folder_nor_file_is_refused_at_once(tmp_path, refus
     else:
         path.symlink_to(path)
     refused(ladd, run_on(path), 2, path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Folders and their links
+# ---------------------------------------------------------------------------------------------
+
+# What a link in set/ leads to, and what is read by it.
+LINKS = {
+    "a folder elsewhere": ("../far/car", ["link/1.png", "link/deep/2.png"]),
+    "a folder that is read as itself": ("cat", []),
+    "its own folder": (".", []),
+    "the folder above": ("..", []),
+    "the root": ("/", []),
+    "itself": ("link", []),
+    "nowhere": ("../gone", []),
+    "a file": ("../far/car/1.png", ["link"]),
+    "a folder with a link back": ("../loop", ["link/3.png"]),
+}
+
+
+@pytest.mark.parametrize("case", LINKS)
+def test_a_link_is_followed_once_and_never_in_a_circle(tmp_path, case):
+    target, behind = LINKS[case]
+    files = {"set/cat/0.png": b"", "far/car/1.png": b"", "far/car/deep/2.png": b""}
+    folder(tmp_path, files | {"loop/3.png": b""})
+    (tmp_path / "loop/back").symlink_to(tmp_path / "set")
+    (tmp_path / "loop/again").symlink_to(tmp_path / "loop")
+    (tmp_path / "set/link").symlink_to(target)
+    files = archive.Files(tmp_path / "set")
+    assert files.names == ["cat/0.png", *behind]
+    told = [name for names in files.left_out.values() for name in names]
+    if not behind:
+        assert told == ["link"]
+    for name in behind:
+        files.read(name)
+
+
+def test_of_two_links_to_a_folder_the_first_is_followed(tmp_path):
+    folder(tmp_path, {"far/1.png": b"", "set/0.png": b""})
+    for name in ("b", "a"):
+        (tmp_path / "set" / name).symlink_to("../far")
+    files = archive.Files(tmp_path / "set")
+    assert files.names == ["0.png", "a/1.png"]
+    assert files.left_out == {"links to what is read already": ["b"]}
+
+
+def test_folders_and_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    path, listdir = folder(tmp_path, {"cat/0.png": b"", "dog/1.png": b""}), os.listdir
+    os.mkfifo(path / "cat/pipe.png")
+
+    def refuse(place):  # root may read anything
+        if os.fspath(place).endswith("dog"):
+            raise PermissionError(13, "Permission denied", place)
+        return listdir(place)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    files = archive.Files(path)
+    assert files.names == ["cat/0.png"]
+    assert sorted(files.left_out["unreadable"]) == ["cat/pipe.png", "dog (Permission denied)"]
 
 
 @pytest.mark.parametrize("content", [b"hello", b"", None], ids=["text", "empty", "cut"])

@@ -5,13 +5,14 @@ import http.server
 import io
 import os
 import pickle
+import runpy
 import socket
 import tarfile
 import threading
 
 import numpy as np
 import pytest
-from conftest import cifar_tar, folder, run_on
+from conftest import CPU, cifar_tar, folder, run_on
 from PIL import Image, ImageOps
 
 import data
@@ -140,6 +141,13 @@ def test_cifar_batches_as_python_2_wrote_them_are_read(tmp_path, cifar):
     files = {n: batch(*row) for n, row in zip(BATCHES, cifar["rows"], strict=True)}
     folder(tmp_path / "cifar-10-batches-py", files)
     check_cifar(load(tmp_path), cifar)
+
+
+def test_the_reader_needs_no_part_of_numpy_that_an_older_one_has_not(monkeypatch):
+    """NumPy 1.26 has its own parts in numpy.core, and no numpy._core.multiarray."""
+    monkeypatch.delattr(np, "_core")
+    needed = runpy.run_path(cifar10.__file__)["NEEDED"]
+    assert {f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")} <= set(needed)
 
 
 def test_cifar_is_cropped_and_resized_as_other_pictures_are(tmp_path, cifar):
@@ -296,6 +304,25 @@ def test_a_data_folder_that_cannot_be_written_is_a_data_error(tmp_path, cifar, s
     with pytest.raises(DataError, match="Permission denied") as error:
         load(tmp_path)
     assert ways_out(error, tmp_path)
+
+
+UNREADABLE = {
+    "another archive": ({ARCHIVE: b"hello"}, "not the official CIFAR-10 archive"),
+    "a folder without its files": (
+        {"cifar-10-batches-py/batches.meta": b""}, "No such file or directory"),
+    "a batch that is none": (
+        {f"cifar-10-batches-py/{name}": b"x" for name in BATCHES}, "data_batch_1 is not a batch"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_data_that_is_there_but_cannot_be_read_is_not_replaced_by_shapes(
+    tmp_path, cifar, refused, case
+):
+    """`--preset tiny`, which would learn from the shapes where nothing can be fetched."""
+    files, told = UNREADABLE[case]
+    folder(tmp_path / "data", files)
+    refused(ladd, ["--preset", "tiny", "--smoke", "--out", "run", *CPU], 2, "data", told)
 
 
 # ---------------------------------------------------------------------------------------------

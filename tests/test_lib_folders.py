@@ -85,7 +85,7 @@ def test_images_without_a_caption_are_left_out_and_counted(tmp_path, capsys):
     files = {f"{k}.png": plain(k) for k in range(5)} | {"3.txt": b"three", "1.txt": b"one"}
     dataset = read(folder(tmp_path, files), 2, 2)
     assert dataset.captions == ["one", "three"]
-    assert "left out 3 of 5 images" in capsys.readouterr().err
+    assert "left out: 3 without a caption (0.png, 2.png, 4.png)" in capsys.readouterr().err
 
 
 def test_hidden_files_are_ignored(tmp_path):
@@ -262,7 +262,78 @@ def test_progress_is_silent_where_stderr_is_not_a_terminal(tmp_path, capsys):
     content = plain(3, (1, 1))
     path = zipped(tmp_path / "many.zip", {f"cat/{k}.png": content for k in range(2001)})
     read(path, 1, 1)
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", f"{path}: 2001 images, 1 classes (cat)\n")
+
+
+# ---------------------------------------------------------------------------------------------
+# What is read, and what is not, is said in one line
+# ---------------------------------------------------------------------------------------------
+
+ROWS = caption_lines({"train/a.png": "a cat", "val/b.png": "a cat"})
+TOLD = {
+    "classes": (PETS, "31 images, 2 classes (cat, polar bear)"),
+    "captions": (ONE | {"0.txt": b"a cat"}, "1 images, 1 captions"),
+    "other suffixes": (
+        PETS | {"cat/a.bmp": PICTURE, "b.BMP": PICTURE, "README": b"", "1.heic": b""},
+        "2 classes (cat, polar bear); left out: 1 .heic (1.heic), 1 others (README), "
+        "2 .bmp (b.BMP, cat/a.bmp)",
+    ),
+    "a suffix that a list names": (
+        {"a.bmp": PICTURE, "captions.jsonl": caption_lines({"a.bmp": "a cat"}), **ONE},
+        "1 images, 1 captions; left out: 1 without a caption (0.png)",
+    ),
+    "hidden ones": (
+        PETS | {".git/x/a.png": b"", "cat/.DS_Store": b"", "cat/._00.png": b""},
+        "left out: 3 hidden (.git, cat/.DS_Store, cat/._00.png)",
+    ),
+    "thumbnails": (
+        PETS | dict.fromkeys(["cat/@eaDir/0.png/S.png", "cat/Thumbs/1.png", "#recycle/2.png"], b""),
+        "2 classes (cat, polar bear); left out: 3 in thumbnail or system folders (#recycle/2.png, "
+        "cat/@eaDir/0.png/S.png, cat/Thumbs/1.png)",
+    ),
+    "parts as classes": (
+        {"train/a.png": PICTURE, "val/b.png": PICTURE},
+        "2 images, 2 classes (train, val); train/ and val/ are seen as classes",
+    ),
+    "parts above classes": (
+        {"x/Train/cat/a.png": PICTURE, "x/test/cat/b.png": PICTURE},
+        "1 classes (cat); Train/ and test/ are read as one set",
+    ),
+    "parts of a list": (
+        {"train/a.png": PICTURE, "val/b.png": PICTURE, "captions.jsonl": ROWS},
+        "2 images, 1 captions; train/ and val/ are read as one set",
+    ),
+    "a class of trains": ({"train/a.png": PICTURE, "plane/b.png": PICTURE}, "(plane, train)\n"),
+}
+
+
+@pytest.mark.parametrize("pack", [folder, zipped])
+@pytest.mark.parametrize("case", TOLD)
+def test_one_line_says_what_is_read_and_what_is_left_out(tmp_path, capsys, case, pack):
+    files, told = TOLD[case]
+    path = pack(tmp_path / "set.x", files)
+    read(path, 2, 2)
+    said = capsys.readouterr().err
+    assert said.startswith(f"{path}: ") and told in said and said.count("\n") == 1
+
+
+def test_a_set_of_other_suffixes_alone_says_which(tmp_path):
+    path = folder(tmp_path, {"cat/a.bmp": PICTURE, "cat/b.bmp": PICTURE})
+    with pytest.raises(
+        DataError, match=r"no images in it.*left out: 2 .bmp \(cat/a.bmp, cat/b.bmp"
+    ):
+        read(path, 2, 2)
+
+
+def test_classes_behind_links_and_unreadable_folders_are_read_or_named(tmp_path, capsys):
+    files = PETS | {"../elsewhere/1.png": plain(99)}
+    path = folder(tmp_path / "set", files)
+    (path / "car").symlink_to(tmp_path / "elsewhere")
+    (path / "van").symlink_to(tmp_path / "elsewhere")
+    (path / "bus").symlink_to(tmp_path / "nowhere")
+    dataset, said = read(path, 2, 2), capsys.readouterr().err
+    assert dataset.attributes == {"class": ("car", "cat", "polar bear")}
+    assert "1 unreadable (bus), 1 links to what is read already (van)" in said
 
 
 # ---------------------------------------------------------------------------------------------

@@ -131,6 +131,7 @@ def encode(*arguments):
 def network(**changes):
     """The settings of a network that takes the tiny pipeline's features and latents."""
     settings = dict(text_dim=24, pooled_dim=16, channels=16, patch=1, data="shards")
+    settings |= dict(pos_size=10, positions=64, downscale=8)
     return SimpleNamespace(**settings | changes)
 
 

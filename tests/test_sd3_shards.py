@@ -8,6 +8,7 @@ from conftest import TINY, encoded, note_of, shard_of
 
 import data
 import ladd
+from lib.errors import DataError
 from sd3.shards import SHARDS
 
 pytest.importorskip("safetensors")
@@ -52,6 +53,12 @@ ENCODED = {
     "a first pooled of one dimension": lambda: first_with(pooled=torch.ones(1)),
     "a first context that is none": lambda: first_with(context=torch.ones(0)),
     "numbers of another type": lambda: shard_with(dtype=torch.float64),
+    "latents wider than the position table": lambda: shard_with(
+        dict(latents=[16, 2, 66]), latents=torch.ones(2, 16, 2, 66)),
+    "latents of half the size": lambda: shard_with(
+        dict(latents=[16, 2, 2]), latents=torch.ones(2, 16, 2, 2)),
+    "latents of 5/4 of the size": lambda: shard_with(
+        dict(latents=[16, 4, 6]), latents=torch.ones(2, 16, 4, 6)),
     "no safetensors": lambda: {"000001_safetensors": b"x", "000001_json": note_of(b"x")},
 }  # fmt: skip
 
@@ -64,3 +71,14 @@ def test_strange_shards_are_refused_by_name_though_their_hash_is_right(tmp_path,
     refused(ladd, [*words, "--data", tmp_path / "shards"], 2, tmp_path / "shards")
     settings, _ = ladd.parse([*map(str, words), "--data", f"{tmp_path}/sound"])
     data.check(data.load(settings.data, settings.sizes), settings, 1, needs_images=True)
+
+
+def test_latents_of_another_size_than_the_runs_say_which(tmp_path):
+    encoded(tmp_path / "shards")  # 4×4 latents, of 32×32 pixels
+    words = [*TINY.split(), "--downscale", "8", "--channels", "16", "--data", f"{tmp_path}/shards"]
+    settings, _ = ladd.parse([*words, "--size", "64"])
+    with pytest.raises(DataError, match="encoded at about --size 32: give that --size"):
+        data.check(data.load(settings.data, settings.sizes), settings, 1, needs_images=True)
+    small, _ = ladd.parse([*words, "--size", "16", "--pos-size", "1"])
+    with pytest.raises(DataError, match="4×4 are more than --pos-size 1 patches of 2 a side"):
+        data.check(data.load(small.data, small.sizes), small, 1, needs_images=True)

@@ -171,7 +171,16 @@ def of_safetensors(path):
 
     def read_shards():
         dataset = data.load(f"{path}/shards", [(4, 4)])
-        wanted = SimpleNamespace(data="", text_dim=6, pooled_dim=6, channels=16, patch=2)
+        wanted = SimpleNamespace(
+            data="",
+            text_dim=6,
+            pooled_dim=6,
+            channels=16,
+            patch=2,
+            pos_size=8,
+            positions=16,
+            downscale=8,
+        )
         dataset.check(wanted, 1, False)
         for bucket in dataset.sets:
             latents, caption = bucket.batch([0, 1])

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import data
 import sample
-from lib.errors import CheckpointError, Parser, UsageError, UserError, exit_status
-from lib.files import write_json
+from lib.errors import CheckpointError, DataError, Parser, UsageError, UserError, exit_status
+from lib.files import read_object, write_json
 from lib.report import accuracy_line, fingerprints, markdown_table, read_metrics
 from lib.scores import held_out, judge_accuracy
 
@@ -58,7 +58,15 @@ def score(args):
     asked |= dict(teacher_steps=args.steps, cfg=args.cfg)
     other = {k: value for k, value in asked.items() if value is not None and value != s[k]}
     vars(teacher.settings).update(other)
-    dataset = sample.data_of(student, args)
+    dataset, config = sample.data_of(student, args), folder / "config.json"
+    made_from = read_object(config).get("dataset") if config.exists() else None
+    if made_from == dataset.name:  # which may lie elsewhere now
+        other.pop("data", None)
+    elif made_from and not args.data:
+        raise DataError(
+            f"{folder} was made from other images or captions than those of {s['data']} now "
+            f"({made_from} → {dataset.name}). Give the data of then with --data."
+        )
     own = dict(seed=2, kernel=5) if args.other_judge else {}
     judge = sample.judge_of(
         dataset, student.settings, student.device, args.data_dir, args.precision, **own

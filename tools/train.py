@@ -16,7 +16,7 @@ import sample
 from lib.captions import unread_words
 from lib.checkpoints import same_network
 from lib.checks import check_for_method
-from lib.errors import DataError, RunError, Stop, UserError, exit_status
+from lib.errors import NotFetched, RunError, Stop, UserError, exit_status
 from lib.files import save
 from lib.loop import Watch
 from lib.machine import device_of, keep_memory
@@ -45,15 +45,15 @@ def given_teacher(s):
 def open_data(s, given):
     """The settings' data set, if it fits them. -> settings, data set, note
 
-    given: whether --data was. A preset's own data that can't be had is replaced by the shapes, and
-    the note says so."""
+    given: whether --data was. A preset's own data that can't be fetched is replaced by the shapes,
+    and the note says so; data that is there is never replaced."""
     try:
         dataset = data.load(s.data, s.sizes, data_dir=s.data_dir, seed=s.seed)
         taught = s.teacher or s.source or (Path(s.out) / "teacher.pt").exists()
         data.check(dataset, s, world(), needs_images=s.targets == "real" or not taught)
         return s, dataset, None
-    except DataError as error:
-        if given or s.data == "shapes" or s.is_latent:
+    except NotFetched as error:
+        if given or s.is_latent:
             raise
         note = f"{s.data} can't be had, so this run uses the built-in shapes. {error}"
         s = dataclasses.replace(s, data="shapes")
