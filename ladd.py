@@ -93,7 +93,7 @@ class Settings(HowToRun):
     clip: float = setting(1.0, "largest gradient norm, teacher and student", above=0)
     adam_eps: float = setting(1e-8, "AdamW's ε (SD3: 1e-15)", above=0)
     # teacher (rectified flow, arXiv 2403.03206)
-    teacher: str = setting("", "use this one: our .pt, .safetensors, or a diffusers folder")
+    teacher: str = setting("", "use this one: a run folder, our .pt, or SD3's weights")
     teacher_iterations: int = setting(2400, "updates of the teacher", low=1)
     teacher_batch: int = setting(64, "images per update", low=1)
     teacher_lr: float = setting(2e-3, "AdamW, for what Muon does not train", above=0)

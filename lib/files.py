@@ -16,6 +16,7 @@ import torch
 
 from lib.archive import MOST_BYTES
 from lib.errors import CheckpointError, DataError, clean, reason
+from lib.kinds import kind_of
 
 MARK = b"\nSHA-256 "  # then the digest of all before it, in hex: the end of every file of `save`
 
@@ -170,9 +171,13 @@ def read(path, device="cpu", *, check=True, mmap=False):
     if Path(path).exists() and not Path(path).is_file():
         raise CheckpointError(f"{path}: not a file.")  # a pipe or a device might never end
     try:
+        if kind_of(path) != "torch":
+            raise CheckpointError(f"{path}: can't be read as a checkpoint: it is a safetensors.")
         return load(path, device, check=check, mmap=mmap)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file. Has the run got that far?") from None
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{path}: can't be read: damaged, or with code in it, which is never run."
