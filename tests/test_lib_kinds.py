@@ -22,7 +22,10 @@ def test_what_a_file_is_does_not_depend_on_its_name(tmp_path, name):
 
 STRANGERS = {
     "GGUF": (b"GGUF\3\0\0\0" + bytes(100), "a GGUF file.* give the .safetensors"),
-    "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa", "git lfs pull"),
+    "git-lfs": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:aa",
+        "the pointer.*git lfs pull",
+    ),
     "a web page": (b"<!DOCTYPE html>\n<html>Please log in", "text .'<!DOCTYPE.* get it again"),
     "a message": ("Zugriff überall verweigert".encode(), "text .'Zugriff"),
     "old PyTorch": (saved({}, _use_new_zipfile_serialization=False), "an old pickle"),
