@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from lib.checkpoints import check_weights
-from lib.errors import CheckpointError, UsageError, reason
+from lib.errors import CheckpointError, UsageError, pass_on, reason
 from lib.files import read, read_object, replacing
 from lib.kinds import kind_of
 from mmdit import MMDiT
@@ -258,6 +258,7 @@ def open_sd3(path):
     except ImportError:
         raise CheckpointError(f"{path}: reading it needs: pip install safetensors") from None
     except Exception as error:  # a damaged file or folder raises nearly anything
+        pass_on(error, path)
         why = reason(error, 4000)
         raise CheckpointError(f"{path}: can't be read as SD3 weights ({why}).") from None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import data
 import sample
-from lib.errors import CheckpointError, Parser, UsageError, UserError, exit_status
+from lib.errors import CheckpointError, Parser, RunError, UsageError, UserError, exit_status
 from lib.files import write_json
 from lib.report import accuracy_line, fingerprints, markdown_table, read_metrics
 from lib.scores import held_out, judge_accuracy
@@ -80,6 +80,6 @@ def score(args):
 def main(argv):
     try:
         score(parse(argv))
-    except (UserError, OSError) as error:
+    except (UserError, RunError, OSError) as error:
         return exit_status("sample.py", error)
     return 0
