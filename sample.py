@@ -318,6 +318,8 @@ def parse(argv):
     for name in ("num", "steps", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name}: must be at least 1")
+    if args.steps is not None and args.steps > 10_000:
+        parser.error("--steps: must be at most 10,000")
     return args
 
 

@@ -11,12 +11,27 @@ import torch
 
 from lib.errors import CheckpointError, UsageError, reason
 from lib.files import read
+from lib.kinds import kind_of
 from lib.settings import differences
 
 
+def is_ours(path):
+    """Whether weights that are given are a checkpoint of ours, or a run folder."""
+    if path.is_dir():
+        return (path / "log.jsonl").exists() or (path / "teacher.pt").exists()
+    if not path.is_file():
+        return True  # reading it says what is wrong
+    content = read(path, check=False, mmap=True) if kind_of(path) == "torch" else None
+    return isinstance(content, dict) and "format" in content
+
+
 def read_checkpoint(path, kinds, network, check=True):
-    """A dict: kind, one of `kinds`; model, the arguments of `network`; weights, memory-mapped;
-    settings, read as attributes; step. CheckpointError says what is wrong. check: the checksum."""
+    """What a file holds, or the file of the first kind in a run folder, as a dict: kind, one of
+    `kinds`; model, the arguments of `network`; weights, memory-mapped; settings, read as
+    attributes; step. CheckpointError says what is wrong. check: the checksum."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / f"{kinds[0]}.pt"
     checkpoint = read(path, check=check, mmap=True)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "ladd-1":
         raise CheckpointError(f"{path}: not a checkpoint of this program.")
@@ -25,7 +40,9 @@ def read_checkpoint(path, kinds, network, check=True):
     try:
         checkpoint["settings"] = settings_of(checkpoint)
         if checkpoint["kind"] != "heads":
-            check_weights(checkpoint["weights"], checkpoint["model"], Path(path).stat().st_size)
+            check_weights(checkpoint["weights"], path.stat().st_size)
+            if checkpoint["model"]["depth"] > len(checkpoint["weights"]):
+                raise ValueError("fewer weights than blocks")
             with torch.device("meta"):  # no memory for what the arguments claim
                 model = network(**checkpoint["model"])
             model.load_state_dict(checkpoint["weights"], assign=True)
@@ -44,14 +61,12 @@ def settings_of(checkpoint):
     return s
 
 
-def check_weights(weights, model, size):
+def check_weights(weights, size):
     """Raises where weights are no plain tensors, or claim more than a file of `size` bytes has."""
     if any(type(w) is not torch.Tensor or w.is_meta or w.is_sparse for w in weights.values()):
         raise ValueError("weights that are no plain tensors")
     if sum(w.numel() * w.element_size() for w in weights.values()) > size:
         raise ValueError("it claims more weights than it holds")
-    if model["depth"] > len(weights):
-        raise ValueError("fewer weights than blocks")
 
 
 def check_settings(s, config):

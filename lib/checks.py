@@ -3,6 +3,7 @@
 `s` has the fields of a patch transformer on images, distilled on a few noise levels.
 """
 
+import os
 import re
 from itertools import pairwise
 
@@ -34,6 +35,12 @@ def faults(s):
         yield "text_dim", "must be even"
     if s.head_width % max(1, s.head_width // 16):
         yield "head_width", "must be a multiple of 16, or less than 32"
+    if s.judge_width % 4:
+        yield "judge_width", "must be a multiple of 4"
+    if s.pooled_dim not in (0, s.text_dim) and not s.is_latent:
+        yield "pooled_dim", f"hashed words have one width, --text-dim {s.text_dim}"
+    if os.path.exists(s.data_dir) and not os.path.isdir(s.data_dir):
+        yield "data_dir", "is a file: give a folder"
     # noise levels
     levels = s.levels
     p, warmup_p = s.level_p or levels, s.warmup_p if s.warmup_iterations else levels

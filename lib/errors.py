@@ -5,6 +5,7 @@ Exit status 2: what was asked for can't be done. 1: a run has failed. 128 + n: e
 """
 
 import argparse
+import errno
 import re
 import sys
 import traceback
@@ -50,6 +51,18 @@ def clean(text, most=MOST_CHARACTERS):
 def reason(error, most=100):
     """The first line of an error's text, or its kind where it has none."""
     return (str(error) or type(error).__name__).splitlines()[0][:most]
+
+
+def pass_on(error, path):
+    """Raises an error of reading a file again where it tells nothing of the file's content, so that
+    a sound file is not called damaged: no permission, a failing disk, no memory."""
+    of_content = (None, errno.EINVAL, errno.ENOENT)
+    system = isinstance(error, OSError) and error.errno not in of_content
+    if system or isinstance(error, RunError):
+        raise error
+    full = re.search("(out of|enough|allocate) memory", str(error), re.IGNORECASE)
+    if full or isinstance(error, MemoryError):
+        raise RunError(f"{path}: {reason(error, 1000)}") from None
 
 
 def exit_status(program, error):

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from lib.archive import MOST_BYTES
-from lib.errors import CheckpointError, DataError, clean, reason
+from lib.errors import CheckpointError, DataError, clean, pass_on, reason
+from lib.kinds import kind_of
 
 MARK = b"\nSHA-256 "  # then the digest of all before it, in hex: the end of every file of `save`
 
@@ -56,9 +57,10 @@ def write_json(value, path):
 def read_object(path):
     """The JSON object of a file of ours, as a dict; DataError names one that is no such file."""
     path, value = Path(path), None
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        if path.is_file() and path.stat().st_size <= MOST_BYTES:
-            value = json.loads(path.read_bytes())
+    if path.is_file() and path.stat().st_size <= MOST_BYTES:
+        content = path.read_bytes()
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(content)
     if not isinstance(value, dict):
         raise DataError(f"{path} is damaged: restore it, or choose another folder.")
     return value
@@ -150,8 +152,8 @@ def differs(path):
     return end.startswith(MARK) and end != MARK + digest.hexdigest().encode()
 
 
-def load(path, device="cpu", *, check=True, mmap=False):
-    """What `save` wrote. Runs no code; on a damaged file it raises nearly anything.
+def load(path, *, check=True, mmap=False):
+    """What `save` wrote, on the CPU. Runs no code; on a damaged file it raises nearly anything.
 
     check: whether the checksum is. mmap: a tensor is read where it is touched."""
     if check and differs(path):
@@ -160,17 +162,21 @@ def load(path, device="cpu", *, check=True, mmap=False):
         if any(part.compress_type for part in parts.infolist()):
             raise ValueError("it is compressed")  # torch.save packs nothing
     try:
-        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except UnicodeEncodeError:  # torch maps no file of such a name
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def read(path, device="cpu", *, check=True, mmap=False):
+def read(path, *, check=True, mmap=False):
     """The same; CheckpointError says where the file is missing or damaged."""
     if Path(path).exists() and not Path(path).is_file():
         raise CheckpointError(f"{path}: not a file.")  # a pipe or a device might never end
     try:
-        return load(path, device, check=check, mmap=mmap)
+        if kind_of(path) != "torch":
+            raise CheckpointError(f"{path}: can't be read as a checkpoint: it is a safetensors.")
+        return load(path, check=check, mmap=mmap)
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file. Has the run got that far?") from None
     except pickle.UnpicklingError:
@@ -178,4 +184,5 @@ def read(path, device="cpu", *, check=True, mmap=False):
             f"{path}: can't be read: damaged, or with code in it, which is never run."
         ) from None
     except Exception as error:  # a damaged file raises nearly anything
+        pass_on(error, path)
         raise CheckpointError(f"{path}: can't be read as a checkpoint ({reason(error)}).") from None

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from lib.errors import RunError, reason
+from lib.errors import RunError, pass_on, reason
 from lib.files import load, save
 from lib.loop import progress
 from lib.parallel import broadcast, my_share, rank, world
@@ -64,6 +64,7 @@ def read_file(path, channels, patch, check):
             raise ValueError("from another version, which drew noise by another rule")
         return x0, captions, int(content["seed"])
     except Exception as error:  # a damaged file raises nearly anything
+        pass_on(error, path)
         raise RunError(
             f"{path} is damaged ({reason(error)}). Delete it and give the command again."
         ) from None

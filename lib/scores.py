@@ -97,7 +97,7 @@ def get_judge(
         judge = Judge(answers, width, size, channels, kernel).to(device)
     if path.exists():
         try:
-            judge.load_state_dict(read(path, device)["weights"])
+            judge.load_state_dict(read(path)["weights"])
         except (CheckpointError, KeyError, TypeError, RuntimeError):
             raise CheckpointError(
                 f"{path}: damaged. Delete it and give the command again: it is made anew."

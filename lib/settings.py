@@ -57,6 +57,8 @@ def fault(value, rule):
         return None
     if isinstance(value, float) and not math.isfinite(value):
         return "must be finite"
+    if isinstance(value, (int, float)) and abs(value) >= 2**63:
+        return "must be below 2^63"  # what files and tensors hold
     if rule["choices"] and value not in rule["choices"]:
         return f"must be one of {', '.join(rule['choices'])}"
     for name, (holds, words) in BOUNDS.items():
@@ -66,7 +68,7 @@ def fault(value, rule):
 
 
 def check_fields(settings):
-    """Refuses values outside their own field's bounds, and numbers that are not finite."""
+    """Refuses values outside their own field's bounds, and numbers that no file or tensor holds."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         for each in value if isinstance(value, tuple) else (value,):

@@ -19,7 +19,7 @@ from pathlib import PurePath
 import torch
 import torch.distributed as dist
 
-from lib.errors import CheckpointError, RunError, reason
+from lib.errors import CheckpointError, RunError, pass_on, reason
 from lib.files import read, save, sha256
 from lib.parallel import barrier, gather, my_share, rank
 
@@ -90,6 +90,7 @@ def check_list(path):
         with open(path, "rb") as file:
             TensorList(file).load()
     except Exception as error:
+        pass_on(error, path)
         raise CheckpointError(f"{path}: can't be read ({reason(error)}).") from None
 
 

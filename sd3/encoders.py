@@ -10,6 +10,7 @@ import torch
 
 from data import Text, to_float, to_uint8
 from lib.errors import DataError, reason
+from lib.files import read_object
 
 TOKENS = 77  # of CLIP, and as many of T5 after them
 SD3_PARTS = dict(
@@ -41,6 +42,8 @@ class Encoders:
                 f"{folder}: not a whole SD3 folder of diffusers' layout, it lacks "
                 f"{', '.join(part + '/' for part in missing)}."
             )
+        if vae:
+            self.scale()  # raises where it can't be used
 
     def identity(self):
         """A hash of the names and sizes of the encoders' files."""
@@ -133,11 +136,18 @@ class Encoders:
         return Text(torch.stack(context).to(self.device), torch.stack(pooled).to(self.device))
 
     def scale(self):
-        """SD3's scale and shift of latents, or what the VAE says of itself."""
-        config = self.part("vae").config
-        if config.shift_factor is None:
+        """Scale and shift of latents, as the VAE's config.json has them; SD3's own pair where it
+        has neither. DataError names what is no such number."""
+        path = self.folder / "vae" / "config.json"
+        config = read_object(path)
+        if not {"scaling_factor", "shift_factor"} & config.keys():
             return 1.5305, 0.0609
-        return config.scaling_factor, config.shift_factor
+        scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+        shift = 0 if shift is None else shift
+        for name, value, least in ("scaling_factor", scale, 1e-6), ("shift_factor", shift, -1e6):
+            if type(value) not in (int, float) or not least < value < 1e6:
+                raise DataError(f"{path}: {name} is {value!r:.50}; that is no number to use.")
+        return scale, shift
 
     @property
     def unit(self):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from data import SYNTHETIC_INDEX, Buckets, ImageSet, Text
-from lib.errors import DataError
+from lib.errors import DataError, pass_on
 from lib.files import read_object, sha256
 from lib.machine import moved
 from sd3.encoders import NEEDS
@@ -178,6 +178,7 @@ class Shards(Buckets):
             if any(s.get_dtype() != "BF16" for s in slices.values()):
                 raise ValueError("not bfloat16")
         except Exception as error:  # safetensors' own, of a damaged header
+            pass_on(error, file)
             raise DataError(f"{file}: not a shard ({error}).") from None
         self.opened[i] = opened
         return opened

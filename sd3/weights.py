@@ -7,15 +7,22 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from lib.errors import CheckpointError, UsageError, reason
-from lib.files import replacing
+from lib.checkpoints import check_weights
+from lib.errors import CheckpointError, UsageError, pass_on, reason
+from lib.files import read, read_object, replacing
+from lib.kinds import kind_of
 from mmdit import MMDiT
 
 PREFIX = "model.diffusion_model."  # of the network's tensors inside released single files
+OTHERS = (  # how the names of other networks begin that stand beside it
+    "first_stage_model.", "vae.", "text_encoder", "cond_stage_model.", "conditioner.", "clip_",
+    "t5xxl.", "model_ema.", "optimizer.",
+)  # fmt: skip
 EXPORTS = dict(fp32="F32", bf16="BF16", fp16="F16")  # as safetensors names them
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # The layers of diffusers' SD3Transformer2DModel and ours; some of ours are several of theirs.
@@ -75,11 +82,19 @@ class Weights(Mapping):
         return len(self.parts)
 
 
-def strip_prefix(state_dict):
-    """The network's tensors of a released file, their prefix removed (all, if none has it)."""
-    own = {k.removeprefix(PREFIX): v for k, v in state_dict.items() if k.startswith(PREFIX)}
-    others = ("first_stage_model.", "text_encoders.")
-    return own or {k: v for k, v in state_dict.items() if not k.startswith(others)}
+def own_names(names):
+    """The network's tensors among the names of a file: {name without the prefix: name}.
+
+    The prefix is what stands before a layer that each SD3 network has once. Without one, all are
+    the network's, but for those of other networks that are known."""
+    first = ("x_embedder.proj.weight", "pos_embed.proj.weight")  # ours, diffusers'
+    found = {re.sub(r"\w+\.proj\.weight$", "", name) for name in names if name.endswith(first)}
+    prefixes = found & {PREFIX} or found & {""} or found
+    if len(prefixes) > 1:
+        raise ValueError(f"several networks: {', '.join(sorted(prefixes))}; give a file of one")
+    prefix = min(prefixes, default="")
+    own = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+    return own if prefix else {k: v for k, v in own.items() if not k.startswith(OTHERS)}
 
 
 def config_from_sd3(shapes, heads=None):
@@ -113,7 +128,14 @@ def meta_sd3(shapes, heads=None):
         with torch.device("meta"):
             model = MMDiT(**config)
     except KeyError as missing:
-        raise CheckpointError(f"not an SD3 checkpoint: it has no tensor {missing}") from None
+        if any(re.search("lora|lokr|hada_|dora_", name, re.IGNORECASE) for name in shapes):
+            what = "a LoRA, which is no network; merge it into its SD3 network and give that"
+            raise CheckpointError(what) from None
+        there = f"but {min(shapes)!r:.90}" if shapes else "nor any other"
+        raise CheckpointError(
+            f"not an SD3 checkpoint: it has no tensor {missing}, {there}; "
+            "give SD3's network, a file or a folder"
+        ) from None
     except Exception as error:  # no network has such sizes
         raise CheckpointError(f"not an SD3 checkpoint: {error}") from None
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -139,7 +161,7 @@ def from_sd3(state_dict):
     """The network of an official state dict: SD3-medium, SD3.5-medium, SD3.5-large.
 
     The tensors are used as they are: no second copy, their dtype and device kept."""
-    state_dict = strip_prefix(state_dict)
+    state_dict = {name: state_dict[stored] for name, stored in own_names(state_dict).items()}
     model = meta_sd3({name: tuple(tensor.shape) for name, tensor in state_dict.items()})
     model.load_state_dict(state_dict, assign=True)
     return model
@@ -162,46 +184,81 @@ def from_diffusers(tensors):
     return {name: [parts[i] for i in sorted(parts)] for name, parts in found.items()}
 
 
+def folder_within(path):
+    """Where a folder's weights are: in a whole SD3 folder its transformer/, in one of the hub's
+    cache its snapshot, else in itself."""
+    inner = [p for p in (path / "transformer", *path.glob("snapshots/*")) if p.is_dir()]
+    return folder_within(inner[0]) if len(inner) == 1 else path
+
+
 def files_of(path):
-    """The safetensors files of `path`, and the number of heads if the path says it."""
+    """The files of weights of a file or a folder, and the number of heads if the folder says it."""
     if not path.is_dir():
         return [path], None
-    heads = json.loads((path / "config.json").read_text("utf-8"))["num_attention_heads"]
-    by_length = sorted(path.glob("diffusion_pytorch_model*"), key=lambda file: len(file.name))
-    for file in by_length:  # the shortest name is no variant like .fp16
-        if file.suffix == ".json" and ".index" in file.name:
-            names = json.loads(file.read_text("utf-8"))["weight_map"].values()
-            return [path / Path(name).name for name in sorted(set(names))], heads
-    return [file for file in by_length if file.suffix == ".safetensors"][:1], heads
+    path = folder_within(path)
+    config = path / "config.json"
+    heads = read_object(config).get("num_attention_heads") if config.exists() else None
+    for kind in (".safetensors", ".bin"):
+        by_length = sorted(path.glob(f"diffusion_pytorch_model*{kind}*"), key=lambda f: len(f.name))
+        for file in by_length:  # the shortest name is no variant like .fp16
+            if file.suffix == ".json" and ".index" in file.name:
+                names = json.loads(file.read_text("utf-8"))["weight_map"].values()
+                return [path / Path(name).name for name in sorted(set(names))], heads
+        if whole := [file for file in by_length if file.suffix == kind]:
+            alike = [f for f in whole if "-of-" in f.name and len(f.name) == len(whole[0].name)]
+            return alike or whole[:1], heads
+    others = sorted(path.glob("*.safetensors"))
+    if len(others) > 1:
+        few = ", ".join(file.name for file in others[:3])
+        raise ValueError(f"several networks may be in it ({few} …); give one of these files")
+    if not others:
+        raise ValueError(
+            "a folder without weights: neither a run's teacher.pt, nor SD3's transformer/, nor "
+            "diffusion_pytorch_model.safetensors"
+        )
+    return others, heads
+
+
+def read_tensors(file):
+    """{name: function that gives the tensor, a view} of one file, and its number of heads if it
+    says that."""
+    from safetensors import safe_open
+
+    if kind_of(file) == "torch":
+        content = read(file, check=False, mmap=True)
+        content = content.get("state_dict", content)
+        check_weights(content, file.stat().st_size)
+        return {name: partial(content.get, name) for name in content}, None
+    opened = safe_open(file, "pt")
+    heads = (opened.metadata() or {}).get("heads")
+    return {name: partial(opened.get_tensor, name) for name in opened.keys()}, heads  # noqa: SIM118
 
 
 def open_sd3(path):
-    """A released single file (.safetensors), or a folder with a transformer of diffusers.
+    """SD3's network of a file of safetensors or of torch.save, or of a folder of diffusers.
 
     -> the network on the meta device, its Weights. `model.load_state_dict(weights, assign=True)`
     brings them together without a copy. CheckpointError names the path and what is wrong."""
-    try:
-        from safetensors import safe_open
-    except ImportError:
-        raise CheckpointError(f"{path}: reading it needs: pip install safetensors") from None
-    tensors, ignored = {}, 0
+    stored, tensors = {}, {}
     try:
         files, heads = files_of(Path(path))
         for file in files:
-            with safe_open(file, "pt") as opened:
-                names = strip_prefix({name: name for name in opened.keys()})  # noqa: SIM118
-                ignored += len(opened.keys()) - len(names)
-                heads = heads or (opened.metadata() or {}).get("heads")
-                for name, stored in names.items():
-                    dtype = opened.get_slice(stored).get_dtype()
-                    if dtype not in DTYPES:
-                        raise ValueError(f"{name!r:.90} is {dtype}, not one of {', '.join(DTYPES)}")
-                    tensors[name] = opened.get_tensor(stored)
+            found, said = read_tensors(file)
+            stored, heads = stored | found, heads or said
+        own = own_names(stored)
+        for name, full in own.items():
+            tensors[name] = stored[full]()
+            if tensors[name].dtype not in DTYPES.values():
+                kind = f"{name!r:.90} is {tensors[name].dtype}"
+                raise ValueError(f"{kind}, not one of {', '.join(EXPORTS)}; give such a file")
         theirs = any(name.startswith("transformer_blocks.") for name in tensors)
         parts = from_diffusers(tensors) if theirs else {k: [v] for k, v in tensors.items()}
-        weights = Weights(parts, ignored)
+        weights = Weights(parts, len(stored) - len(own))
         return meta_sd3(weights.shapes, heads and int(heads)), weights
+    except ImportError:
+        raise CheckpointError(f"{path}: reading it needs: pip install safetensors") from None
     except Exception as error:  # a damaged file or folder raises nearly anything
+        pass_on(error, path)
         why = reason(error, 4000)
         raise CheckpointError(f"{path}: can't be read as SD3 weights ({why}).") from None
 

@@ -1,6 +1,7 @@
 """Files are whole or not there, damage is found, and no reader runs code."""
 
 import contextlib
+import errno
 import json
 import os
 import pickle
@@ -14,8 +15,9 @@ import pytest
 import torch
 from conftest import Bomb
 
-from lib import files
-from lib.errors import CheckpointError, DataError
+from lib import files, samples, scores
+from lib.errors import CheckpointError, DataError, RunError
+from sd3 import weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -170,6 +172,67 @@ def test_pickles_and_arrays_are_only_read_by_readers_that_run_no_code():
         for call in source.split("np.load(")[1:]:
             assert "allow_pickle=False" in call.split("\n")[0]
         assert "pickle.load" not in source and "eval(" not in source.replace(".eval(", "")
+
+
+MACHINE = {  # what reading a sound file may raise, and what is said
+    "permission": (PermissionError(errno.EACCES, "Permission denied", "a.pt"), OSError),
+    "a failing disk": (OSError(errno.EIO, "Input/output error", "a.pt"), OSError),
+    "too many open files": (OSError(errno.EMFILE, "Too many open files", "a.pt"), OSError),
+    "no memory": (MemoryError(), RunError),
+    "no memory for a tensor": (
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RunError,
+    ),
+    "no memory to map": (RuntimeError("unable to mmap: Cannot allocate memory (12)"), RunError),
+    "no memory on a GPU": (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), RunError),
+}
+
+
+@pytest.mark.parametrize("case", MACHINE)
+@pytest.mark.parametrize("reader", ["checkpoint", "samples", "judge", "SD3"])
+def test_only_wrong_content_is_called_damage(tmp_path, monkeypatch, case, reader):
+    """What is wrong with the machine is told as it is, without advice to delete a sound file."""
+    raised, told = MACHINE[case]
+    readers = dict(
+        checkpoint=lambda: files.read(tmp_path / "a.pt"),
+        samples=lambda: samples.read_file(tmp_path / "a.pt", 3, 2, check=True),
+        judge=lambda: scores.get_judge(
+            lambda *_: (torch.zeros(1), torch.zeros(1)), {}, (8, 8), 3, "cpu", data_dir=tmp_path
+        ),
+        SD3=lambda: weights.open_sd3(tmp_path / "a.pt"),
+    )
+    files.save(dict(a=1), tmp_path / "a.pt")
+    readers["judge"]()
+
+    def fail(*_, **options):
+        raise raised
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(told) as error:
+        readers[reader]()
+    said = str(error.value)
+    assert "damaged" not in said and "elete" not in said and ".pt" in said and "\n" not in said
+
+
+def test_tensors_of_another_device_are_read_onto_the_cpu(tmp_path, monkeypatch):
+    """A checkpoint of a GPU is a sound file on a machine that has none."""
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
+    files.save(dict(a=torch.ones(2)), tmp_path / "a.pt")
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(tmp_path / "a.pt", weights_only=True)
+    for mmap in (False, True):
+        assert files.read(tmp_path / "a.pt", mmap=mmap)["a"].device.type == "cpu"
+
+
+def test_an_object_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(PermissionError, match=r"config\.json"):
+        files.read_object(tmp_path / "config.json")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import shlex
+from types import SimpleNamespace
 
 import pytest
 
 import ladd
+from lib.checkpoints import check_settings
 from lib.errors import DataError, UsageError
 from lib.settings import (
     HowToRun,
@@ -19,6 +21,8 @@ from lib.settings import (
     setting,
     text_of,
 )
+from mmdit import MMDiT
+from tools.score import MOST
 
 FIELDS = dataclasses.fields(ladd.Settings)
 
@@ -51,7 +55,7 @@ VALUES = dict(
     targets="real", taps=(0, 2), out="elsewhere", data_dir="there", device="cpu", head_width=32,
     precision="fp32", stage="report", teacher="there.pt", steps_scale=0.5, drop=0.2,
     teacher_ema=0.5, student_ema=0.6, beta1=0.7, t_hat_mean=-0.5, discriminator="heads.pt",
-    aspects=("1:1", "3:2"), source="runs/other",
+    aspects=("1:1", "3:2"), source="runs/other", pooled_dim=64, judge_width=36,
 )  # fmt: skip
 
 
@@ -148,16 +152,33 @@ def test_every_setting_keeps_its_bounds(field):
         bad[rule["low"] - 1] = f"must be at least {rule['low']}"
     if rule["above"] is not None:
         bad[rule["above"]] = f"must be above {rule['above']}"
+    if rule["high"] is not None:
+        bad[rule["high"] + 1] = f"must be at most {rule['high']}"
     if rule["below"] is not None:
         bad[rule["below"]] = f"must be below {rule['below']}"
     if rule["choices"]:
         bad["toast"] = f"must be one of {', '.join(rule['choices'])}"
     if isinstance(field.default, float) or rule["kind"] is float:
-        bad[float("nan")] = "must be finite"
+        bad |= {float("nan"): "must be finite", float("inf"): "must be finite"}
+    if type(field.default) in (int, float):
+        bad[type(field.default)(2**63)] = "must be "
     for value, why in bad.items():
         value = (value,) if isinstance(field.default, tuple) else value
         message = refused(ladd.Settings, **{field.name: value})
-        assert message == f"{flag_of(field)} {text_of(value)}: {why}"
+        assert message.startswith(f"{flag_of(field)} {text_of(value)}: {why}")
+
+
+def test_settings_at_their_highest_can_be_read_again_from_a_checkpoint():
+    """What a later stage or another program would refuse is refused before anything is trained."""
+    highest = {f.name: f.metadata["high"] for f in FIELDS if f.metadata["high"] is not None}
+    s = dataclasses.replace(ladd.Settings(), **highest | dict(steps_scale=1.0))
+    model = MMDiT(**ladd.Settings().model())
+    check_settings(s, model.config)
+    assert all(highest[name] <= most for name, most in MOST.items())
+    for name in ("text_length", "teacher_steps"):
+        with pytest.raises(ValueError, match=name):
+            vast = SimpleNamespace(**dataclasses.asdict(s) | {name: highest[name] + 1})
+            check_settings(vast, model.config)
 
 
 def test_settings_that_are_made_of_others_are_checked_too():
@@ -218,6 +239,14 @@ BAD = {
     "no log": ("--log-every 0", "--log-every"),
     "no samples to see": ("--sample-every 0", "--sample-every"),
     "offload without shard": ("--offload", "--offload True: is a part of --shard"),
+    "a judge that can't be grouped": ("--judge-width 6", "--judge-width"),
+    "pooled features of another width": ("--pooled-dim 32", "--pooled-dim"),
+    "a file for a folder": (f"--data-dir {__file__}", "--data-dir"),
+    "more steps than are read again": ("--teacher-steps 10001", "--teacher-steps"),
+    "a seed of 70 bits": ("--seed 999999999999999999999", "--seed"),
+    "guidance that is no number": ("--cfg nan", "--cfg"),
+    "guidance beyond all numbers": ("--synthetic-cfg 1e300", "--synthetic-cfg"),
+    "a scale beyond all updates": ("--steps-scale 1e308", "--steps-scale"),
     "parts that don't divide": (
         "--accumulate 3", "--batch 32: its images can't be divided equally among 1 processes"),
     "a compiled gradient of a gradient": ("--compile --r1 1", "--compile"),

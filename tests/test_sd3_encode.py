@@ -176,12 +176,54 @@ def test_latents_are_shifted_and_scaled_as_the_vae_says(pipeline, sd3):
     assert x0.shape == (5, 16, 4, 6) and difference.abs().max() <= 1
 
 
-def test_a_vae_that_says_nothing_has_sd3s_scale_and_shift(sd3, tmp_path):
-    folder = shutil.copytree(sd3, tmp_path / "sd3")
-    config = json.loads((folder / "vae" / "config.json").read_text())
-    del config["scaling_factor"], config["shift_factor"]
-    (folder / "vae" / "config.json").write_text(json.dumps(config))
-    assert Encoders(folder, vae=True).scale() == (1.5305, 0.0609)
+def vae_with(sd3, folder, **config):
+    """The folder of a VAE whose config.json says this of its scale and shift, and nothing else."""
+    shutil.copytree(sd3, folder)
+    path = folder / "vae" / "config.json"
+    old = json.loads(path.read_text())
+    del old["scaling_factor"], old["shift_factor"]
+    path.write_text(json.dumps(old | config))
+    return folder
+
+
+SCALES = [
+    (dict(), (1.5305, 0.0609)),  # SD3's
+    (dict(scaling_factor=0.18215, shift_factor=None), (0.18215, 0)),
+    (dict(scaling_factor=0.18215), (0.18215, 0)),
+    (dict(scaling_factor=2, shift_factor=0), (2, 0)),
+    (dict(scaling_factor=0.5, shift_factor=-0.25), (0.5, -0.25)),
+]
+
+
+@pytest.mark.parametrize(("config", "pair"), SCALES)
+def test_a_vaes_own_scale_is_kept_and_only_one_that_says_nothing_has_sd3s(
+    sd3, tmp_path, config, pair
+):
+    """No shift is a shift of 0."""
+    assert Encoders(vae_with(sd3, tmp_path / "sd3", **config), vae=True).scale() == pair
+
+
+NO_SCALES = [
+    (dict(scaling_factor=None, shift_factor=0.1), "scaling_factor is None"),
+    (dict(shift_factor=0.1), "scaling_factor is None"),
+    (dict(scaling_factor=0, shift_factor=0.1), "scaling_factor is 0"),
+    (dict(scaling_factor=-1.5), "scaling_factor is -1.5"),
+    (dict(scaling_factor=True), "scaling_factor is True"),
+    (dict(scaling_factor="1.5"), "scaling_factor is '1.5'"),
+    (dict(scaling_factor=float("nan")), "scaling_factor is nan"),
+    (dict(scaling_factor=10**400), "scaling_factor is 1000"),
+    (dict(scaling_factor=1.5, shift_factor=float("inf")), "shift_factor is inf"),
+    (dict(scaling_factor=1.5, shift_factor=[0.1]), r"shift_factor is \[0.1\]"),
+]
+
+
+@pytest.mark.parametrize(("config", "named"), NO_SCALES, ids=[why for _, why in NO_SCALES])
+def test_a_scale_that_is_no_number_to_use_is_refused_at_once_by_key_and_file(
+    sd3, tmp_path, config, named
+):
+    """It would make black pictures, or end in a traceback once all prompts are encoded."""
+    with pytest.raises(DataError, match=f"vae/config.json: {named}"):
+        Encoders(vae_with(sd3, tmp_path / "sd3", **config), vae=True)
 
 
 def test_every_encoder_is_on_the_device_only_while_it_works(sd3, monkeypatch):

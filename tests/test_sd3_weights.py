@@ -193,6 +193,75 @@ def test_a_file_is_in_memory_once_and_only_where_it_is_read(tmp_path):
     assert opened < 0.2 and 0.9 < read < 1.2
 
 
+WEIGHTS = tensors()
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "module.", "a.b.", "_orig_mod."])
+def test_any_prefix_that_all_names_have_is_taken_off(prefix, tmp_path):
+    file = {prefix + name: tensor for name, tensor in WEIGHTS.items()}
+    safetensors.save_file(file | BESIDE, tmp_path / "a.safetensors")
+    read = open_sd3(tmp_path / "a.safetensors")[1]
+    assert same(WEIGHTS, dict(read)) and read.ignored == 2
+
+
+@pytest.mark.parametrize("beside", ["vae.x", "text_encoder_2.x", "t5xxl.x", "model_ema.decay"])
+def test_other_networks_beside_one_without_a_prefix_are_left_out(beside, tmp_path):
+    safetensors.save_file(WEIGHTS | {beside: torch.ones(1)}, tmp_path / "a.safetensors")
+    read = open_sd3(tmp_path / "a.safetensors")[1]
+    assert same(WEIGHTS, dict(read)) and read.ignored == 1
+
+
+def test_a_file_of_several_networks_is_refused(tmp_path):
+    """Which of them is meant only the user knows."""
+    both = {f"{prefix}.{k}": v.clone() for prefix in "ab" for k, v in WEIGHTS.items()}
+    safetensors.save_file(both, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"several networks: a\., b\.; give a file of one"):
+        open_sd3(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: dict(state_dict=w, step=torch.ones(1))])
+@pytest.mark.parametrize("name", ["model.ckpt", "model.bin", "model.pth"])
+def test_plain_weights_of_torch_save_are_read_whatever_their_name(name, wrap, tmp_path):
+    torch.save(wrap({PREFIX + k: v for k, v in WEIGHTS.items()}), tmp_path / name)
+    assert same(WEIGHTS, dict(open_sd3(tmp_path / name)[1]))
+
+
+def folders(path):
+    """Ways to keep diffusers' network in a folder: {name: function that makes it}."""
+    theirs = diffusers_model(dict(WEIGHTS), "sd3.5-medium")
+    small = dict(max_shard_size="100kB")
+
+    def without(name, folder, **options):
+        theirs.save_pretrained(folder, **options)
+        (folder / name).unlink()
+
+    return {
+        "a whole SD3 folder": lambda: theirs.save_pretrained(path / "transformer"),
+        "the hub's cache": lambda: theirs.save_pretrained(path / "snapshots/ab/transformer"),
+        "no config": lambda: without("config.json", path),
+        "no index": lambda: without(
+            "diffusion_pytorch_model.safetensors.index.json", path, **small
+        ),
+        "torch.save": lambda: theirs.save_pretrained(path, safe_serialization=False),
+        "shards of torch.save": lambda: theirs.save_pretrained(
+            path, safe_serialization=False, **small
+        ),
+        "one file of any name": lambda: export(path / "sd3.safetensors", WEIGHTS),
+    }
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["a whole SD3 folder", "the hub's cache", "no config", "no index", "torch.save",
+     "shards of torch.save", "one file of any name"],
+)  # fmt: skip
+def test_the_network_is_found_in_the_folders_that_people_have(case, tmp_path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    folders(path)[case]()
+    assert same(WEIGHTS, dict(open_sd3(path)[1]))
+
+
 # ---------------------------------------------------------------------------------------------
 # What is refused
 # ---------------------------------------------------------------------------------------------
@@ -311,6 +380,30 @@ def test_a_hostile_file_is_one_clear_line_and_status_2(case, tmp_path, capsys):
     assert len(message) < 5000 and [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+LORA = ["lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight"]
+LORA += ["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"]
+
+
+@pytest.mark.parametrize("name", LORA)
+@pytest.mark.parametrize("place", ["a.safetensors", "folder/pytorch_lora_weights.safetensors"])
+def test_a_lora_is_named_as_what_it_is(name, place, tmp_path):
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    safetensors.save_file({name: torch.zeros(4, 4)}, path)
+    given = path if path.parent == tmp_path else path.parent
+    with pytest.raises(CheckpointError, match=f"{given}: .*a LoRA.*merge it into its SD3 network"):
+        open_sd3(given)
+
+
+def test_a_folder_of_several_single_files_asks_for_one_of_them(tmp_path):
+    for name in ("sd3_medium", "sd3_medium_incl_clips"):
+        export(tmp_path / f"{name}.safetensors", tensors())
+    with pytest.raises(
+        CheckpointError, match=r"sd3_medium\.safetensors, .*give one of these files"
+    ):
+        open_sd3(tmp_path)
+
+
 FOLDERS = {
     "no config": dict(),
     "a damaged config": {"config.json": "{"},
@@ -410,6 +503,26 @@ def test_a_teacher_may_bring_other_networks_which_are_said_to_be_ignored(run, tm
         weights_of(tmp_path / "run" / "teacher.pt"),
         {name.removeprefix(PREFIX): t for name, t in half.items()},
     )
+
+
+def test_a_run_folder_gives_its_own_networks(run, tmp_path):
+    """--teacher its teacher.pt, --discriminator its heads.pt; whatever the file is called."""
+    given = ["--teacher", run, "--discriminator", run, "--seed", 1]
+    again = train(tmp_path / "run", *given)
+    assert same(weights_of(again / "teacher.pt"), weights_of(run / "teacher.pt"))
+    other = tmp_path / "it.ckpt"
+    other.write_bytes((run / "student.pt").read_bytes())
+    again = train(tmp_path / "other", "--teacher", other, stages=["teacher"])
+    assert same(weights_of(again / "teacher.pt"), weights_of(run / "student.pt"))
+
+
+def test_a_run_without_a_teacher_is_refused_by_the_missing_files_name(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").touch()
+    words = ["--teacher", str(tmp_path / "run"), "--out", str(tmp_path / "new")]
+    assert ladd.main(words) == 2
+    missing = tmp_path / "run" / "teacher.pt"
+    assert f"{missing}: no such file. Has the run got that far?" in capsys.readouterr().err
 
 
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)

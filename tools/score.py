@@ -5,11 +5,20 @@
 What is scored as in the run's report goes to its metrics.json; other scores are printed alone.
 """
 
+import math
 from pathlib import Path
 
 import data
 import sample
-from lib.errors import CheckpointError, DataError, Parser, UsageError, UserError, exit_status
+from lib.errors import (
+    CheckpointError,
+    DataError,
+    Parser,
+    RunError,
+    UsageError,
+    UserError,
+    exit_status,
+)
 from lib.files import read_object, write_json
 from lib.report import accuracy_line, fingerprints, markdown_table, read_metrics
 from lib.scores import held_out, judge_accuracy
@@ -37,10 +46,12 @@ def parse(argv):
     if strangers:
         what = " ".join(strangers)
         parser.error(f"{what}: no place beside --evaluate, which scores the report's rows")
-    if args.num is not None and args.num < 8:
-        parser.error("--num: scores need at least 8 samples")
-    if args.steps is not None and args.steps < 1:
-        parser.error("--steps: must be at least 1")
+    if args.num is not None and not 8 <= args.num <= MOST["evaluation"]:
+        parser.error(f"--num: must be from 8 to {MOST['evaluation']:,}")
+    if args.steps is not None and not 1 <= args.steps <= 10_000:
+        parser.error("--steps: must be from 1 to 10,000")
+    if args.cfg is not None and not math.isfinite(args.cfg):
+        parser.error(f"--cfg {args.cfg:g}: must be finite")
     return args
 
 
@@ -88,6 +99,6 @@ def score(args):
 def main(argv):
     try:
         score(parse(argv))
-    except (UserError, OSError) as error:
+    except (UserError, RunError, OSError) as error:
         return exit_status("sample.py", error)
     return 0

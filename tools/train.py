@@ -14,7 +14,7 @@ import data
 import ladd
 import sample
 from lib.captions import unread_words
-from lib.checkpoints import same_network
+from lib.checkpoints import is_ours, same_network
 from lib.checks import check_for_method
 from lib.errors import NotFetched, RunError, Stop, UserError, exit_status
 from lib.files import save
@@ -30,13 +30,13 @@ from tools import report
 
 def given_teacher(s):
     """The checkpoint of --teacher, ours or released, if its network is that of the settings."""
-    if Path(s.teacher).is_dir() or s.teacher.endswith(".safetensors"):
+    if is_ours(Path(s.teacher)):
+        checkpoint = sample.read_checkpoint(s.teacher)
+        checkpoint["settings"] = vars(checkpoint["settings"])  # as they are saved
+    else:
         from sd3.weights import released_checkpoint
 
         checkpoint = released_checkpoint(s.teacher, dataclasses.asdict(s))
-    else:
-        checkpoint = sample.read_checkpoint(s.teacher)
-        checkpoint["settings"] = vars(checkpoint["settings"])  # as they are saved
     with torch.device("meta"):
         same_network("--teacher", s.teacher, checkpoint["model"], MMDiT(**s.model()).config)
     return checkpoint | dict(kind="teacher")
