@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 import time
 
 import pytest
@@ -85,10 +84,22 @@ def test_the_commands_of_the_parts_can_be_given(monkeypatch):
         benchmark.main(last.words[2:])
 
 
-def test_without_a_gpu_it_says_so_in_one_line_and_writes_nothing(tmp_path):
-    bash = ["bash", f"{gpu_check.ROOT}/tools/gpu_check.sh", "--out", f"{tmp_path}/out"]
-    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | dict(CUDA_VISIBLE_DEVICES="", PATH=path)
-    done = subprocess.run(bash, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "no CUDA GPU is here" in done.stderr and not list(tmp_path.iterdir())
+def test_without_a_gpu_it_says_so_in_one_line(refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(gpu_check, ["--out", "out"], 2, "no CUDA GPU is here")
+
+
+@pytest.mark.parametrize("torch_is_there", [True, False])
+def test_the_shell_script_finds_python_and_says_where_torch_is_missing(tmp_path, torch_is_there):
+    """From any folder; here with a Python that tells what it was given."""
+    import_fails = "" if torch_is_there else 'if [ "$1" = -c ]; then exit 1; fi'
+    python = f'#!/bin/sh\n{import_fails}\n[ "$1" = -c ] || echo "$PYTHONPATH $@"\n'
+    (tmp_path / "python").write_text(python)
+    (tmp_path / "python").chmod(0o755)
+    environment = os.environ | dict(PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    words = ["bash", f"{gpu_check.ROOT}/tools/gpu_check.sh", "a b.zip"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    if torch_is_there:
+        assert done.stdout == f"{gpu_check.ROOT} -m tools.gpu_check a b.zip\n"
+    else:
+        assert done.returncode == 2 and "pip install -r" in done.stderr
