@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import time
 
@@ -103,3 +104,13 @@ def test_the_shell_script_finds_python_and_says_where_torch_is_missing(tmp_path,
         assert done.stdout == f"{gpu_check.ROOT} -m tools.gpu_check a b.zip\n"
     else:
         assert done.returncode == 2 and "pip install -r" in done.stderr
+
+
+def test_docs_gpu_names_the_parts_with_their_limits_and_the_oldest_torch():
+    text = (gpu_check.ROOT / "docs" / "gpu.md").read_text("utf-8")
+    for part in gpu_check.parts_of("shapes", "runs/x")[:-1]:
+        assert re.search(rf"^\| {part.name} \|.*\| {part.limit} s \|$", text, flags=re.M)
+        if part.name == "tiny":
+            assert f"{' '.join(part.words[5:9])}` with its table" in text
+    (oldest,) = re.findall(r"torch below (\S+) \|", text)
+    assert f"torch>={oldest}\n" in (gpu_check.ROOT / "requirements.txt").read_text("utf-8")
