@@ -25,6 +25,13 @@ from lib.states import forget_states, forget_unfinished
 from lib.streams import key_of
 
 
+def compile_blocks(network):
+    """Has a network compiled block by block, as most are alike, once for every shape."""
+    torch._dynamo.config.recompile_limit = 64
+    for module in getattr(network, "joint_blocks", [network]):
+        module.compile()
+
+
 class Run:
     """settings: a HowToRun with a `seed`; dataset, text: what the stages read; watch: see Watch.
     method: the name of what is trained; base: the settings that it is named against, a preset's."""
@@ -69,11 +76,9 @@ class Run:
         return shard(network, blocks, self.device, dtype, replicas=s.replicas, offload=offload)
 
     def compile(self, network):
-        """With --compile: block by block, as most are alike, once for every shape."""
+        """With --compile."""
         if self.settings.compile:
-            torch._dynamo.config.recompile_limit = 64
-            for module in getattr(network, "joint_blocks", [network]):
-                module.compile()
+            compile_blocks(network)
 
     def path(self, kind):
         return self.out / f"{kind}.pt"

@@ -57,3 +57,33 @@ def test_diffusers_network_of_the_same_sizes_has_as_many_weights():
     ours, theirs = benchmark.MMDiT(**s.model()), benchmark.theirs(s)
     counts = [sum(p.numel() for p in network.parameters()) for network in (ours, theirs)]
     assert counts[0] == counts[1]
+
+
+def test_a_compiled_iteration_compiles_every_block_and_the_heads(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    s = benchmark.settings("nano", *SMALL.split(), "--compile")
+    d = benchmark.Distillation(s, torch.device("cpu"))
+    want = [*d.networks["student"].joint_blocks, *d.teacher.joint_blocks, d.networks["heads"]]
+    assert compiled == want
+
+
+def test_on_a_gpu_the_batch_is_the_largest_whose_plan_fits(monkeypatch):
+    way = dict(total=30.0, activations=20.0, flops=8.0, forwards=4.0)  # 5 an image, 10 besides
+    monkeypatch.setattr(benchmark, "planned", lambda preset, batch: way)
+    for free, batch in ((100, 4), (28, 3), (17, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 200))
+        s, flops, forward, used = benchmark.fitting("nano", 4)
+        assert (s.batch, flops, forward, used) == (batch, 2 * batch, batch / 2, 10 + 5 * batch)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (16, 200))
+    with pytest.raises(torch.OutOfMemoryError, match="15 B"):
+        benchmark.fitting("nano", 4)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), ImportError("no room")])
+def test_a_row_that_cant_be_measured_says_why_and_the_next_ones_follow(error):
+    def rows():
+        yield "a", "1", "–"
+        raise error
+
+    assert [*benchmark.tried("b", rows())] == [("a", "1", "–"), ("b", "not measured: no room", "–")]

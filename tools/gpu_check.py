@@ -1,0 +1,133 @@
+"""What only a machine with one CUDA GPU can show, in one command of at most 12 minutes: the tests
+that need one, `tiny` in short, `nano` whole, speed and memory.
+
+    bash tools/gpu_check.sh [cifar10-train.zip]
+
+Every part has its own time limit, and one that fails stops no other. The figures go into
+gpu-check.json and gpu-check.md; what the parts say and make is in runs/gpu-check-TIME/.
+"""
+
+import contextlib
+import importlib.util
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from lib.errors import Parser
+from lib.files import write_json, write_text
+from lib.machine import facts
+
+ROOT = Path(__file__).resolve().parent.parent
+PHOTOGRAPHS = ROOT.parent / "cifar10-train.zip"
+MINUTES = 11.8
+KEPT = 40  # lines of a part's output that the JSON keeps
+
+
+class Part(NamedTuple):
+    name: str
+    words: list  # of the command, after Python's own name
+    limit: float  # seconds
+
+
+def parts_of(data, out):
+    """The parts in order; the benchmark, whose every row stands for itself, has what is left.
+
+    On an H200 `tiny` teaches 1,884 images a second and distils 1,059 (docs/results/gpu-h200.txt):
+    whole it takes an hour and a half, a twenty-fifth four minutes."""
+    tiny = ["--preset", "tiny", "--data", data, "--steps-scale", "0.04", "--judge-steps", "1000"]
+    nano = ["--preset", "nano", "--stop-after", "3.3"]
+    return [
+        Part("tests", ["-m", "pytest", "tests/test_gpu.py"], 130),
+        Part("tiny", ["ladd.py", *tiny, "--device", "cuda", "--out", f"{out}/tiny"], 260),
+        Part("nano", ["ladd.py", *nano, "--device", "cuda", "--out", f"{out}/nano"], 215),
+        Part("benchmark", ["-m", "tools.benchmark", "--gpu"], 400),
+    ]
+
+
+def run_part(part, seconds, log):
+    """Runs a part for at most so many seconds; what it starts ends with it. -> its status"""
+    if "pytest" in part.words and importlib.util.find_spec("pytest") is None:
+        return "left out: pip install pytest"
+    with open(log, "wb") as file:
+        options = dict(cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+        options |= dict(env=os.environ | dict(PYTHONUNBUFFERED="1"))
+        process = subprocess.Popen([sys.executable, *part.words], **options)
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return "out of time"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return {0: "passed", 75: "stopped by --stop-after"}.get(status, f"failed: status {status}")
+
+
+def lines_of(log):
+    """What a part said, without the names of this machine's folders."""
+    text = log.read_text("utf-8", "replace") if log.exists() else ""
+    return text.replace(f"{ROOT}/", "").replace(f"{ROOT.parent}/", "").splitlines()
+
+
+def check(parts, out, folder, minutes):
+    """Runs the parts one after the other, and writes both files anew after each. -> [status]"""
+    end = time.monotonic() + 60 * minutes
+    result = dict(facts(), parts=[])
+    for part in parts:
+        start, log = time.monotonic(), out / f"{part.name}.txt"
+        limit = max(1, round(min(part.limit, end - start)))
+        print(f"{part.name}, at most {limit} s: see {log}", flush=True)
+        status = run_part(part, limit, log)
+        seconds, lines = round(time.monotonic() - start), lines_of(log)
+        print(f"{part.name}: {status}, {seconds} s", flush=True)
+        command = shlex.join(["python", *(Path(w).name if w[:1] == "/" else w for w in part.words)])
+        row = dict(name=part.name, command=command, limit=limit, seconds=seconds, status=status)
+        row |= dict(table=[line for line in lines if line[:1] == "|"], output=lines[-KEPT:])
+        result["parts"].append(row)
+        write_json(result, folder / "gpu-check.json")
+        write_text(markdown(result), folder / "gpu-check.md")
+    return [row["status"] for row in result["parts"]]
+
+
+def markdown(result):
+    dirty = " with uncommitted changes" if result["dirty"] else ""
+    where = f"{result['gpu'] or result['processor']}, torch {result['torch']}, "
+    where += f"Python {result['python']}, commit {result['commit']}{dirty}."
+    lines = ["# GPU check", "", f"`bash tools/gpu_check.sh`. {where}", ""]
+    lines += ["| part | command | limit, s | took, s | status |", "|---|---|---|---|---|"]
+    for row in result["parts"]:
+        cells = row["name"], f"`{row['command']}`", row["limit"], row["seconds"], row["status"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    for row in result["parts"]:
+        lines += ["", f"## {row['name']}", "", *row["table"]]
+        if row["status"] != "passed":
+            lines += ["", "```", *row["output"][-15:], "```"]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv=None):
+    parser = Parser("gpu_check.py", "The tests, short runs and figures that need one CUDA GPU.")
+    parser.add_argument("data", nargs="?", help="cifar10-train.zip, if not beside the checkout")
+    parser.add_argument("--out", default=f"{ROOT}/docs/results", help="where both files go")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("no CUDA GPU is here; on a CPU run: python -m pytest")
+    data = Path(args.data or PHOTOGRAPHS).resolve()
+    if args.data and not data.exists():
+        parser.error(f"{args.data}: no such file")
+    out = Path("runs", f"gpu-check-{time.strftime('%Y%m%d-%H%M%S')}")
+    (ROOT / out).mkdir(parents=True)
+    parts = parts_of(str(data) if data.exists() else "shapes", out)
+    statuses = check(parts, ROOT / out, Path(args.out), MINUTES)
+    print(f"{args.out}/gpu-check.md")
+    return int(any(status.startswith(("failed", "out of")) for status in statuses))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
