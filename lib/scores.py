@@ -54,7 +54,7 @@ class Judge(torch.nn.Module):
         features, answers = [], []
         for part in images.split(batch):
             f, logits = self(part.to(device).float() / 127.5 - 1)
-            features.append(f.double().cpu())
+            features.append(f.cpu().double())  # not every device has float64
             read = [a.argmax(1) for a in logits]
             answers.append(torch.stack(read, 1).cpu() if read else torch.empty(len(f), 0).long())
         return torch.cat(features), torch.cat(answers)
@@ -97,7 +97,7 @@ def get_judge(
         judge = Judge(answers, width, size, channels, kernel).to(device)
     if path.exists():
         try:
-            judge.load_state_dict(read(path, device)["weights"])
+            judge.load_state_dict(read(path)["weights"])
         except (CheckpointError, KeyError, TypeError, RuntimeError):
             raise CheckpointError(
                 f"{path}: damaged. Delete it and give the command again: it is made anew."
@@ -105,7 +105,8 @@ def get_judge(
         return judge.eval()
     if attributes:
         train_judge(judge, draw, steps, precision)
-    save({"config": judge.config, "weights": judge.state_dict()}, path)
+    weights = {name: tensor.cpu() for name, tensor in judge.state_dict().items()}
+    save({"config": judge.config, "weights": weights}, path)
     return judge.eval()
 
 
