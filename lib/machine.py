@@ -52,6 +52,8 @@ def autocast(device, precision):
 def has_bf16(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
+    if device.type != "cpu":
+        return False
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -54,7 +54,7 @@ class Judge(torch.nn.Module):
         features, answers = [], []
         for part in images.split(batch):
             f, logits = self(part.to(device).float() / 127.5 - 1)
-            features.append(f.double().cpu())
+            features.append(f.cpu().double())  # not every device has float64
             read = [a.argmax(1) for a in logits]
             answers.append(torch.stack(read, 1).cpu() if read else torch.empty(len(f), 0).long())
         return torch.cat(features), torch.cat(answers)
@@ -105,7 +105,8 @@ def get_judge(
         return judge.eval()
     if attributes:
         train_judge(judge, draw, steps, precision)
-    save({"config": judge.config, "weights": judge.state_dict()}, path)
+    weights = {name: tensor.cpu() for name, tensor in judge.state_dict().items()}
+    save({"config": judge.config, "weights": weights}, path)
     return judge.eval()
 
 

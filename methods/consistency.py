@@ -14,6 +14,7 @@ import torch
 
 import ladd
 from ladd import draw_batch
+from lib.machine import moved
 from lib.optim import make_optimizers, step_all, update_ema
 from lib.parallel import leave, my_share
 from lib.streams import rng
@@ -45,7 +46,7 @@ def distil(run):
     for step in loop:
         b = draw_batch(run, samples, step, own_noise="none")
         i = rng(s.seed, "consistency", step).integers(LEVELS, size=s.batch)
-        i = torch.from_numpy(my_share(i)).to(run.device)
+        i = moved(torch.from_numpy(my_share(i)), run.device)
 
         def guided(xt, t, text=b.text):
             return guided_velocity(teacher, xt, t, text, uncond, s.synthetic_cfg)

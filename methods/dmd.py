@@ -18,6 +18,7 @@ import torch
 
 import ladd
 from ladd import draw_batch, student_predict, teacher_loss
+from lib.machine import moved
 from lib.optim import make_optimizers, step_all, update_ema
 from lib.parallel import leave, my_share
 from lib.streams import rng
@@ -54,7 +55,7 @@ def distil(run):
     for step in loop:
         b = draw_batch(run, samples, step, own_noise="none")
         levels = rng(s.seed, "dmd", step).uniform(0.02, 0.98, (s.batch, 2)).astype(np.float32)
-        t, t_score = torch.from_numpy(my_share(levels)).to(run.device).unbind(dim=1)
+        t, t_score = moved(torch.from_numpy(my_share(levels)), run.device).unbind(dim=1)
 
         def guided(xt, t, text=b.text):
             return guided_velocity(teacher, xt, t, text, uncond, s.synthetic_cfg)
