@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import data
 from lib import checkpoints
+from lib.captions import strange_words
 from lib.errors import Parser, RunError, UsageError, UserError, exit_status, reason
 from lib.files import read_lines
 from lib.images import decode_file
@@ -343,6 +344,9 @@ def read_prompts(args, generator):
     for prompt in dict.fromkeys(prompts):
         if len(data.split_words(prompt)) > length:
             print(f"only the first {length} words are read of: {prompt[:200]}", file=sys.stderr)
+    words = checkpoint_of(args.run, args.teacher).with_name("words.txt")
+    if not args.decode and (told := strange_words(prompts, words, length)):
+        print(told, file=sys.stderr)
     return [prompts[i % len(prompts)] for i in range(args.num or len(prompts))]
 
 

@@ -6,6 +6,8 @@ from collections import Counter
 
 import torch
 
+from lib.files import read_lines
+
 
 def split_words(caption):
     """The words of a caption, in small letters. The same character is the same however it was
@@ -16,6 +18,22 @@ def split_words(caption):
     whole = unicodedata.normalize("NFC", caption)
     inside = (c.isalnum() or c == "_" or unicodedata.category(c)[0] == "M" for c in whole)
     return "".join(c if kept else " " for c, kept in zip(whole, inside, strict=True)).split()
+
+
+def known_words(captions, length):
+    """The words of captions of which `length` are read, in order of the alphabet."""
+    return sorted({word for caption in captions for word in split_words(caption)[:length]})
+
+
+def strange_words(prompts, file, length):
+    """Which words of the prompts are not among those of a run's words.txt, in one line, or None."""
+    if not file.is_file():  # of an older version
+        return None
+    strange = set(known_words(prompts, length)).difference(read_lines(file, "words of the run"))
+    if not strange:
+        return None
+    some = ", ".join(sorted(strange)[:20])[:500]
+    return f"words that the model has never seen: {some}; those it knows are in {file}"
 
 
 def unread_words(captions, length):

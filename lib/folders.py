@@ -181,6 +181,13 @@ def read_folder(path, sizes):
     files = Files(path)
     caption_of, classes = find_captions(files)
     pixels = decode_all(files, sorted(caption_of), sizes, [], len(caption_of))
+    shapes = Counter(x.shape for x in pixels.values())
+    alone = [name for name, x in pixels.items() if shapes[x.shape] == 1]
+    if 0 < len(alone) < len(pixels):
+        print(
+            f"left out {len(alone)} images, each alone in its size: {some(alone)}", file=sys.stderr
+        )
+        pixels = {name: x for name, x in pixels.items() if name not in alone}
     counts = Counter(caption_of[name] for name in pixels)
     captions = sorted(counts)
     rows = {caption: i for i, caption in enumerate(captions)}

@@ -36,8 +36,26 @@ def test_a_run_leaves_every_promised_file(smoke):
     assert set(snapshot(smoke)) == {
         "config.json", "log.jsonl", "teacher.pt", "student.pt", "heads.pt", "synthetic/00000.pt",
         "samples/teacher-000002.png", "samples/student-000002.png", "samples.png",
-        "metrics.json", "report.md", "curves.png", "student.gif",
+        "metrics.json", "report.md", "curves.png", "student.gif", "words.txt",
     }  # fmt: skip
+
+
+def test_a_run_says_which_words_it_knows_and_prompts_with_others_are_told(smoke, tmp_path, capsys):
+    """Of a checkpoint file, too; each strange word once, and none that is not read."""
+    words = (smoke / "words.txt").read_text().split()
+    assert words == sorted(words) and {"a", "red", "circle", "striped", "on"} <= set(words)
+    strange = "a Red dragon and a dragon a red circle on a red background unread"
+    for run, prompt, told in (
+        (smoke, strange, "never seen: and, dragon; "),
+        (smoke / "student.pt", strange, "never seen: and, dragon; "),
+        (smoke, "a red circle", None),
+    ):
+        out = str(tmp_path / "a.png")
+        assert sample.main([str(run), "--prompt", prompt, "--out", out, "--device", "cpu"]) == 0
+        said = capsys.readouterr().err
+        assert (
+            told in said and str(smoke / "words.txt") in said if told else "never seen" not in said
+        )
 
 
 def test_the_logs_first_row_says_what_ran_where(smoke):

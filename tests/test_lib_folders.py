@@ -265,6 +265,14 @@ def test_progress_is_silent_where_stderr_is_not_a_terminal(tmp_path, capsys):
     assert capsys.readouterr() == ("", f"{path}: 2001 images, 1 classes (cat)\n")
 
 
+def test_an_image_alone_in_its_size_is_left_out_and_named(tmp_path, capsys):
+    """It could only be trained on and held out at once."""
+    path = folder(tmp_path / "set", PETS | {"cat/wide.png": plain(99, (90, 2))})
+    dataset = data.load(f"{path}", [(2, 3), (2, 30)])
+    assert dataset.size == (2, 3) and dataset.train_size + dataset.held_out_size == len(PETS)
+    assert "left out 1 images, each alone in its size: cat/wide.png" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------
 # What is read, and what is not, is said in one line
 # ---------------------------------------------------------------------------------------------

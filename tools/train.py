@@ -13,11 +13,11 @@ import torch
 import data
 import ladd
 import sample
-from lib.captions import unread_words
+from lib.captions import known_words, unread_words
 from lib.checkpoints import is_ours, same_network
 from lib.checks import check_for_method
 from lib.errors import NotFetched, RunError, Stop, UserError, exit_status
-from lib.files import save
+from lib.files import save, write_text
 from lib.loop import Watch
 from lib.machine import device_of, keep_memory
 from lib.parallel import barrier, broadcast, processes, rank, world
@@ -79,6 +79,9 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
     base = ladd.Settings(**ladd.PRESETS[s.preset]).scaled()
     run = Run(s, dataset, text, watch, method, base)
     with run.opened(note):
+        words, file = known_words(dataset.captions, s.text_length), run.out / "words.txt"
+        if text is not dataset and words and rank() == 0 and not file.exists():
+            write_text("\n".join(words) + "\n", file)
         if s.source:  # whose seed may be another, and whose teacher was given
             source = Path(s.source)
             fields = dataclasses.fields(s)
