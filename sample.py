@@ -389,7 +389,9 @@ def make_pictures(args):
     with tqdm(total=len(prompts), desc="sampling", disable=not sys.stderr.isatty()) as bar:
         x0 = generator.sample(prompts, batch=args.batch, progress=bar, **options)
     if not x0.isfinite().all():
-        raise RunError(f"{args.run}: its samples are not finite; try --precision fp32, other --cfg")
+        bad = checkpoints.not_finite(generator.model.state_dict())
+        advice = f"nor is its {bad}; give another" if bad else "try --precision fp32, other --cfg"
+        raise RunError(f"{args.run}: its samples are not finite; {advice}")
     save_pictures(codec.decode(x0), args.out, prompts, notes)
     print(f"{len(x0)} images, {steps} steps: {args.out}")
     if args.trajectory:
