@@ -399,8 +399,9 @@ def make_pictures(args):
         with tqdm(total=len(prompts), desc="sampling", disable=not sys.stderr.isatty()) as bar:
             for x0 in generator.batches(prompts, batch=args.batch, progress=bar, **options):
                 if not x0.isfinite().all():
-                    why = "its samples are not finite; try --precision fp32, other --cfg"
-                    raise RunError(f"{args.run}: {why}")
+                    bad = checkpoints.not_finite(generator.model.state_dict())
+                    why = f"nor is its {bad}; give another" if bad else "try --precision fp32"
+                    raise RunError(f"{args.run}: its samples are not finite; {why}")
                 yield from codec.decode(x0)
 
     number = save_pictures(images(), args.out, prompts, notes)

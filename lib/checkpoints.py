@@ -69,6 +69,11 @@ def check_weights(weights, size):
         raise ValueError("it claims more weights than it holds")
 
 
+def not_finite(weights):
+    """The name of the first weights with a number that is not finite; None where all are."""
+    return next((name for name in weights if not weights[name].isfinite().all()), None)
+
+
 def check_settings(s, config):
     """Raises where a network of this config can't be sampled with the settings."""
     side = config["patch"] * config["pos_size"] * s.downscale

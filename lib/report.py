@@ -79,7 +79,7 @@ def verdicts(run, table):
     if after > (before + goal) / 2:
         signs["distillation"] = [*SIGNS["distillation"], BLIND]
     more = dict(teacher=[], synthesis=[], distillation=[], report=[])
-    if after >= before:
+    if not after < before:  # also where one is no number
         figure = f"Fréchet {after:.3g} in 1 step, {before:.3g} before"
         what = "the student is no better than untrained"
         more["distillation"].append(("suspicious", what, figure))

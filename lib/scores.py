@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from lib.errors import CheckpointError
+from lib.errors import CheckpointError, RunError
 from lib.files import read, save
 from lib.machine import autocast
 
@@ -187,6 +187,8 @@ def score_table(held, labels, judge, candidates, seed, to_uint8):
             images = generator.sample_parts(
                 parts, seed=seed, stream="evaluation", progress=bar, **options
             )
+            if not all(x.isfinite().all() for x in images):
+                raise RunError(f"{name}: its samples are not finite; try --precision fp32")
             seconds = (time.perf_counter() - start) / len(labels)
             evaluations = options["steps"] * (2 if options["cfg"] != 1 else 1)
             row = score([to_uint8(x) for x in images], labels, reference, judge)

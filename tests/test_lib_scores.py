@@ -1,5 +1,6 @@
 """Scores against closed forms, and the judge that they are taken by."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from conftest import randn, seeded
 
 import data
-from lib.errors import CheckpointError
+from lib.errors import CheckpointError, RunError
 from lib.files import save
 from lib.scores import (
     HeldOut,
@@ -168,6 +169,17 @@ def test_a_table_has_the_real_images_first_and_all_sizes_together():
     reference = torch.cat([judge.read(part.reference)[0] for part in parts])
     features = torch.cat([judge.read(part.images)[0] for part in parts])
     assert rows[0]["frechet"] == pytest.approx(frechet_distance(reference, features), rel=1e-6)
+
+
+def test_samples_that_are_not_finite_are_not_scored():
+    """As pixels they would be black, and a number would stand in the table."""
+    part = noise(8, 20, 30)
+    broken = Copies([part])
+    broken.sample_parts = lambda *_, **options: [part.images.float() * math.inf]
+    rows = [("student, 1 step", broken, dict(steps=1, cfg=1.0))]
+    labels, judge = torch.zeros(8, 0, dtype=torch.int64), Judge([], width=8, size=(8, 8))
+    with pytest.raises(RunError, match="student, 1 step: its samples are not finite"):
+        score_table([part], labels, judge, rows, 0, lambda x: x)
 
 
 @pytest.mark.parametrize(

@@ -653,7 +653,7 @@ def test_samples_that_are_not_finite_are_no_picture(tmp_path, capsys):
     broken["weights"] = {k: torch.full_like(w, math.nan) for k, w in broken["weights"].items()}
     torch.save(broken, made / "student.pt")
     assert cpu(made, "--prompt", PROMPT, "--out", tmp_path / "a.png") == 1
-    assert "not finite" in capsys.readouterr().err
+    assert "not finite; nor is its pos_embed" in capsys.readouterr().err
     assert not (tmp_path / "a.png").exists()
 
 

@@ -516,6 +516,24 @@ def test_a_run_folder_gives_its_own_networks(run, tmp_path):
     assert same(weights_of(again / "teacher.pt"), weights_of(run / "student.pt"))
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["teacher", "discriminator"])
+def test_given_weights_that_are_not_finite_are_refused_before_anything_is_made(
+    run, tmp_path, capsys, kind, number
+):
+    """By the tensor's name: samples of them would be black, or noticed hours later."""
+    file = run / ("teacher.pt" if kind == "teacher" else "heads.pt")
+    checkpoint = torch.load(file, weights_only=True)
+    name = list(checkpoint["weights"])[-1]
+    checkpoint["weights"][name].view(-1)[0] = number
+    torch.save(checkpoint, tmp_path / "bad.pt")
+    words = [f"--{kind}", str(tmp_path / "bad.pt"), "--out", str(tmp_path / "run")]
+    assert ladd.main([*FEW.split(), *words]) == 2
+    said = f"ladd.py: --{kind} {tmp_path / 'bad.pt'}: {name} in it has numbers that are not finite"
+    assert capsys.readouterr().err.startswith(said)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_without_a_teacher_is_refused_by_the_missing_files_name(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").touch()

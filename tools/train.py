@@ -14,7 +14,7 @@ import data
 import ladd
 import sample
 from lib.captions import known_words, unread_words
-from lib.checkpoints import is_ours, same_network
+from lib.checkpoints import is_ours, not_finite, same_network
 from lib.checks import check_for_method
 from lib.errors import NotFetched, RunError, Stop, UserError, exit_status
 from lib.files import save, write_text
@@ -66,8 +66,12 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
         refuse(s, "shard" if s.shard else "accumulate", "is for LADD alone")
     check_for_method(s, method)
     start = given_teacher(s) if s.teacher else None  # its tensors are views of the file
-    if s.discriminator:
-        ladd.given_heads(s)
+    heads = ladd.given_heads(s) if s.discriminator else None
+    if (Path(s.out) / "teacher.pt").exists():
+        start = None  # taken over before
+    for name, checkpoint in dict(teacher=start, discriminator=heads).items():
+        if checkpoint and rank() == 0 and (bad := not_finite(checkpoint["weights"])):
+            refuse(s, name, f"{bad} in it has numbers that are not finite; give another")
     if rank() > 0:  # rank 0 downloads
         barrier()
     s, dataset, note = open_data(s, given)
@@ -90,7 +94,7 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
             if s.targets == "synthetic" and any(source.glob("synthetic/*.pt")):
                 files, unread = ["teacher.pt", "synthetic/*.pt"], "iterations"
             run.take(source, files, names[: names.index(unread)])
-        if start and not run.path("teacher").exists() and rank() == 0:
+        if start and rank() == 0:
             save(start | dict(weights=dict(start["weights"])), run.path("teacher"))
         samples = len(list((run.out / "synthetic").glob("*.pt")))
         done = dict(
