@@ -108,7 +108,7 @@ class Settings(HowToRun):
     # synthesis
     synthetic: int = setting(4096, "samples the teacher makes for the student to learn from", low=1)
     synthetic_cfg: float = setting(4.0, "their constant guidance scale w", low=-1e3, high=1e3)
-    synthetic_steps: int = setting(8, "their Euler steps", low=1, high=10_000)
+    synthetic_steps: int = setting(16, "their Euler steps", low=1, high=10_000)
     shift: float = setting(1.0, "timestep shift α of Euler sampling", above=0)
     # distillation (LADD)
     iterations: int = setting(2200, "updates of the student and the heads", low=1)
@@ -219,7 +219,7 @@ PRESETS = {
     "tiny": dict(
         data="cifar10", size=(32, 32), width=384, depth=8, heads=6, text_length=16,
         teacher_iterations=20_000, teacher_batch=256, teacher_lr=1e-3, teacher_ema=0.999, cfg=2.0,
-        synthetic=50_000, synthetic_cfg=2.0, synthetic_steps=16, iterations=8_000, batch=256,
+        synthetic=50_000, synthetic_cfg=2.0, iterations=8_000, batch=256,
         taps=(), student_ema=0.999, evaluation=10_000, judge_steps=8_000, judge_width=64,
         log_every=50, save_every=2_000, sample_every=2_000,
     ),
