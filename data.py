@@ -343,7 +343,7 @@ class ImageSet(DataSet):
         images = self.images[rows]
         if self.flip:
             mirrored = torch.from_numpy(uniform(self.seed, "mirrored", index, 1)[:, 0] < 0.5)
-            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+            images[mirrored] = images[mirrored].flip(3)
         return images, self.caption[rows]
 
 

@@ -51,6 +51,20 @@ def test_the_data_sets_that_are_read_are_made_where_asked(tmp_path):
     assert np.asarray(cifar.images[:100]).std() > 50  # noise
 
 
+def test_the_hosts_time_is_that_of_drawing_without_the_noise(monkeypatch):
+    """Which is asked for as often as in an update, two numbers an image."""
+    shapes, normal = [], benchmark.normal
+
+    def noted(seed, stream, rows, shape, device):
+        shapes.append((len(rows), shape))
+        return normal(seed, stream, rows, shape, device)
+
+    monkeypatch.setattr(benchmark, "normal", noted)
+    seconds = benchmark.drawing("nano", 1)
+    assert list(seconds) == ["teacher", "distillation"] and min(seconds.values()) > 0
+    assert shapes == 4 * [(64, (2,)), *4 * [(32, (2,))]]  # three rounds warm up
+
+
 def test_diffusers_network_of_the_same_sizes_has_as_many_weights():
     pytest.importorskip("diffusers")
     s = benchmark.settings("nano")

@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -35,7 +37,9 @@ from lib.machine import arithmetic, autocast, device_of, facts, keep_memory
 from lib.memory import in_bytes, peak_bytes
 from lib.optim import make_optimizers, step_all, update_ema
 from lib.run import compile_blocks
+from lib.samples import Joined
 from lib.states import Saver
+from lib.streams import normal
 from mmdit import MMDiT
 from tools.plan import plan, random_batch
 
@@ -225,6 +229,28 @@ def reading(folder, n):
     return rounds({name: lambda d=d: batch(d) for name, d in sets.items()}, n)
 
 
+def drawing(preset, n):
+    """{stage: seconds} that the host needs for an update without the networks: to draw its batch,
+    of images and samples in memory. Noise, which a GPU makes by itself, is of two numbers an image
+    here: so it takes as many calls, and no computing."""
+
+    def asked_for(seed, stream, rows, shape, device):
+        return normal(seed, stream, rows, (2,), device).mean(1).view(-1, 1, 1, 1).expand(-1, *shape)
+
+    s, step = settings(preset), itertools.count()
+    images, caption = torch.zeros(8, 512, s.channels, *s.size), torch.arange(8 * 512)
+    own = data.ImageSet("images", (images.flatten(0, 1).byte(), caption))
+    made = data.ImageSet("synthetic", (Joined(list(images.half())), caption), flip=False)
+    text = data.HashedText(s.text_dim, s.text_length)
+    words = torch.zeros(len(caption), s.text_length, dtype=torch.int64)
+    run = SimpleNamespace(settings=s, device=torch.device("cpu"), text=text, dataset=own)
+    samples = ladd.Samples(made, words, 0)
+    calls = dict(teacher=lambda: ladd.draw_teacher_batch(run, next(step), words))
+    calls["distillation"] = lambda: ladd.draw_batch(run, samples, next(step))
+    with mock.patch("ladd.normal", asked_for), mock.patch("sample.normal", asked_for):
+        return rounds(calls, n)
+
+
 def start_up(n):
     """Seconds to import each file and to print the help, over those of `import torch` alone."""
     modules = ("torch", "mmdit", "discriminator", "sample", "data", "ladd")
@@ -267,6 +293,8 @@ def measure(n):
     with tempfile.TemporaryDirectory() as folder:
         for name, seconds in reading(Path(folder), n).items():
             yield f"a batch of {name} over a training step", f"{seconds / step:.1%}", "≤ 5 %"
+    for stage, seconds in drawing("tiny", n).items():
+        yield f"{stage}, tiny: the host's time per update, ms", f"{1000 * seconds:.1f}", "≤ 3"
     for name, ratio in start_up(3).items():
         yield f"`{name}` over `import torch`", f"{ratio:.2f}", "< 1.5"
 
