@@ -416,9 +416,9 @@ def make_pictures(args):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if "--evaluate" in argv:
-        return importlib.import_module("tools.score").main(argv)
     try:
+        if "--evaluate" in argv:
+            return importlib.import_module("tools.score").main(argv)
         args = parse(argv)
         if args.export:
             from sd3.weights import export
@@ -428,7 +428,7 @@ def main(argv=None):
             make_pictures(args)
     except (FileExistsError, ValueError) as error:
         return exit_status("sample.py", UsageError(error))
-    except (UserError, RunError, OSError) as error:
+    except (UserError, RunError, OSError, KeyboardInterrupt) as error:
         return exit_status("sample.py", error)
     return 0
 

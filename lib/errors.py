@@ -67,6 +67,9 @@ def pass_on(error, path):
 
 def exit_status(program, error):
     """Says why a program ends: in one line if that was foreseen. -> its exit status"""
+    if isinstance(error, KeyboardInterrupt):
+        print(f"{program}: interrupted{clean(error)}", file=sys.stderr)
+        return 130  # 128 + SIGINT
     if isinstance(error, (UserError, RunError, OSError)):
         print(f"{program}: {clean(error, 4000)}", file=sys.stderr)
     else:

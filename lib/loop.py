@@ -1,8 +1,10 @@
 """The loop of a stage: its steps, and around them resuming, logging, progress, states, signals."""
 
+import contextlib
 import math
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -23,8 +25,21 @@ def progress(name, total, initial=0):
     return tqdm(total=total, initial=initial, desc=name, disable=hidden, dynamic_ncols=True)
 
 
+# Windows has no SIGHUP, which comes when a terminal closes or a connection ends.
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+HANGUP = getattr(signal, "SIGHUP", None)
+
+
+def leave_terminal():
+    """Sends to nowhere what goes to a terminal, as one that is gone would end the process."""
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
 class Watch:
-    """Whether a run should end: SIGINT or SIGTERM came, or --stop-after is over."""
+    """Whether a run should end: SIGINT, SIGTERM or SIGHUP came, or --stop-after is over."""
 
     def __init__(self, minutes, program):
         self.end = time.perf_counter() + 60 * minutes if minutes else math.inf
@@ -35,7 +50,9 @@ class Watch:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # others can't hear signals
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
+                if number == HANGUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # nohup asked for this
                 self.before[number] = signal.signal(number, self.hear)
         return self
 
@@ -46,13 +63,16 @@ class Watch:
     def hear(self, number, frame):
         """The first signal waits for what can be saved, where a stage is `patient` for it; the
         second ends the process at once."""
-        for each in self.before:
-            signal.signal(each, signal.SIG_DFL)
+        for each in self.before:  # a terminal that closes may send its own twice
+            signal.signal(each, signal.SIG_IGN if each == HANGUP else signal.SIG_DFL)
+        if number == HANGUP:
+            leave_terminal()
         self.status = 128 + number
         if not self.patient:
             raise Stop(self.status)
         message = f"\n{self.program}: one moment, saving; a second signal ends at once\n"
-        os.write(2, message.encode())
+        with contextlib.suppress(OSError):
+            os.write(2, message.encode())
 
     def due(self):
         """The exit status to end with, or 0 to go on."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib.errors import UsageError
+from lib.errors import UsageError, reason
 from lib.parallel import world
 
 
@@ -59,6 +60,17 @@ def has_bf16(device):
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+@functools.cache
+def check_compiler(device):
+    """Raises UsageError where torch.compile does not work: it needs a C++ compiler, or Triton."""
+    try:
+        options = dict(fx_graph_cache=False)  # where an answer may be left of better days
+        torch.compile(lambda x: x.sin() + x, options=options)(torch.zeros(8, device=device))
+    except Exception as error:
+        why = reason(error, 200)
+        raise UsageError(f"--compile: doesn't work on this machine ({why}); leave it out") from None
 
 
 @contextlib.contextmanager

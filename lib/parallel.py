@@ -15,15 +15,23 @@ import sys
 import torch
 import torch.distributed as dist
 
-from lib.errors import RunError, Stop, exit_status
+from lib.errors import RunError, Stop, UsageError, exit_status, reason
+
+TORCHRUN = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets beside WORLD_SIZE
+
+
+def number_of(variable, otherwise):
+    """What torchrun says in an environment variable; one that is no number says nothing."""
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdecimal() else otherwise
 
 
 def rank():
-    return int(os.environ.get("RANK", 0))
+    return number_of("RANK", 0)
 
 
 def world():
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return max(1, number_of("WORLD_SIZE", 1))
 
 
 def my_share(batch):
@@ -42,6 +50,10 @@ def processes(device, program):
     if world() == 1:
         yield
         return
+    lacking = [name for name in TORCHRUN if not os.environ.get(name)]
+    if lacking:
+        what = f"WORLD_SIZE is {world()}, without {', '.join(lacking)}"
+        raise UsageError(f"{what}: start many processes by torchrun, or unset WORLD_SIZE.")
     out, err = sys.stdout, sys.stderr
     if rank() > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
@@ -49,7 +61,13 @@ def processes(device, program):
     if cuda:
         torch.cuda.set_device(device)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # without it, old addresses
-    store = dist.PrefixStore(f"attempt {attempt}", next(dist.rendezvous("env://"))[0])
+    try:
+        store = dist.PrefixStore(f"attempt {attempt}", next(dist.rendezvous("env://"))[0])
+    except (ValueError, RuntimeError) as error:  # no such address, a port in use, nobody there
+        sys.stdout, sys.stderr = out, err
+        raise RunError(
+            f"process {rank()} of {world()} finds no others ({reason(error)})."
+        ) from None
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     options = dict(rank=rank(), world_size=world(), timeout=datetime.timedelta(minutes=10))
     dist.init_process_group(backend, store=store, **options)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data import bucket_sizes
 from lib.archive import Files
-from lib.errors import DataError, Parser, RunError, exit_status, reason
+from lib.errors import DataError, Parser, RunError, UserError, exit_status, reason
 from lib.files import read_lines, replacing, write_json
 from lib.folders import decode_all, find_captions, in_threads
 from lib.images import nearest, size_of
@@ -138,8 +138,8 @@ def main(argv=None):
     add("--aspects", default=ASPECTS, metavar="W:H,…", help="and the nearest of these")
     add("--no-t5", action="store_true", help="zeros for T5's tokens")
     add("--shard", type=int, default=256, help="samples of a file; 1.8 MB each at 1024²")
-    add("--rank", type=int, default=int(env.get("RANK", 0)), help="which process this is")
-    add("--world", type=int, default=int(env.get("WORLD_SIZE", 1)), help="of so many")
+    add("--rank", type=int, default=env.get("RANK", 0), help="which process this is")
+    add("--world", type=int, default=env.get("WORLD_SIZE", 1), help="of so many")
     cuda = f"cuda:{env.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     add("--device", default=cuda)
     args = parser.parse_args(argv)
@@ -150,13 +150,15 @@ def main(argv=None):
     if not re.fullmatch(r"[1-9]\d*:[1-9]\d*(,[1-9]\d*:[1-9]\d*)*", args.aspects):
         parser.error(f"--aspects {args.aspects}: must look like 1:1,3:2,2:3")
     sizes = bucket_sizes((args.size, args.size), args.multiple, args.aspects.split(","))
+    kept = f"what is finished in {args.out} is kept, the same command goes on"
     try:
         encoders = Encoders(args.model, args.device, not args.no_t5, vae=bool(args.images))
         encode(encoders, args, sizes)
-    except DataError as error:
+    except UserError as error:
         return exit_status("sd3/encode.py", error)
-    except (OSError, RuntimeError) as error:
-        kept = f"what is finished in {args.out} is kept, the same command goes on"
+    except KeyboardInterrupt:
+        return exit_status("sd3/encode.py", KeyboardInterrupt(f"; {kept}"))
+    except (RunError, OSError, RuntimeError, MemoryError) as error:
         return exit_status("sd3/encode.py", RunError(f"{reason(error, 1000)}; {kept}"))
     return 0
 

@@ -165,6 +165,7 @@ def test_a_loop_goes_on_where_its_newest_state_was_and_forgets_later_rows(tmp_pa
     ("stage", "number"),
     [
         ("teacher", signal.SIGINT),
+        ("teacher", signal.SIGHUP),
         ("synthesis", signal.SIGTERM),
         ("distillation", signal.SIGTERM),
         ("report", signal.SIGINT),
@@ -206,6 +207,22 @@ def test_a_signal_ends_a_run_saved_with_the_command_to_go_on(
     for kind in ("teacher", "student"):
         assert same(f"run/{kind}.pt", whole / f"{kind}.pt")
     assert updates(Path("run")) == updates(whole)
+
+
+def test_a_terminal_that_closes_may_say_so_twice_and_nohup_is_heard():
+    """The second SIGHUP, of the shell, does not end what the first, of the system, has saved."""
+    before = signal.getsignal(signal.SIGHUP)
+    with Watch(0, "test") as watch:
+        watch.patient = True
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert watch.due() == 128 + signal.SIGHUP
+    assert signal.getsignal(signal.SIGHUP) == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with Watch(0, "test") as watch:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert watch.due() == 0
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_between_two_log_lines_a_signal_waits_for_the_next_one(launch, whole, monkeypatch):

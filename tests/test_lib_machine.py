@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib.machine import device_of
+from lib.errors import UsageError
+from lib.machine import check_compiler, device_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,3 +55,16 @@ def test_a_terminal_that_cant_show_a_character_ends_no_program(encoding):
         out = subprocess.run(words, capture_output=True, cwd=ROOT, env=environment)
         assert out.returncode == 0, out.stderr
         assert b"?" in out.stdout and b"Traceback" not in out.stderr
+
+
+def test_compiling_without_a_compiler_is_refused_in_one_line(monkeypatch):
+    """At the start, not by a traceback of the first update."""
+
+    def broken(*_, **options):
+        raise RuntimeError("No working C++ compiler found\nand so on")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    check_compiler.cache_clear()
+    with pytest.raises(UsageError, match=r"--compile: .*No working C\+\+.*; leave it out") as why:
+        check_compiler(torch.device("cpu"))
+    assert "and so on" not in str(why.value)

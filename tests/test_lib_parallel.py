@@ -35,9 +35,10 @@ import json, os, resource, sys
 import torch
 import ladd
 from lib import loop, parallel, states
-from tools import report
+from tools import report, train
 
 report.report = lambda run: None
+train.check_compiler = lambda device: None  # nothing is compiled here
 checkpoint, compiled = loop.Loop.checkpoint, torch.nn.Module.compile
 torch.nn.Module.compile = lambda module: compiled(module, backend="eager")  # traced, in seconds
 
@@ -393,3 +394,20 @@ def test_the_processes_shares_are_all_of_a_batch(monkeypatch):
         shares.append(my_share(torch.arange(8)).tolist())
     assert sorted(row for share in shares for row in share) == list(range(8))
     assert [len(share) for share in shares] == [3, 3, 2]
+
+
+@pytest.mark.parametrize("given", [{}, dict(RANK="0"), dict(RANK="0", MASTER_ADDR="127.0.0.1")])
+def test_a_number_of_processes_alone_is_refused_with_what_lacks(
+    launch, monkeypatch, capsys, tmp_path, given
+):
+    """As where a cluster or a shell has left WORLD_SIZE behind."""
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in dict(WORLD_SIZE="2", **given).items():
+        monkeypatch.setenv(name, value)
+    assert launch("run", "--smoke --device cpu") == 2
+    said = capsys.readouterr().err
+    lacking = ", ".join({"RANK", "MASTER_ADDR", "MASTER_PORT"} - given.keys())
+    assert said.startswith("ladd.py: WORLD_SIZE is 2, without ") and said.count("\n") == 1
+    assert all(name in said for name in lacking.split(", "))
+    assert not (tmp_path / "run").exists()

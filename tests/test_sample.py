@@ -657,6 +657,18 @@ def test_samples_that_are_not_finite_are_no_picture(tmp_path, capsys):
     assert not (tmp_path / "a.png").exists()
 
 
+def test_ctrl_c_is_one_line_and_status_130(tmp_path, monkeypatch, capsys):
+    made = run_folder(tmp_path / "made")
+
+    def interrupted(*_, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample.Generator, "sample", interrupted)
+    assert cpu(made, "--prompt", "x", "--out", tmp_path / "a.png") == 130
+    assert capsys.readouterr().err == "sample.py: interrupted\n"
+    assert not (tmp_path / "a.png").exists()
+
+
 # What is wrong: the command line, and what the message must name.
 BAD = {
     "missing run": ("{dir}/gone --prompt x", "gone"),

@@ -586,3 +586,15 @@ def test_decode_refuses_what_does_not_fit(student, sd3, capsys, tmp_path):
     )
     assert sample.main([*run, "--decode", str(sd3)]) == 2
     assert "(24, 16, 16), but the model has (32, 16, 16)" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_that_what_is_finished_is_kept(sd3, prompts, tmp_path, monkeypatch, capsys):
+    """One line and status 130."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Encoders, "text", interrupted)
+    assert encode("--model", sd3, "--prompts", prompts, "--out", tmp_path / "out") == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("sd3/encode.py: interrupted; what is finished in")

@@ -19,7 +19,7 @@ from lib.checks import check_for_method
 from lib.errors import NotFetched, RunError, Stop, UserError, exit_status
 from lib.files import save, write_text
 from lib.loop import Watch
-from lib.machine import device_of, keep_memory
+from lib.machine import check_compiler, device_of, keep_memory
 from lib.parallel import barrier, broadcast, processes, rank, world
 from lib.report import read_metrics
 from lib.run import Run
@@ -65,6 +65,8 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
     if method != "ladd" and (s.shard or s.accumulate > 1):
         refuse(s, "shard" if s.shard else "accumulate", "is for LADD alone")
     check_for_method(s, method)
+    if s.compile:
+        check_compiler(device_of(s.device))
     start = given_teacher(s) if s.teacher else None  # its tensors are views of the file
     heads = ladd.given_heads(s) if s.discriminator else None
     if (Path(s.out) / "teacher.pt").exists():
