@@ -16,7 +16,7 @@ def test_marks_belong_to_their_word_and_composition_makes_no_other_word():
 
 
 def test_what_is_not_seen_and_other_widths_make_no_other_word():
-    """A soft hyphen, a joiner, the sign for a coloured picture; Japanese letters are wide or not."""
+    """A soft hyphen, a joiner, the sign for a coloured picture; wide and narrow letters."""
     assert split_words("straw\u00adberry क\u094d\u200dष ❤\ufe0f") == ["strawberry", "क्ष"]
     assert split_words("ＲＥＤ ｶﾞ ﬁsh") == ["red", "ガ", "fish"]
 
