@@ -31,7 +31,7 @@ from tqdm import tqdm
 import data
 from lib import checkpoints
 from lib.captions import strange_words
-from lib.errors import Parser, RunError, UsageError, UserError, exit_status, reason
+from lib.errors import Parser, RunError, UsageError, UserError, exit_status, plural, reason
 from lib.files import read_lines
 from lib.images import decode_file
 from lib.machine import autocast, device_of
@@ -405,13 +405,13 @@ def make_pictures(args):
                 yield from codec.decode(x0)
 
     number = save_pictures(images(), args.out, prompts, notes)
-    print(f"{number} images, {steps} steps: {args.out}")
+    print(f"{plural(number, 'image')}, {plural(steps, 'step')}: {args.out}")
     if args.trajectory:
         first = prompts[:64]
         path = generator.trajectory(first, range(len(first)), **options)
         frames = [square(codec.decode(x)) for x in path]
         save_gif(frames, args.trajectory)
-        print(f"{len(frames)} frames: {args.trajectory}")
+        print(f"{plural(len(frames), 'frame')}: {args.trajectory}")
 
 
 def main(argv=None):

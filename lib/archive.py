@@ -63,7 +63,7 @@ def walk(root):
             left_out.setdefault("unreadable", []).append(f"{folder or root} ({error.strerror})")
             continue
         if (status.st_dev, status.st_ino) in seen:
-            left_out.setdefault("links to what is read already", []).append(folder)
+            left_out.setdefault("linked a second time", []).append(folder)
             continue
         seen.add((status.st_dev, status.st_ino))
         for name in (f"{folder}/{name}" if folder else name for name in inside):

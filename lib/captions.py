@@ -8,14 +8,18 @@ import torch
 
 from lib.files import read_lines
 
+MOST_WORDS = 4096  # of a caption: the highest --text-length
+# Where a word may break or its letters join, and which picture of a character is meant.
+UNSEEN = re.compile("[\u00ad\u200b-\u200f\u2060\ufe00-\ufe0f\ufeff]")
+
 
 def split_words(caption):
     """The words of a caption, in small letters. The same character is the same however it was
-    composed, and marks, as Hindi and Thai have them, belong to their word."""
-    caption = caption.lower()
+    composed, and however wide. Marks, as Hindi and Thai have them, belong to their word."""
     if caption.isascii():
-        return re.findall(r"\w+", caption)
-    whole = unicodedata.normalize("NFC", caption)
+        return re.findall(r"\w+", caption.lower())
+    whole = unicodedata.normalize("NFKC", caption).lower()
+    whole = UNSEEN.sub("", whole)
     inside = (c.isalnum() or c == "_" or unicodedata.category(c)[0] == "M" for c in whole)
     return "".join(c if kept else " " for c, kept in zip(whole, inside, strict=True)).split()
 
@@ -43,8 +47,10 @@ def unread_words(captions, length):
     cut, alike = sum(len(w) > length for w in words), len(words) - len(set(words))
     found = []
     if cut:
-        more = f"--text-length {longest} reads all"
+        more = f"--text-length {longest} reads all" if longest <= MOST_WORDS else "shorten them"
         found.append(f"{cut} of {len(words)} captions have more than {length} words; {more}.")
+    if () in words:
+        found.append(f"{words.count(())} of {len(words)} captions have no word.")
     if alike:
         found.append(f"{alike} of {len(words)} captions have the same words as another one.")
     return " ".join(found) or None

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import sys
 import tarfile
 import urllib.request
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from lib.archive import MOST_BYTES
 from lib.captions import class_attributes
-from lib.errors import DataError, NotFetched
+from lib.errors import DataError, NotFetched, plural
 from lib.files import sha256
 from lib.images import fit
 
@@ -127,4 +128,6 @@ def read_cifar10(data_dir, height, width):
         parts.append((torch.from_numpy(images), torch.from_numpy(classes)))
     *train, test = parts
     train = tuple(torch.cat(column) for column in zip(*train, strict=True))
+    number = f"{plural(len(train[1]), 'image')} to train on, {len(test[1]):,} held out"
+    print(f"CIFAR-10 in {data_dir}: {number}, {len(CLASSES)} classes", file=sys.stderr)
     return train, test, *class_attributes(CLASSES)

@@ -48,6 +48,11 @@ def clean(text, most=MOST_CHARACTERS):
     return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text).strip()
 
 
+def plural(n, word, more="s"):
+    """How many there are: 1 class, 2,000 classes."""
+    return f"{n:,} {word if n == 1 else word + more}"
+
+
 def reason(error, most=100):
     """The first line of an error's text, or its kind where it has none."""
     return (str(error) or type(error).__name__).splitlines()[0][:most]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from lib.archive import Files
 from lib.captions import class_attributes, word_attributes
-from lib.errors import DataError, clean
+from lib.errors import DataError, clean, plural
 from lib.images import SUFFIXES, decode
 
 # Folders that programs put beside a person's pictures, and that are no classes.
@@ -48,9 +48,8 @@ def read_list(files, name, captions):
         captions[file] = caption
     missing = sorted(set(captions) - set(files.names))
     if missing:
-        raise DataError(
-            f"{files.path}: {name} names {len(missing)} missing files: {missing[0][:200]} …"
-        )
+        number = plural(len(missing), "missing file")
+        raise DataError(f"{files.path}: {name} names {number}: {missing[0][:200]} …")
 
 
 def find_captions(files):
@@ -81,7 +80,9 @@ def find_captions(files):
     left_out["without a caption"] = [n for n in images if n not in captions]
     for name in others:
         if name not in captions:
-            left_out.setdefault(posixpath.splitext(name)[1].lower() or "others", []).append(name)
+            left_out.setdefault(
+                posixpath.splitext(name)[1].lower() or "without a suffix", []
+            ).append(name)
     rest = listed(left_out)
     if not images:
         raise DataError(
@@ -89,10 +90,11 @@ def find_captions(files):
         )
     if not captions:
         raise DataError(f"{files.path}: none of its images has a caption.")
-    what = f"{len(captions)} images, {len(set(captions.values()))} captions"
+    found = sorted(set(captions.values()))
+    what = f"{plural(len(captions), 'image')}, {plural(len(found), 'caption')}"
     if classes:
-        found = sorted(set(captions.values()))
-        what = f"{len(captions)} images, {len(found)} classes ({some(found)})"
+        classed = plural(len(found), "class", "es")
+        what = f"{plural(len(captions), 'image')}, {classed} ({some(found)})"
     parts = merged_parts(captions, classes)
     print(clean(f"{files.path}: {what}{parts}{rest}", 2000), file=sys.stderr)
     return captions, classes
@@ -184,9 +186,8 @@ def read_folder(path, sizes):
     shapes = Counter(x.shape for x in pixels.values())
     alone = [name for name, x in pixels.items() if shapes[x.shape] == 1]
     if 0 < len(alone) < len(pixels):
-        print(
-            f"left out {len(alone)} images, each alone in its size: {some(alone)}", file=sys.stderr
-        )
+        number = plural(len(alone), "image")
+        print(f"left out {number}, each alone in its size: {some(alone)}", file=sys.stderr)
         pixels = {name: x for name, x in pixels.items() if name not in alone}
     counts = Counter(caption_of[name] for name in pixels)
     captions = sorted(counts)

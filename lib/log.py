@@ -1,6 +1,7 @@
 """log.jsonl of a run folder: a row of numbers every few updates, and tensorboard's copy of them."""
 
 import contextlib
+import functools
 import json
 import os
 
@@ -19,7 +20,8 @@ class Log:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise RunError("--tensorboard needs: pip install tensorboard") from None
-            self.board = SummaryWriter(str(folder / "tensorboard"))
+            # made at its first number: a folder must be empty to become a run's
+            self.board = functools.cache(lambda: SummaryWriter(str(folder / "tensorboard")))
 
     def write(self, **row):
         if rank() > 0:
@@ -31,7 +33,7 @@ class Log:
         """Gives numbers to tensorboard, if it was asked for."""
         if self.board is not None:
             for name, value in values.items():
-                self.board.add_scalar(f"{stage}/{name}", value, step)
+                self.board().add_scalar(f"{stage}/{name}", value, step)
 
     def rows(self):
         """The rows; what a cut or damage left of others is passed over."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, PngImagePlugin
 
-from lib.errors import clean
+from lib.errors import UsageError, clean
 from lib.files import replacing
 
 WRITERS = 16  # threads that write the pictures of a folder: they wait for the disk more than work
@@ -58,7 +58,7 @@ def stack(pictures):
 
 
 def refuse_strangers(path):
-    """Raises FileExistsError where a file is that this program did not make."""
+    """Raises UsageError where a file is that this program did not make."""
     try:
         with Image.open(path, formats=("PNG", "GIF")) as old:
             ours = old.info.get("Software") == "LADD" or old.info.get("comment") == b"LADD"
@@ -67,7 +67,7 @@ def refuse_strangers(path):
     except Exception:  # Pillow raises nearly anything on damaged files
         ours = False
     if not ours:
-        raise FileExistsError(f"{path} exists and was not made by this program; choose another")
+        raise UsageError(f"{path} exists and was not made by this program; choose another")
 
 
 def save_png(picture, path, **notes):

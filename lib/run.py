@@ -15,12 +15,12 @@ import torch
 from torch.utils._pytree import tree_map
 
 from lib.errors import UsageError
-from lib.files import link, read_object, save
+from lib.files import read_object, save
 from lib.log import Log
 from lib.loop import Loop
 from lib.machine import arithmetic, autocast, deterministic, device_of, facts
 from lib.parallel import barrier, fill, rank, shard, stop_processes, to_rank0, world
-from lib.settings import bound, check_data, differences, locked, open_folder
+from lib.settings import bound, check_data, differences, lasting, locked, open_folder
 from lib.states import forget_states, forget_unfinished
 from lib.streams import key_of
 
@@ -87,7 +87,7 @@ class Run:
         """Writes KIND.pt: weights, and what is needed to rebuild the network."""
         weights = dict(network.state_dict())
         checkpoint = dict(format="ladd-1", kind=kind, model=network.config, weights=weights)
-        checkpoint |= dict(settings=dataclasses.asdict(self.settings), step=step)
+        checkpoint |= dict(settings=lasting(self.settings), step=step)
         if optimizer is not None:
             checkpoint["optimizer"] = optimizer.state_dict()
         checkpoint = tree_map(to_rank0, checkpoint)
@@ -108,19 +108,17 @@ class Run:
 
     # stages
 
-    def take(self, source, files, depends):
-        """--from: takes over files of another run's folder, if it was made with the same settings.
+    def to_take(self, source, files, depends):
+        """--from: the files of another run's folder that can be taken over, {name: path}, if it was
+        made with the same settings.
 
         files: patterns; depends: the names of the settings that they depend on."""
-        if rank() > 0:
-            return
         mine = bound(self.settings) | dict(dataset=self.dataset.name)
         theirs = check_data(f"--from {source}", read_object(source / "config.json"), mine)
         if different := differences(theirs, mine, [name for name in depends if name in mine]):
             raise UsageError(f"--from {source}: made with other settings ({different}).")
-        for pattern in files:
-            for file in source.glob(pattern):
-                link(file, self.out / file.relative_to(source))
+        found = [path for pattern in files for path in source.glob(pattern)]
+        return {path.relative_to(source).as_posix(): path for path in found}
 
     @contextlib.contextmanager
     def opened(self, note):
@@ -150,9 +148,6 @@ class Run:
         for i, stage in enumerate(names):
             if wanted not in ("all", stage):
                 continue
-            missing = [before for before in names[:i] if not done[before]]
-            if missing:
-                raise UsageError(f"--stage {stage} needs the stage {missing[0]} first.")
             if done[stage]:
                 forget_states(self.out, stage)  # where the process ended between result and this
                 print(f"{stage}: done before", flush=True)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from lib.errors import CheckpointError, RunError
+from lib.errors import CheckpointError, RunError, plural
 from lib.files import read, save
 from lib.machine import autocast
 
@@ -163,8 +163,7 @@ def compared(teacher, student):
         for steps in (4, 2, 1):
             if generator is not None and steps <= len(levels):
                 options = dict(steps=steps, cfg=1.0, sampler="renoise")
-                plural = "s" if steps > 1 else ""
-                rows.append((f"{name}, {steps} step{plural}", generator, options))
+                rows.append((f"{name}, {plural(steps, 'step')}", generator, options))
     return rows
 
 

@@ -157,14 +157,15 @@ def parse_settings(kind, presets, argv, program, description, epilog=""):
 # ---------------------------------------------------------------------------------------------
 
 
+def lasting(settings):
+    """What tells of a result, as a dict: not where it lies, nor how the machine worked."""
+    fields = dataclasses.fields(settings)
+    return {f.name: getattr(settings, f.name) for f in fields if not f.metadata["free"]}
+
+
 def bound(settings):
     """The settings that a run folder is bound to, as its config.json has them."""
-    values = {
-        field.name: getattr(settings, field.name)
-        for field in dataclasses.fields(settings)
-        if not field.metadata["free"]
-    }
-    return json.loads(json.dumps(values))
+    return json.loads(json.dumps(lasting(settings)))
 
 
 def differences(theirs, mine, names):

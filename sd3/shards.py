@@ -3,13 +3,14 @@
 import hashlib
 import math
 import operator
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data import SYNTHETIC_INDEX, Buckets, ImageSet, Text
-from lib.errors import DataError, pass_on
+from lib.errors import DataError, pass_on, plural
 from lib.files import read_object, sha256
 from lib.machine import moved
 from sd3.encoders import NEEDS
@@ -92,6 +93,10 @@ class Shards(Buckets):
             for size, samples in sorted(members.items())
             if samples
         ]
+        samples = plural(sum(self.counts[1:]), "sample")  # without the empty caption
+        what = f"{samples}, {plural(len(set(captions[self.counts[0] :])), 'caption')}, of "
+        what += f"{self.channels} channels" if self.channels else "prompts alone"
+        print(f"{path}: {what}", file=sys.stderr)
         few = sum(note["bytes"] for note in self.notes) <= 4e9
         for i in range(len(self.files) if few else 1):
             self.open(i)

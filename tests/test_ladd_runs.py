@@ -180,6 +180,51 @@ def test_a_damaged_run_folder_is_refused_and_kept(launch, tmp_path, capsys):
     assert list(snapshot(tmp_path)) == ["run/config.json"]
 
 
+@pytest.mark.parametrize(
+    "flags",
+    ["--from {run} --width 32", "--from {run}/gone", "--stage report"],
+)
+def test_a_refused_command_leaves_no_folder_that_refuses_the_corrected_one(
+    launch, whole, tmp_path, flags
+):
+    assert launch("new", f"{FEW} {flags.format(run=whole)}") == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_new_run_may_log_for_tensorboard(launch, tmp_path):
+    pytest.importorskip("tensorboard")
+    assert launch("run", f"{FEW} --stage teacher --tensorboard") == 0
+    assert list(tmp_path.glob("run/tensorboard/events*"))
+
+
+@pytest.mark.parametrize(
+    "name", ["curves.png", "samples.png", "student.gif", "samples/student-000250.png", "samples"]
+)
+def test_a_strangers_picture_in_a_run_folder_is_refused_before_anything_is_trained(
+    launch, whole, tmp_path, capsys, name
+):
+    """Not at the next grid, when the training since the last state would be lost."""
+    folder(tmp_path / "run", {"config.json": (whole / "config.json").read_bytes(), name: plain(1)})
+    before = snapshot(tmp_path)
+    assert launch("run", FEW) == 2
+    message = capsys.readouterr().err
+    assert f"run/{name}" in message and message.count("\n") == 1
+    assert snapshot(tmp_path) == before
+
+
+def test_a_finished_run_does_not_mind_what_became_of_its_pictures(smoke, cache, tmp_path):
+    shutil.copytree(smoke, tmp_path / "run")
+    (tmp_path / "run" / "samples.png").write_bytes(plain(1))
+    assert rerun(tmp_path / "run", cache) == 0
+
+
+def test_a_checkpoint_says_nothing_of_where_it_was_made(smoke):
+    """No path of the machine is in what may be published."""
+    for kind in ("teacher", "student", "heads"):
+        settings = torch.load(smoke / f"{kind}.pt", weights_only=True)["settings"]
+        assert not {"out", "data_dir", "device", "source"} & settings.keys()
+
+
 def test_a_run_folder_that_is_a_file_is_one_line(launch, tmp_path, capsys):
     (tmp_path / "run").write_text("mine")
     assert launch("run", FEW) in (1, 2)
@@ -329,6 +374,14 @@ def test_a_preset_whose_data_cannot_be_had_takes_shapes_and_says_so(
     assert "built-in shapes" in lines(out)[0]["note"]
     assert json.loads((out / "config.json").read_text())["data"] == "shapes"
     assert launch("run", flags) == 0
+
+
+def test_the_shapes_that_take_the_place_of_data_must_fit_the_settings(
+    launch, offline, tmp_path, capsys
+):
+    assert launch("run", f"--preset tiny {SMALL} --smoke --channels 1") == 2
+    assert "latents of 1 channels" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_data_that_was_asked_for_is_never_replaced(launch, offline, tmp_path, capsys):

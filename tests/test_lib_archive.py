@@ -197,7 +197,7 @@ def test_of_two_links_to_a_folder_the_first_is_followed(tmp_path):
         (tmp_path / "set" / name).symlink_to("../far")
     files = archive.Files(tmp_path / "set")
     assert files.names == ["0.png", "a/1.png"]
-    assert files.left_out == {"links to what is read already": ["b"]}
+    assert files.left_out == {"linked a second time": ["b"]}
 
 
 def test_folders_and_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):

@@ -10,9 +10,15 @@ from lib.captions import class_attributes, split_words, unread_words, word_attri
 def test_marks_belong_to_their_word_and_composition_makes_no_other_word():
     """Hindi's vowel signs and Thai's tones are marks; macOS writes é as two characters."""
     assert split_words("हिन्दी की किताब") == ["हिन्दी", "की", "किताब"]
-    assert split_words("น้ำ, ที่") == ["น้ำ", "ที่"]
+    assert split_words("ไก่, ที่") == ["ไก่", "ที่"]
     assert split_words(unicodedata.normalize("NFD", "Café ÉTÉ!")) == ["café", "été"]
     assert split_words("a RED_2 fox-tail") == ["a", "red_2", "fox", "tail"]
+
+
+def test_what_is_not_seen_and_other_widths_make_no_other_word():
+    """A soft hyphen, a joiner, the sign for a coloured picture; wide and narrow letters."""
+    assert split_words("straw\u00adberry क\u094d\u200dष ❤\ufe0f") == ["strawberry", "क्ष"]
+    assert split_words("ＲＥＤ ｶﾞ ﬁsh") == ["red", "ガ", "fish"]
 
 
 def test_captions_that_are_not_read_to_their_end_or_read_alike_are_told():
@@ -21,7 +27,10 @@ def test_captions_that_are_not_read_to_their_end_or_read_alike_are_told():
         "1 of 2 captions have more than 2 words; --text-length 3 reads all."
     )
     assert unread_words(["a cat", "A cat!", "🐈", "🐕"], 2) == (
-        "2 of 4 captions have the same words as another one."
+        "2 of 4 captions have no word. 2 of 4 captions have the same words as another one."
+    )
+    assert unread_words(["a " * 5000], 2) == (
+        "1 of 1 captions have more than 2 words; shorten them."
     )
 
 

@@ -262,7 +262,7 @@ def test_progress_is_silent_where_stderr_is_not_a_terminal(tmp_path, capsys):
     content = plain(3, (1, 1))
     path = zipped(tmp_path / "many.zip", {f"cat/{k}.png": content for k in range(2001)})
     read(path, 1, 1)
-    assert capsys.readouterr() == ("", f"{path}: 2001 images, 1 classes (cat)\n")
+    assert capsys.readouterr() == ("", f"{path}: 2,001 images, 1 class (cat)\n")
 
 
 def test_an_image_alone_in_its_size_is_left_out_and_named(tmp_path, capsys):
@@ -270,7 +270,7 @@ def test_an_image_alone_in_its_size_is_left_out_and_named(tmp_path, capsys):
     path = folder(tmp_path / "set", PETS | {"cat/wide.png": plain(99, (90, 2))})
     dataset = data.load(f"{path}", [(2, 3), (2, 30)])
     assert dataset.size == (2, 3) and dataset.train_size + dataset.held_out_size == len(PETS)
-    assert "left out 1 images, each alone in its size: cat/wide.png" in capsys.readouterr().err
+    assert "left out 1 image, each alone in its size: cat/wide.png" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------
@@ -280,15 +280,15 @@ def test_an_image_alone_in_its_size_is_left_out_and_named(tmp_path, capsys):
 ROWS = caption_lines({"train/a.png": "a cat", "val/b.png": "a cat"})
 TOLD = {
     "classes": (PETS, "31 images, 2 classes (cat, polar bear)"),
-    "captions": (ONE | {"0.txt": b"a cat"}, "1 images, 1 captions"),
+    "captions": (ONE | {"0.txt": b"a cat"}, "1 image, 1 caption"),
     "other suffixes": (
         PETS | {"cat/a.bmp": PICTURE, "b.BMP": PICTURE, "README": b"", "1.heic": b""},
-        "2 classes (cat, polar bear); left out: 1 .heic (1.heic), 1 others (README), "
+        "2 classes (cat, polar bear); left out: 1 .heic (1.heic), 1 without a suffix (README), "
         "2 .bmp (b.BMP, cat/a.bmp)",
     ),
     "a suffix that a list names": (
         {"a.bmp": PICTURE, "captions.jsonl": caption_lines({"a.bmp": "a cat"}), **ONE},
-        "1 images, 1 captions; left out: 1 without a caption (0.png)",
+        "1 image, 1 caption; left out: 1 without a caption (0.png)",
     ),
     "hidden ones": (
         PETS | {".git/x/a.png": b"", "cat/.DS_Store": b"", "cat/._00.png": b""},
@@ -309,7 +309,7 @@ TOLD = {
     ),
     "parts of a list": (
         {"train/a.png": PICTURE, "val/b.png": PICTURE, "captions.jsonl": ROWS},
-        "2 images, 1 captions; train/ and val/ are read as one set",
+        "2 images, 1 caption; train/ and val/ are read as one set",
     ),
     "a class of trains": ({"train/a.png": PICTURE, "plane/b.png": PICTURE}, "(plane, train)\n"),
 }
@@ -341,7 +341,7 @@ def test_classes_behind_links_and_unreadable_folders_are_read_or_named(tmp_path,
     (path / "bus").symlink_to(tmp_path / "nowhere")
     dataset, said = read(path, 2, 2), capsys.readouterr().err
     assert dataset.attributes == {"class": ("car", "cat", "polar bear")}
-    assert "1 unreadable (bus), 1 links to what is read already (van)" in said
+    assert "1 unreadable (bus), 1 linked a second time (van)" in said
 
 
 # ---------------------------------------------------------------------------------------------

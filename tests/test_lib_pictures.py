@@ -9,6 +9,7 @@ from conftest import seeded
 from PIL import Image
 
 from lib import pictures
+from lib.errors import UsageError
 
 
 def test_a_grid_shows_image_i_in_row_i_div_columns_and_column_i_mod_columns():
@@ -121,9 +122,9 @@ def test_a_strangers_file_is_never_replaced(tmp_path):
     (tmp_path / "notes.png").write_text("not a picture")
     for path in sorted(tmp_path.iterdir()):
         before = path.read_bytes()
-        with pytest.raises(FileExistsError, match=path.name):
+        with pytest.raises(UsageError, match=path.name):
             pictures.save_png(Image.new("RGB", (3, 2), "blue"), path)
-        with pytest.raises(FileExistsError, match=path.name):
+        with pytest.raises(UsageError, match=path.name):
             pictures.save_gif(frames(2), path)
         assert path.read_bytes() == before
 
@@ -158,6 +159,6 @@ def test_a_strangers_picture_in_the_folder_ends_the_drawing(tmp_path):
     Image.new("RGB", (3, 2), "red").save(tmp_path / "00007.png")
     before = (tmp_path / "00007.png").read_bytes()
     images = torch.zeros(9, 3, 2, 2, dtype=torch.uint8)
-    with pytest.raises(FileExistsError, match="00007"):
+    with pytest.raises(UsageError, match="00007"):
         pictures.save_pictures(images, tmp_path, ["a"] * 9, {})
     assert (tmp_path / "00007.png").read_bytes() == before

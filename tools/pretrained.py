@@ -22,19 +22,18 @@ from tools import score
 PROMPT = "a large red circle on a plain blue background"
 
 
-def rounded(path, kinds, out):
-    """A checkpoint as it is published: as a dict, of a run in the folder `out`."""
+def rounded(path, kinds):
+    """A checkpoint as it is published, as a dict."""
     checkpoint = sample.read_checkpoint(path, kinds)
     weights = {
         k: w.bfloat16() if w.is_floating_point() else w for k, w in checkpoint["weights"].items()
     }
-    settings = vars(checkpoint["settings"]) | dict(out=out.as_posix())
     checkpoint.pop("optimizer", None)
-    return checkpoint | dict(weights=weights, settings=settings)
+    return checkpoint | dict(weights=weights, settings=vars(checkpoint["settings"]))
 
 
 @torch.no_grad()
-def known_numbers(folder):
+def known_numbers(folder, data_dir="data"):
     """Numbers of a folder's networks that take a second to make again, in float32 on a CPU:
     whoever uses the folder can see that it still draws what it drew.
 
@@ -42,7 +41,7 @@ def known_numbers(folder):
     the student draws by default of `prompt`."""
     teacher, student = (sample.load_generator(folder, t, "cpu", "fp32") for t in (True, False))
     s = teacher.settings
-    dataset = data.buckets_of(data.load(s.data, sample.latent_sizes(s), data_dir=s.data_dir))[0]
+    dataset = data.buckets_of(data.load(s.data, sample.latent_sizes(s), data_dir=data_dir))[0]
     images, caption = dataset.batch(range(64), held_out=True)
     x0, text = data.to_float(images), teacher.text([dataset.captions[i] for i in caption])
     noise = sample.noise_of(0, "known numbers", range(64), x0.shape[1:])
@@ -53,16 +52,16 @@ def known_numbers(folder):
     return dict(teacher_loss=loss.item(), **pixels)
 
 
-def publish(run, out):
+def publish(run, out, data_dir):
     if out.exists():
         raise UsageError(f"{out} exists: delete it, or choose another folder")
     metrics = read_metrics(run)
     if not metrics:
         raise UsageError(f"{run}: no metrics.json; only a finished run is published")
     for kind in ("teacher", "student", "heads"):
-        save(rounded(run / f"{kind}.pt", [kind], out), out / f"{kind}.pt")
+        save(rounded(run / f"{kind}.pt", [kind]), out / f"{kind}.pt")
     write_json(read_object(run / "config.json"), out / "config.json")
-    known = known_numbers(out)
+    known = known_numbers(out, data_dir)
     write_json(metrics | dict(checkpoints=fingerprints(out), known=known), out / "metrics.json")
 
 
@@ -73,7 +72,7 @@ def main(argv=None):
     parser.add_argument("--data-dir", default="data", help="where judges are kept")
     args = parser.parse_args(argv)
     try:
-        publish(args.run, args.out)
+        publish(args.run, args.out, args.data_dir)
     except (UserError, OSError) as error:
         return exit_status("tools/pretrained.py", error)
     return score.main([f"{args.out}", "--evaluate", "--data-dir", args.data_dir])

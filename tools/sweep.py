@@ -25,14 +25,14 @@ import data
 import ladd
 import sample
 from lib.checks import check_for_method
-from lib.errors import Parser, UsageError
+from lib.errors import Parser, UsageError, plural
 from lib.files import read_object, sha256, write_json, write_text
 from lib.machine import facts
 from lib.parallel import world
 from lib.pictures import panels, save_png, stack
 from lib.report import read_metrics, write_metrics
 from lib.settings import bound, command_of, locked
-from tools.table import STEPS, plural, sweep_table
+from tools.table import STEPS, sweep_table
 from tools.train import run_program, train
 
 UNITS = 6  # forwards of the network, an update of LADD; the other methods bring theirs

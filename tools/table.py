@@ -11,6 +11,8 @@ import statistics
 import sys
 from pathlib import Path
 
+from lib.errors import plural
+
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 DOCUMENTS = ("../README.md", "results.md", "ablations.md", "exercises.md")
 TITLES = dict(alignment="alignment", frechet="Fréchet", precision="precision", recall="recall")
@@ -30,10 +32,6 @@ def markdown(rows):
     """Rows of cells, the head first, as a table."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
-
-
-def plural(n, word):
-    return f"{n} {word}" if n == 1 else f"{n} {word}s"
 
 
 def origin(runs, times, file):

@@ -16,14 +16,15 @@ import sample
 from lib.captions import known_words, unread_words
 from lib.checkpoints import is_ours, not_finite, same_network
 from lib.checks import check_for_method
-from lib.errors import NotFetched, RunError, Stop, UserError, exit_status
-from lib.files import save, write_text
+from lib.errors import NotFetched, RunError, Stop, UsageError, UserError, exit_status
+from lib.files import link, save, write_text
 from lib.loop import Watch
 from lib.machine import check_compiler, device_of, keep_memory
 from lib.parallel import barrier, broadcast, processes, rank, world
+from lib.pictures import refuse_strangers
 from lib.report import read_metrics
 from lib.run import Run
-from lib.settings import refuse
+from lib.settings import lasting, refuse
 from mmdit import MMDiT
 from tools import report
 
@@ -36,7 +37,7 @@ def given_teacher(s):
     else:
         from sd3.weights import released_checkpoint
 
-        checkpoint = released_checkpoint(s.teacher, dataclasses.asdict(s))
+        checkpoint = released_checkpoint(s.teacher, lasting(s))
     with torch.device("meta"):
         same_network("--teacher", s.teacher, checkpoint["model"], MMDiT(**s.model()).config)
     return checkpoint | dict(kind="teacher")
@@ -47,17 +48,59 @@ def open_data(s, given):
 
     given: whether --data was. A preset's own data that can't be fetched is replaced by the shapes,
     and the note says so; data that is there is never replaced."""
+    note = None
     try:
         dataset = data.load(s.data, s.sizes, data_dir=s.data_dir, seed=s.seed)
-        taught = s.teacher or s.source or (Path(s.out) / "teacher.pt").exists()
-        data.check(dataset, s, world(), needs_images=s.targets == "real" or not taught)
-        return s, dataset, None
     except NotFetched as error:
         if given or s.is_latent:
             raise
         note = f"{s.data} can't be had, so this run uses the built-in shapes. {error}"
         s = dataclasses.replace(s, data="shapes")
-        return s, data.load("shapes", s.sizes, seed=s.seed), note
+        dataset = data.load("shapes", s.sizes, seed=s.seed)
+    taught = s.teacher or s.source or (Path(s.out) / "teacher.pt").exists()
+    data.check(dataset, s, world(), needs_images=s.targets == "real" or not taught)
+    return s, dataset, note
+
+
+def to_take(run):
+    """The files of --from, whose seed may be another, and whose teacher was given."""
+    s, source = run.settings, Path(run.settings.source)
+    fields = dataclasses.fields(s)
+    names = [field.name for field in fields if field.name not in ("seed", "teacher")]
+    files, unread = ["teacher.pt"], "synthetic"  # the first setting that changes none
+    if s.targets == "synthetic" and any(source.glob("synthetic/*.pt")):
+        files, unread = ["teacher.pt", "synthetic/*.pt"], "iterations"
+    return run.to_take(source, files, names[: names.index(unread)])
+
+
+def finished(run, coming=()):
+    """Which stages have left their result in the run's folder, or have it among what is coming."""
+    there = {path.name for path in run.out.glob("*")} | set(coming)
+    samples = {path.name for path in run.out.glob("synthetic/*.pt")}
+    samples |= {Path(name).name for name in coming if name.startswith("synthetic/")}
+    made = len(samples) == len(ladd.planned_samples(run)[0])
+    return dict(
+        teacher="teacher.pt" in there,
+        synthesis=run.settings.targets == "real" or made,
+        distillation="student.pt" in there,
+        report="report.md" in there,
+    )
+
+
+def check_folder(run, done):
+    """Refuses a stage before its turn, and a folder with pictures that the run must not replace."""
+    wanted = run.settings.stage
+    before = [] if wanted == "all" else ladd.STAGES[: ladd.STAGES.index(wanted)]
+    for stage in before:
+        if not done[stage]:
+            raise UsageError(f"--stage {wanted} needs the stage {stage} first.")
+    for name in ("samples", "synthetic"):
+        if (run.out / name).is_file():
+            raise UsageError(f"{run.out / name} is a file: choose another folder with --out.")
+    if not all(done.values()):
+        pictures = [run.out / name for name in ("curves.png", "samples.png", "student.gif")]
+        for path in [*pictures, *run.out.glob("samples/*-*.png")]:
+            refuse_strangers(path)
 
 
 def train(s, watch, distil=ladd.distil, method="ladd", given=True):
@@ -84,27 +127,19 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
         note = " ".join(filter(None, [note, unread_words(dataset.captions, s.text_length)])) or None
     base = ladd.Settings(**ladd.PRESETS[s.preset]).scaled()
     run = Run(s, dataset, text, watch, method, base)
+    taken = {}
+    if rank() == 0:  # all that can be refused is refused before the folder is the run's
+        taken = to_take(run) if s.source else {}
+        check_folder(run, finished(run, [*taken, "teacher.pt"] if start else taken))
     with run.opened(note):
         words, file = known_words(dataset.captions, s.text_length), run.out / "words.txt"
         if text is not dataset and words and rank() == 0 and not file.exists():
             write_text("\n".join(words) + "\n", file)
-        if s.source:  # whose seed may be another, and whose teacher was given
-            source = Path(s.source)
-            fields = dataclasses.fields(s)
-            names = [field.name for field in fields if field.name not in ("seed", "teacher")]
-            files, unread = ["teacher.pt"], "synthetic"  # the first setting that changes none
-            if s.targets == "synthetic" and any(source.glob("synthetic/*.pt")):
-                files, unread = ["teacher.pt", "synthetic/*.pt"], "iterations"
-            run.take(source, files, names[: names.index(unread)])
+        for name, path in taken.items():
+            link(path, run.out / name)
         if start and rank() == 0:
             save(start | dict(weights=dict(start["weights"])), run.path("teacher"))
-        samples = len(list((run.out / "synthetic").glob("*.pt")))
-        done = dict(
-            teacher=run.path("teacher").exists(),
-            synthesis=s.targets == "real" or samples == len(ladd.planned_samples(run)[0]),
-            distillation=run.path("student").exists(),
-            report=(run.out / "report.md").exists(),
-        )
+        done = finished(run)
         if done["distillation"] and done["report"] and not s.is_latent:
             read_metrics(run.out)
         work = (ladd.train_teacher, ladd.synthesise, distil, report.report)

@@ -40,7 +40,7 @@ def main(argv=None):
     try:
         refuse_strangers(args.out)
         ways = {name: way(args, name == "teacher") for name in ("teacher", "student")}
-    except (UserError, FileExistsError) as error:
+    except UserError as error:
         return exit_status("tools/trajectory.py", UsageError(error))
     frames = []
     for step in range(max(map(len, ways.values()))):
