@@ -216,13 +216,16 @@ def test_a_cifar_folder_without_all_its_files_names_the_missing_one(tmp_path, ci
         load(tmp_path)
 
 
-def test_cifar_is_fetched_once_and_quietly_into_a_new_folder(tmp_path, cifar, site, capsys):
+def test_cifar_is_fetched_once_into_a_new_folder_and_said_in_one_line(
+    tmp_path, cifar, site, capsys
+):
     place = tmp_path / "new" / "folder"
     for _ in range(2):
         check_cifar(load(place), cifar)
     assert site.asked == [None] and os.listdir(place) == [ARCHIVE]
     assert (place / ARCHIVE).read_bytes() == cifar["archive"]
-    assert capsys.readouterr() == ("", "")
+    said = f"CIFAR-10 in {place}: 20 images to train on, 7 held out, 10 classes\n"
+    assert capsys.readouterr() == ("", 2 * said)
 
 
 def test_a_cut_download_is_continued_from_its_part(tmp_path, cifar, site):

@@ -29,7 +29,10 @@ def rounded(path, kinds):
         k: w.bfloat16() if w.is_floating_point() else w for k, w in checkpoint["weights"].items()
     }
     checkpoint.pop("optimizer", None)
-    return checkpoint | dict(weights=weights, settings=vars(checkpoint["settings"]))
+    settings = vars(checkpoint["settings"])
+    for name in ("out", "data_dir", "source"):  # paths of the machine, in an older version's
+        settings.pop(name, None)
+    return checkpoint | dict(weights=weights, settings=settings)
 
 
 @torch.no_grad()
@@ -52,7 +55,7 @@ def known_numbers(folder, data_dir="data"):
     return dict(teacher_loss=loss.item(), **pixels)
 
 
-def publish(run, out, data_dir):
+def publish(run, out, data_dir="data"):
     if out.exists():
         raise UsageError(f"{out} exists: delete it, or choose another folder")
     metrics = read_metrics(run)
