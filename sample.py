@@ -321,6 +321,8 @@ def parse(argv):
             parser.error(f"--{name}: must be at least 1")
     if args.steps is not None and args.steps > 10_000:
         parser.error("--steps: must be at most 10,000")
+    if args.trajectory and not args.trajectory.lower().endswith(".gif"):
+        parser.error(f"--trajectory {args.trajectory}: is written as .gif; let it end so")
     return args
 
 

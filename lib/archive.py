@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from lib.errors import DataError
+from lib.errors import DataError, pass_on
 
 MOST_BYTES = 1 << 26  # of one file, unpacked, or of a zip's list of names: half a million
 HIDDEN = re.compile(r"(?s)(.*?/)??(\.|__MACOSX)[^/]*")  # a name up to its first hidden part
@@ -95,6 +95,7 @@ class Files:
             try:
                 self.zip = zipfile.ZipFile(ZipBytes(self.path))
             except Exception as error:  # zipfile raises nearly anything on damaged files
+                pass_on(error, path)
                 raise DataError(
                     f"{path}: not a readable zip ({error}). If it was cut short, copy it again."
                 ) from None

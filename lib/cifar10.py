@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lib.archive import MOST_BYTES
 from lib.captions import class_attributes
-from lib.errors import DataError, NotFetched, plural
+from lib.errors import DataError, NotFetched, pass_on, plural
 from lib.files import sha256
 from lib.images import fit
 
@@ -121,6 +121,7 @@ def read_cifar10(data_dir, height, width):
             if len(classes) != len(images) or not set(classes) <= set(range(10)):
                 raise ValueError("labels and images don't match")
         except Exception as error:  # a damaged pickle raises nearly anything
+            pass_on(error, data_dir / name)
             raise DataError(f"{data_dir}: {name} is not a batch of CIFAR-10 ({error}).") from None
         if (height, width) != (32, 32):
             pictures = map(Image.fromarray, images.transpose(0, 2, 3, 1))

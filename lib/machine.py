@@ -24,7 +24,7 @@ def device_of(name):
         name = next((device for device in there if there[device]), "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # the device "meta" has no numbers
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda" and world() > 1:

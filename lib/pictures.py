@@ -4,6 +4,7 @@ A file that this program did not make is never replaced.
 """
 
 import math
+import re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -93,9 +94,10 @@ def save_pictures(images, out, prompts, notes):
     images: may be an iterator that makes them: those of a folder are written by threads while it
     makes the next, and are not kept."""
     out = Path(out)
-    if out.suffix.lower() != ".png" and out.suffix.lower() in Image.registered_extensions():
+    kind = out.suffix.lower()  # a folder may be named v1.5
+    if re.search("[a-z]", kind) and kind != ".png" and not out.is_dir():
         raise ValueError(f"{out}: pictures are written as .png; or name a folder for one PNG each")
-    if out.suffix.lower() == ".png":
+    if kind == ".png":
         images = list(images)
         save_png(square(images), out, prompt="; ".join(dict.fromkeys(prompts)), **notes)
         return len(images)

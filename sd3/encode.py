@@ -20,6 +20,7 @@ from lib.errors import DataError, Parser, RunError, UserError, exit_status, reas
 from lib.files import read_lines, replacing, write_json
 from lib.folders import decode_all, find_captions, in_threads
 from lib.images import nearest, size_of
+from lib.machine import device_of
 from sd3.encoders import NEEDS, Encoders
 from sd3.shards import SHARDS, shard_note
 
@@ -86,6 +87,7 @@ def encode(encoders, args, sizes):
         note = dict(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
         latents = list(tensors["latents"].shape[1:]) if "latents" in tensors else None
         write_json(note | dict(latents=latents, captions=captions), path.with_suffix(".json"))
+    encoders.tell_cut()
     print(f"{len(mine)} of {len(plan)} shards: {out}")
 
 
@@ -152,7 +154,9 @@ def main(argv=None):
     sizes = bucket_sizes((args.size, args.size), args.multiple, args.aspects.split(","))
     kept = f"what is finished in {args.out} is kept, the same command goes on"
     try:
-        encoders = Encoders(args.model, args.device, not args.no_t5, vae=bool(args.images))
+        encoders = Encoders(
+            args.model, device_of(args.device), not args.no_t5, vae=bool(args.images)
+        )
         encode(encoders, args, sizes)
     except UserError as error:
         return exit_status("sd3/encode.py", error)

@@ -4,12 +4,13 @@ import contextlib
 import hashlib
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import torch
 
 from data import Text, to_float, to_uint8
-from lib.errors import DataError, reason
+from lib.errors import DataError, RunError, clean, plural, reason
 from lib.files import read_object
 
 TOKENS = 77  # of CLIP, and as many of T5 after them
@@ -34,6 +35,7 @@ class Encoders:
     def __init__(self, folder, device="cpu", t5=True, vae=False):
         self.folder, self.device, self.t5 = Path(folder), torch.device(device), t5
         self.loaded, self.known = {}, {}
+        self.cut = set()  # captions that are longer than what is read
         wanted = dict(tokenizer_3=t5, text_encoder_3=t5, vae=vae)
         self.parts = [part for part in SD3_PARTS if wanted.get(part, True)]
         missing = [part for part in self.parts if not (self.folder / part).is_dir()]
@@ -90,7 +92,10 @@ class Encoders:
     def read(self, n, captions):
         """Text encoder n, 32 captions at a time -> its states of the tokens (n, 77, D), and of a
         CLIP the pooled ones (n, D_p), float32 on the CPU."""
-        tokens = self.part("tokenizer" + n)(
+        tokenizer = self.part("tokenizer" + n)
+        whole = tokenizer(captions, verbose=False).input_ids
+        self.cut.update(c for c, ids in zip(captions, whole, strict=True) if len(ids) > TOKENS)
+        tokens = tokenizer(
             captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
         ).input_ids
         rows = []
@@ -122,12 +127,19 @@ class Encoders:
         clip = torch.nn.functional.pad(clip, (0, t5.shape[2] - clip.shape[2]))
         return torch.cat([clip, t5], dim=1), torch.cat([l_pooled, g_pooled], dim=1)
 
+    def tell_cut(self):
+        """Says which captions were not read to their end."""
+        if self.cut:
+            number, some = plural(len(self.cut), "caption"), clean(min(self.cut))[:200]
+            print(f"of {number} only the first {TOKENS} tokens are read: {some} …", file=sys.stderr)
+
     def learn(self, captions):
         """Encodes those captions that are new, and keeps their features on the CPU."""
         new = [caption for caption in dict.fromkeys(captions) if caption not in self.known]
         if new:
             for caption, *text in zip(new, *self.text(new), strict=True):
                 self.known[caption] = text
+            self.tell_cut()
 
     def __call__(self, captions):
         """captions -> context (B, M, D_c), pooled (B, D_p), float32 on the device."""
@@ -169,7 +181,10 @@ class Encoders:
         scale, shift = self.scale()
         with self.at_work("vae") as vae:
             parts = (part.to(self.device) / scale + shift for part in x0.split(4))
-            return torch.cat([to_uint8(vae.decode(part).sample).cpu() for part in parts])
+            images = torch.cat([vae.decode(part).sample.cpu() for part in parts])
+        if not images.isfinite().all():
+            raise RunError(f"{self.folder / 'vae'}: what it decodes is not finite; give another")
+        return to_uint8(images)
 
 
 def codec_of(folder, generator):

@@ -285,7 +285,9 @@ def write_sd3(path, weights, heads, dtype):
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().to(DTYPES[dtype]).contiguous()
         if not tensor.isfinite().all():
-            raise ValueError(f"{name} holds numbers that {dtype} can't; choose a wider type")
+            wider = weights[name].isfinite().all()
+            advice = f"that {dtype} can't; choose a wider type" if wider else "that are not finite"
+            raise ValueError(f"{name} holds numbers {advice}")
         tensors[PREFIX + name] = tensor
     with replacing(path) as file:
         try:
@@ -298,5 +300,7 @@ def export(checkpoint, out, dtype="bf16"):
     """Writes a checkpoint of ours for other programs, under the released files' names."""
     if Path(out).exists():
         raise UsageError(f"--export {out}: exists; choose another name")
+    if Path(out).suffix != ".safetensors":
+        raise UsageError(f"--export {out}: is written as .safetensors; let it end so")
     write_sd3(out, checkpoint["weights"], checkpoint["model"]["heads"], EXPORTS[dtype])
     print(f"{checkpoint['kind']}, {dtype}: {out}")

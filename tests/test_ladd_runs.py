@@ -191,6 +191,21 @@ def test_a_refused_command_leaves_no_folder_that_refuses_the_corrected_one(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_teacher_that_is_taken_over_is_there_and_finite(launch, whole, tmp_path, capsys):
+    """Before the folder is made, not after the synthesis."""
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(whole / "config.json", source)
+    assert launch("new", f"{FEW} --from source") == 2
+    assert "teacher.pt: no such file" in capsys.readouterr().err
+    checkpoint = torch.load(whole / "teacher.pt", weights_only=True)
+    checkpoint["weights"]["pos_embed"][0, 0, 0] = float("nan")
+    torch.save(checkpoint, source / "teacher.pt")
+    assert launch("new", f"{FEW} --from source") == 2
+    assert "--from source: pos_embed of its teacher" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_new_run_may_log_for_tensorboard(launch, tmp_path):
     pytest.importorskip("tensorboard")
     assert launch("run", f"{FEW} --stage teacher --tensorboard") == 0

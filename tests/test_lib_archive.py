@@ -215,6 +215,16 @@ def test_folders_and_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     assert sorted(files.left_out["unreadable"]) == ["cat/pipe.png", "dog (Permission denied)"]
 
 
+def test_a_sound_zip_that_the_system_does_not_give_is_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    path = zipped(tmp_path / "set.zip", PETS)
+    monkeypatch.setattr(archive, "ZipBytes", refuse)
+    with pytest.raises(PermissionError):
+        archive.Files(path)
+
+
 @pytest.mark.parametrize("content", [b"hello", b"", None], ids=["text", "empty", "cut"])
 def test_a_file_that_is_no_whole_zip_is_refused_by_name(tmp_path, content):
     whole = zipped(tmp_path / "set.zip", PETS).read_bytes()

@@ -42,8 +42,16 @@ def test_an_update_takes_the_memory_of_the_last_one_instead_of_asking_the_system
 def test_auto_is_nvidias_gpu_then_apples_then_the_cpu(monkeypatch, there, chosen):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
-    monkeypatch.setattr(torch, "empty", lambda *_, device: None)  # none of them is here
+    number = torch.zeros(1)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: number)  # none of them is here
     assert device_of("auto").type == chosen
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cpu:x", "meta"])
+def test_a_device_that_computes_nothing_is_refused(name):
+    """PyTorch's "meta" has shapes and no numbers."""
+    with pytest.raises(UsageError, match=f"--device {name}: "):
+        device_of(name)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])

@@ -20,7 +20,7 @@ import data
 import ladd
 import sample
 from data import SYNTHETIC_INDEX
-from lib.errors import DataError
+from lib.errors import DataError, RunError
 from lib.images import decode_file
 from lib.run import Run
 from mmdit import MMDiT
@@ -598,3 +598,29 @@ def test_ctrl_c_says_that_what_is_finished_is_kept(sd3, prompts, tmp_path, monke
     assert encode("--model", sd3, "--prompts", prompts, "--out", tmp_path / "out") == 130
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("sd3/encode.py: interrupted; what is finished in")
+
+
+def test_prompts_that_are_cut_are_told_with_their_number(sd3, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), "utf-8")
+    prompts = tmp_path / "prompts.txt"
+    assert encode("--model", sd3, "--prompts", prompts, "--out", tmp_path / "out") == 0
+    said = capsys.readouterr().err
+    assert "of 1 caption only the first 77 tokens are read: a very long prompt" in said
+
+
+def test_what_a_vae_decodes_is_finite_or_no_picture(sd3):
+    """Not black."""
+    encoders = Encoders(sd3, vae=True)
+    vae = encoders.part("vae")
+    vae.decoder.conv_out.bias.data[0] = float("inf")
+    with pytest.raises(RunError, match="what it decodes is not finite"):
+        encoders.decode(torch.zeros(1, 16, 4, 4))
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta"])
+def test_encode_refuses_a_device_as_all_programs_do(sd3, prompts, tmp_path, capsys, device):
+    words = ["--model", sd3, "--prompts", prompts, "--out", tmp_path / "out", "--device", device]
+    assert main([*map(str, words)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"sd3/encode.py: --device {device}: ") and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -565,6 +565,10 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_written(run, tmp_p
     words = ["--export", str(tmp_path / "half.safetensors"), "--dtype", "fp16"]
     assert sample.main([str(tmp_path / "large.pt"), *words]) == 2
     assert "t_embedder.mlp.0.bias holds numbers that F16 can't" in capsys.readouterr().err
+    checkpoint["weights"]["t_embedder.mlp.0.bias"][3] = float("nan")  # in no type
+    torch.save(checkpoint, tmp_path / "large.pt")
+    assert sample.main([str(tmp_path / "large.pt"), *words]) == 2
+    assert "t_embedder.mlp.0.bias holds numbers that are not finite" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["large.pt", "mine.safetensors"]
     assert out.read_bytes() == b"mine"
 

@@ -70,7 +70,12 @@ def to_take(run):
     files, unread = ["teacher.pt"], "synthetic"  # the first setting that changes none
     if s.targets == "synthetic" and any(source.glob("synthetic/*.pt")):
         files, unread = ["teacher.pt", "synthetic/*.pt"], "iterations"
-    return run.to_take(source, files, names[: names.index(unread)])
+    taken = run.to_take(source, files, names[: names.index(unread)])
+    if not run.path("teacher").exists():
+        teacher = sample.read_checkpoint(source, ["teacher"])
+        if bad := not_finite(teacher["weights"]):
+            refuse(s, "source", f"{bad} of its teacher has numbers that are not finite")
+    return taken
 
 
 def finished(run, coming=()):
