@@ -349,7 +349,6 @@ def train_teacher(run):
         loop.log(grad_norm=norm)
         if loop.due(s.sample_every):
             show(run, "teacher", step + 1, ema)
-        loop.checkpoint()
     run.save("teacher", ema, s.teacher_iterations)
     loop.finish()
 
@@ -557,7 +556,6 @@ def distil(run):
         loop.log(grad_norm_heads=norm_d)
         if loop.due(s.sample_every):
             show(run, "student", step + 1, ema)
-        loop.checkpoint()
     run.save("heads", heads, s.iterations, optimizer=heads_optimizers[0])
     run.save("student", ema, s.iterations)
     loop.finish()

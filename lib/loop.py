@@ -64,8 +64,8 @@ class Watch:
 
 
 class Loop:
-    """Iterate over it for the steps of a stage, from where a cut run goes on; call `log` and then
-    `checkpoint` in each.
+    """Iterate over it for the steps of a stage, from where a cut run goes on, and call `log` in
+    each.
 
     networks {name: module} and optimizers are all that the stage changes; batch: images of an
     update. signs: see lib/health.py; shown: the numbers of the progress bar."""
@@ -93,6 +93,7 @@ class Loop:
         with progress(self.stage, self.total, self.step) as self.bar:
             while self.step < self.total:
                 yield self.step
+                self.checkpoint()
                 self.step += 1
                 self.bar.update()
 

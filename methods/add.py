@@ -88,7 +88,6 @@ def distil(run):
         if learning:
             update_ema(ema, student, s.student_ema, step - s.heads_warmup)
         loop.log(**dict(zip(("grad_norm_heads", "grad_norm"), norms, strict=False)))
-        loop.checkpoint()
     run.save("student", ema, s.iterations)
     loop.finish()
 

@@ -37,7 +37,6 @@ def distil(run):
         (norm,) = step_all((optimizers, student, s.clip, rate))
         update_ema(ema, student, s.student_ema, step)
         loop.log(loss=loss, grad_norm=norm)
-        loop.checkpoint()
     run.save("student", ema, s.iterations)
     loop.finish()
 

@@ -121,7 +121,6 @@ def test_a_state_is_saved_on_the_first_log_line_from_which_it_is_due(tmp_path, l
     loop = make_loop(tmp_path, total=8, log_every=log, save_every=every)
     for _ in loop:
         loop.log(loss=torch.tensor(1.0))
-        loop.checkpoint()
     assert [int(p.name[-8:]) for p in state_folders(tmp_path, "teacher")] == states
     loop.finish()
     assert not list(tmp_path.glob("*-state-*"))
@@ -133,7 +132,6 @@ def test_states_are_also_saved_by_the_clock(tmp_path, minutes, states):
     loop = make_loop(tmp_path, total=6, log_every=2, save_minutes=minutes)
     for _ in loop:
         loop.log(loss=torch.tensor(1.0))
-        loop.checkpoint()
     assert [int(p.name[-8:]) for p in state_folders(tmp_path, "teacher")] == states
 
 
@@ -145,7 +143,6 @@ def test_a_loop_goes_on_where_its_newest_state_was_and_forgets_later_rows(tmp_pa
     for step in loop:
         norm = torch.tensor(math.nan if step == 1 else 1.0)
         loop.log(loss=torch.tensor(1.0), grad_norm=norm)
-        loop.checkpoint()
         if step == 4:
             break
     again = make_loop(tmp_path)
