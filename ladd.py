@@ -268,23 +268,41 @@ def teacher_features(teacher, x0, text, t_hat, noise, taps):
     return teacher(add_noise(x0, noise, t_hat), t_hat, *text, taps=taps, features_only=True)[1]
 
 
-def discriminator_loss(heads, real, fake, t_hat, pooled, size, gamma):
+def features_of_both(student, teacher, b, s):
+    """Lines 1 to 4. -> f, with the graph to the student, and r"""
+    x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
+    fake = teacher_features(teacher, x0_hat, b.text, b.t_hat, b.noise_hat, s.tapped)
+    with torch.no_grad():
+        real = teacher_features(teacher, b.x0, b.text, b.t_hat, b.noise_hat, s.tapped)
+    return fake, real
+
+
+def logits_of(heads, features, b, s):
+    """D(f) or D(r). -> (B, K, h, w)"""
+    h, w = (side // s.patch for side in b.x0.shape[2:])
+    return heads(features, b.t_hat, b.text.pooled, h, w)
+
+
+def heads_loss(heads, fake, real, b, s):
     """Line 5. The heads alone receive gradient. -> L_D, logits of reals, logits of fakes"""
-    real = [f.detach().requires_grad_(gamma > 0) for f in real]
-    on_real = heads(real, t_hat, pooled, *size)
-    on_fake = heads([f.detach() for f in fake], t_hat, pooled, *size)
+    real = [r.detach().requires_grad_(s.r1 > 0) for r in real]
+    on_real = logits_of(heads, real, b, s)
+    on_fake = logits_of(heads, [f.detach() for f in fake], b, s)
     loss = hinge_d(on_real, on_fake)
-    if gamma > 0:
-        loss = loss + gamma * r1(on_real, real)
+    if s.r1 > 0:
+        loss = loss + s.r1 * r1(on_real, real)
     return loss, on_real.detach().float(), on_fake.detach().float()
 
 
-def generator_loss(heads, fake, t_hat, pooled, size):
-    """Line 6. Gradient goes through heads and teacher to the student, and stays in neither."""
+def student_losses(heads, fake, real, b, s):
+    """Line 6. Gradient goes through heads and teacher to the student, and stays in neither.
+    -> L_G, the distillation loss before its weight λ"""
     heads.requires_grad_(False)
-    logits = heads(fake, t_hat, pooled, *size)
+    loss_g = hinge_g(logits_of(heads, fake, b, s))
     heads.requires_grad_(True)
-    return hinge_g(logits)
+    with torch.set_grad_enabled(s.distill_weight > 0):  # at 0 it is only logged
+        distill = distillation_loss(fake, real, b.paired)
+    return loss_g, distill
 
 
 def distillation_loss(fake, real, paired):
@@ -483,33 +501,6 @@ def start_heads(run):
 def student_rate(s, step, heads_warmup=0):
     """The student's learning rate, as a factor: it falls over the last 30 % of the updates."""
     return learning_rate(step - heads_warmup, s.iterations - heads_warmup, 0.3)
-
-
-def features_of_both(student, teacher, b, s):
-    """Lines 1 to 4. -> f, with the graph to the student, and r"""
-    x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
-    fake = teacher_features(teacher, x0_hat, b.text, b.t_hat, b.noise_hat, s.tapped)
-    with torch.no_grad():
-        real = teacher_features(teacher, b.x0, b.text, b.t_hat, b.noise_hat, s.tapped)
-    return fake, real
-
-
-def heads_loss(heads, fake, real, b, s):
-    """Line 5. -> L_D, logits of reals, logits of fakes"""
-    return discriminator_loss(heads, real, fake, b.t_hat, b.text.pooled, grid_of(b, s), s.r1)
-
-
-def student_losses(heads, fake, real, b, s):
-    """Line 6. -> L_G, the distillation loss before its weight λ"""
-    loss_g = generator_loss(heads, fake, b.t_hat, b.text.pooled, grid_of(b, s))
-    with torch.set_grad_enabled(s.distill_weight > 0):  # at 0 it is only logged
-        distill = distillation_loss(fake, real, b.paired)
-    return loss_g, distill
-
-
-def grid_of(b, s):
-    """(h, w): the patches of a batch's images."""
-    return b.x0.shape[2] // s.patch, b.x0.shape[3] // s.patch
 
 
 def distil(run):

@@ -174,7 +174,7 @@ def test_a_signal_ends_a_run_saved_with_the_command_to_go_on(
     rest, and the end is the same bit for bit. The caller's handlers are as they were."""
     monkeypatch.setattr(ladd, "FILE", 3)
     handler = signal.getsignal(number)
-    places = dict(teacher=(ladd, "teacher_loss"), distillation=(ladd, "discriminator_loss"))
+    places = dict(teacher=(ladd, "teacher_loss"), distillation=(ladd, "heads_loss"))
     places |= dict(synthesis=(lib.samples, "save"), report=(sample, "evaluate"))
     module, name = places[stage]
     function, calls = getattr(module, name), itertools.count()
@@ -293,8 +293,8 @@ def contents(launch, monkeypatch, flags, stage):
     ("stage", "name", "value"),
     [
         ("teacher", "teacher_loss", math.inf),
-        ("distillation", "discriminator_loss", math.nan),
-        ("distillation", "generator_loss", math.inf),
+        ("distillation", "heads_loss", math.nan),
+        ("distillation", "student_losses", math.inf),
         ("distillation", "distillation_loss", math.nan),
     ],
 )
@@ -304,7 +304,7 @@ def test_an_update_that_is_not_finite_is_not_applied_but_counted(
     """Who has the bad loss does not move, nor does its optimiser, nor does the student learn from
     heads that could not; the log has the update's number and its names."""
     out = train("run", "", MAKING[: MAKING.index(stage)])
-    of_student = name in ("generator_loss", "distillation_loss")
+    of_student = name in ("student_losses", "distillation_loss")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         poison(patch, name, {2} if of_student else {3}, value)  # the first is of the heads alone
         cut_at(patch, stage, 3)
@@ -319,9 +319,9 @@ def test_an_update_that_is_not_finite_is_not_applied_but_counted(
     assert all(key.startswith(free) for key in moved)
     row = next(row for row in lines(out) if "skipped" in row)
     assert (row["stage"], row["step"], row["skipped"]) == (stage, 3, 1)
-    logged = dict(teacher_loss="loss", discriminator_loss="loss_d", generator_loss="loss_g")
+    logged = dict(teacher_loss="loss", heads_loss="loss_d", student_losses="loss_g")
     assert logged.get(name, "loss_distill") in row["not_finite"]
-    norm = "grad_norm_heads" if name == "discriminator_loss" else "grad_norm"
+    norm = "grad_norm_heads" if name == "heads_loss" else "grad_norm"
     assert norm in row["not_finite"]
     assert not [r for r in updates(out) if (r["stage"], r["step"]) == (stage, 3) and r != row]
     assert launch("run", f"{FEW} --save-every 1 --stage {stage}") == 0
