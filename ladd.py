@@ -50,7 +50,7 @@ from lib.curves import save_curves
 from lib.health import commonest, diversity
 from lib.machine import moved
 from lib.optim import learning_rate, make_optimizers, split, step_all, update_ema
-from lib.parallel import fill, fill_optimizer, leave, my_share, rank, world
+from lib.parallel import fill, leave, my_share, rank, world
 from lib.pictures import grid, save_png
 from lib.report import SIGNS
 from lib.samples import read_samples, write_samples
@@ -478,10 +478,12 @@ def draw_batch(run, samples, step, heads_warmup=0, own_noise="low"):
 
 
 def start_student(run):
-    """The student before its first update, a copy of the teacher, and its average, another."""
+    """The student before its first update, a copy of the teacher; its average, another; its
+    optimisers."""
+    s = run.settings
     student, ema = load(run, "teacher").requires_grad_(True), load(run, "teacher")
-    student.checkpointing = run.settings.checkpointing
-    return student, ema
+    student.checkpointing = s.checkpointing
+    return student, ema, make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
 
 
 def start_heads(run):
@@ -494,7 +496,7 @@ def start_heads(run):
         fill(heads, start["weights"])
         if "optimizer" in start:  # pretrained/ has none; the learning rate is the settings'
             moments = dict(state=start["optimizer"]["state"])
-            fill_optimizer(optimizers[0], optimizers[0].state_dict() | moments)
+            optimizers[0].load_state_dict(optimizers[0].state_dict() | moments)
     return heads, optimizers
 
 
@@ -505,8 +507,7 @@ def student_rate(s, step, heads_warmup=0):
 
 def distil(run):
     s = run.settings
-    student, ema = start_student(run)
-    student_optimizers = make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
+    student, ema, student_optimizers = start_student(run)
     teacher = load(run, "teacher", frozen=True)
     teacher.checkpointing = s.checkpointing
     heads, heads_optimizers = start_heads(run)

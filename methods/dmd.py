@@ -43,8 +43,7 @@ def matching_loss(x0_hat, gradient):
 
 def distil(run):
     s = run.settings
-    student, ema = ladd.start_student(run)
-    optimizers = make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
+    student, ema, optimizers = ladd.start_student(run)
     teacher, uncond = ladd.load(run, "teacher", frozen=True), run.text([""])
     fake_score = ladd.load(run, "teacher").requires_grad_(True)
     score_optimizers = make_optimizers(fake_score, s.student_lr, 0.0, s.beta1, s.adam_eps)

@@ -32,7 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def make_loop(out, total=6, watch=None, **options):
     """A loop of a stage that has one network and no optimiser."""
     settings = dict(log_every=1, save_every=99, save_minutes=0) | options
-    run = SimpleNamespace(out=out, device=torch.device("cpu"), divided=False, log=Log(out))
+    run = SimpleNamespace(
+        out=out, device=torch.device("cpu"), divided=False, log=Log(out), earlier=0.0
+    )
     run.watch, run.settings = watch or Watch(0, "test"), SimpleNamespace(**settings)
     return Loop(run, "teacher", total, 4, dict(model=torch.nn.Linear(1, 1)), [])
 
@@ -148,7 +150,7 @@ def test_a_loop_goes_on_where_its_newest_state_was_and_forgets_later_rows(tmp_pa
     again = make_loop(tmp_path)
     assert "teacher: going on from update 4 of 6" in capsys.readouterr().out
     assert again.networks["model"].weight.item() == 7.0
-    assert again.earlier > 0 and again.skipped == 1
+    assert again.run.earlier > 0 and again.skipped == 1
     assert list(numbers(tmp_path)) == [1, 2, 3, 4]
     assert list(again) == [4, 5]
 
