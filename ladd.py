@@ -50,7 +50,7 @@ from lib.curves import save_curves
 from lib.health import commonest, diversity
 from lib.machine import moved
 from lib.optim import learning_rate, make_optimizers, split, step_all, update_ema
-from lib.parallel import fill, fill_optimizer, leave, my_share, rank, world
+from lib.parallel import fill, leave, my_share, rank, world
 from lib.pictures import grid, save_png
 from lib.report import SIGNS
 from lib.samples import read_samples, write_samples
@@ -268,23 +268,41 @@ def teacher_features(teacher, x0, text, t_hat, noise, taps):
     return teacher(add_noise(x0, noise, t_hat), t_hat, *text, taps=taps, features_only=True)[1]
 
 
-def discriminator_loss(heads, real, fake, t_hat, pooled, size, gamma):
+def features_of_both(student, teacher, b, s):
+    """Lines 1 to 4. -> f, with the graph to the student, and r"""
+    x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
+    fake = teacher_features(teacher, x0_hat, b.text, b.t_hat, b.noise_hat, s.tapped)
+    with torch.no_grad():
+        real = teacher_features(teacher, b.x0, b.text, b.t_hat, b.noise_hat, s.tapped)
+    return fake, real
+
+
+def logits_of(heads, features, b, s):
+    """D(f) or D(r). -> (B, K, h, w)"""
+    h, w = (side // s.patch for side in b.x0.shape[2:])
+    return heads(features, b.t_hat, b.text.pooled, h, w)
+
+
+def heads_loss(heads, fake, real, b, s):
     """Line 5. The heads alone receive gradient. -> L_D, logits of reals, logits of fakes"""
-    real = [f.detach().requires_grad_(gamma > 0) for f in real]
-    on_real = heads(real, t_hat, pooled, *size)
-    on_fake = heads([f.detach() for f in fake], t_hat, pooled, *size)
+    real = [r.detach().requires_grad_(s.r1 > 0) for r in real]
+    on_real = logits_of(heads, real, b, s)
+    on_fake = logits_of(heads, [f.detach() for f in fake], b, s)
     loss = hinge_d(on_real, on_fake)
-    if gamma > 0:
-        loss = loss + gamma * r1(on_real, real)
+    if s.r1 > 0:
+        loss = loss + s.r1 * r1(on_real, real)
     return loss, on_real.detach().float(), on_fake.detach().float()
 
 
-def generator_loss(heads, fake, t_hat, pooled, size):
-    """Line 6. Gradient goes through heads and teacher to the student, and stays in neither."""
+def student_losses(heads, fake, real, b, s):
+    """Line 6. Gradient goes through heads and teacher to the student, and stays in neither.
+    -> L_G, the distillation loss before its weight λ"""
     heads.requires_grad_(False)
-    logits = heads(fake, t_hat, pooled, *size)
+    loss_g = hinge_g(logits_of(heads, fake, b, s))
     heads.requires_grad_(True)
-    return hinge_g(logits)
+    with torch.set_grad_enabled(s.distill_weight > 0):  # at 0 it is only logged
+        distill = distillation_loss(fake, real, b.paired)
+    return loss_g, distill
 
 
 def distillation_loss(fake, real, paired):
@@ -349,7 +367,6 @@ def train_teacher(run):
         loop.log(grad_norm=norm)
         if loop.due(s.sample_every):
             show(run, "teacher", step + 1, ema)
-        loop.checkpoint()
     run.save("teacher", ema, s.teacher_iterations)
     loop.finish()
 
@@ -461,10 +478,12 @@ def draw_batch(run, samples, step, heads_warmup=0, own_noise="low"):
 
 
 def start_student(run):
-    """The student before its first update, a copy of the teacher, and its average, another."""
+    """The student before its first update, a copy of the teacher; its average, another; its
+    optimisers."""
+    s = run.settings
     student, ema = load(run, "teacher").requires_grad_(True), load(run, "teacher")
-    student.checkpointing = run.settings.checkpointing
-    return student, ema
+    student.checkpointing = s.checkpointing
+    return student, ema, make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
 
 
 def start_heads(run):
@@ -477,7 +496,7 @@ def start_heads(run):
         fill(heads, start["weights"])
         if "optimizer" in start:  # pretrained/ has none; the learning rate is the settings'
             moments = dict(state=start["optimizer"]["state"])
-            fill_optimizer(optimizers[0], optimizers[0].state_dict() | moments)
+            optimizers[0].load_state_dict(optimizers[0].state_dict() | moments)
     return heads, optimizers
 
 
@@ -486,37 +505,9 @@ def student_rate(s, step, heads_warmup=0):
     return learning_rate(step - heads_warmup, s.iterations - heads_warmup, 0.3)
 
 
-def features_of_both(student, teacher, b, s):
-    """Lines 1 to 4. -> f, with the graph to the student, and r"""
-    x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
-    fake = teacher_features(teacher, x0_hat, b.text, b.t_hat, b.noise_hat, s.tapped)
-    with torch.no_grad():
-        real = teacher_features(teacher, b.x0, b.text, b.t_hat, b.noise_hat, s.tapped)
-    return fake, real
-
-
-def heads_loss(heads, fake, real, b, s):
-    """Line 5. -> L_D, logits of reals, logits of fakes"""
-    return discriminator_loss(heads, real, fake, b.t_hat, b.text.pooled, grid_of(b, s), s.r1)
-
-
-def student_losses(heads, fake, real, b, s):
-    """Line 6. -> L_G, the distillation loss before its weight λ"""
-    loss_g = generator_loss(heads, fake, b.t_hat, b.text.pooled, grid_of(b, s))
-    with torch.set_grad_enabled(s.distill_weight > 0):  # at 0 it is only logged
-        distill = distillation_loss(fake, real, b.paired)
-    return loss_g, distill
-
-
-def grid_of(b, s):
-    """(h, w): the patches of a batch's images."""
-    return b.x0.shape[2] // s.patch, b.x0.shape[3] // s.patch
-
-
 def distil(run):
     s = run.settings
-    student, ema = start_student(run)
-    student_optimizers = make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
+    student, ema, student_optimizers = start_student(run)
     teacher = load(run, "teacher", frozen=True)
     teacher.checkpointing = s.checkpointing
     heads, heads_optimizers = start_heads(run)
@@ -557,7 +548,6 @@ def distil(run):
         loop.log(grad_norm_heads=norm_d)
         if loop.due(s.sample_every):
             show(run, "student", step + 1, ema)
-        loop.checkpoint()
     run.save("heads", heads, s.iterations, optimizer=heads_optimizers[0])
     run.save("student", ema, s.iterations)
     loop.finish()

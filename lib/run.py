@@ -169,6 +169,4 @@ class Run:
 
     def loop(self, *arguments, **options):
         """The steps of a stage, from where a cut run goes on; see Loop."""
-        loop = Loop(self, *arguments, **options)
-        self.earlier = loop.earlier
-        return loop
+        return Loop(self, *arguments, **options)

@@ -47,11 +47,10 @@ def explain(s, watch, given):
     images = ladd.Samples(run.dataset, run.text.ids(run.dataset.captions), None)
     step = s.heads_warmup + s.warmup_iterations  # the first that is like most
     b = ladd.draw_batch(run, images, step, s.heads_warmup)
-    condition = b.t_hat, b.text.pooled, ladd.grid_of(b, s)
     with run.autocast():
         x0_hat = ladd.student_predict(student, b.x0, b.text, b.t, b.noise)
         fake, real = ladd.features_of_both(student, teacher, b, s)
-        loss_d, on_real, on_fake = ladd.discriminator_loss(heads, real, fake, *condition, s.r1)
+        loss_d, on_real, on_fake = ladd.heads_loss(heads, fake, real, b, s)
         loss_g, distill = ladd.student_losses(heads, fake, real, b, s)
 
     print(f"{'quantity':12}{'shape':18}{'from':>8}{'to':>8}{'mean':>8}  what it is")
