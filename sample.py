@@ -34,6 +34,7 @@ from lib.captions import strange_words
 from lib.errors import Parser, RunError, UsageError, UserError, exit_status, reason
 from lib.files import read_lines
 from lib.images import decode_file
+from lib.lora import build
 from lib.machine import autocast, device_of
 from lib.pictures import refuse_strangers, save_gif, save_pictures, square
 from lib.scores import compared, get_judge, held_out, score_table
@@ -255,7 +256,7 @@ def checkpoint_of(run, teacher=False):
 def load_generator(run, teacher=False, device="auto", precision="auto"):
     """The student (or teacher) of a run folder, or of a checkpoint file."""
     checkpoint = read_checkpoint(checkpoint_of(run, teacher))
-    model = MMDiT(**checkpoint["model"])
+    model = build(MMDiT, checkpoint)
     model.load_state_dict(checkpoint["weights"])
     model = model.to(device_of(device)).eval().requires_grad_(False)
     kind = checkpoint["kind"]

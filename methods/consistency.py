@@ -37,9 +37,9 @@ def consistency_loss(student, ema, velocity, b, t, t_next):
 def distil(run):
     s = run.settings
     times = euler_times(LEVELS, s.shift).to(run.device)
-    student, ema = ladd.start_student(run)
-    optimizers = make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
     teacher, uncond = ladd.load(run, "teacher", frozen=True), run.text([""])
+    student, ema = ladd.start_student(run, teacher)
+    optimizers = make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
     samples = ladd.distillation_samples(run)
     networks = dict(student=student, ema=ema)
     loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers)
