@@ -72,20 +72,22 @@ def new_adapter(network):
     return start
 
 
-def merge(weights, adapter, scale=1.0):
-    """{name: tensor} without an adapter: scale·B·A added to the weights W of its layers."""
-    merged = {name: weights[name] for name in weights if not name.endswith(ENDS)}
+def added(weights, adapter, scale=1.0):
+    """{name: tensor} with scale·B·A added to the weights W of an adapter's layers."""
+    weights = dict(weights)
     for name in adapter:
         layer, kind = name.rsplit(".", 1)
         if kind == "lora_B":
             change = adapter[name].float() @ adapter[f"{layer}.lora_A"].float()
-            merged[f"{layer}.weight"] = merged[f"{layer}.weight"].float() + scale * change
-    return merged
+            weights[f"{layer}.weight"] = weights[f"{layer}.weight"].float() + scale * change
+    return weights
 
 
 def merged(checkpoint):
-    """A checkpoint of a network that has no adapter any more, and computes the same."""
-    weights = checkpoint["weights"]
-    plain = {name: value for name, value in checkpoint.items() if name not in ("lora", "base")}
-    adapter = adapter_of(weights)
-    return plain | dict(weights=merge(weights, adapter)) if adapter else checkpoint
+    """A checkpoint whose network has no adapter any more, and computes the same."""
+    if not checkpoint.get("lora"):
+        return checkpoint
+    weights = added(checkpoint["weights"], adapter_of(checkpoint["weights"]))
+    weights = {name: weights[name] for name in weights if not name.endswith(ENDS)}
+    plain = {key: value for key, value in checkpoint.items() if key not in ("lora", "base")}
+    return plain | dict(weights=weights)

@@ -5,14 +5,26 @@ import shutil
 
 import pytest
 import torch
-from conftest import FEW, MAKING, cut_at, randn, run_of, same, updates, weights
+from conftest import (
+    CPU,
+    FEW,
+    MAKING,
+    NETWORK,
+    SETTINGS,
+    cut_at,
+    randn,
+    run_of,
+    same,
+    updates,
+    weights,
+)
 from test_lib_parallel import RUN as MANY
 from test_lib_parallel import alone, launch, taught, worst
 from test_mmdit import VARIANTS, inputs, randomise
 
 import ladd
 import sample
-from lib.files import save
+from lib.files import checksum, save
 from lib.lora import Adapted, adapt, adapter_of, build, merged, new_adapter
 from mmdit import MMDiT
 
@@ -31,6 +43,18 @@ def adapted(variant="sd3.5-medium", rank=3):
     start = {k: randn(*w.shape, seed=len(k)) / 8 for k, w in new_adapter(other).items()}
     other.load_state_dict(start, strict=False)
     return other, plain
+
+
+def lora_folder(path, **shape):
+    """A run folder with random networks: a teacher, and a student that is an adapter of it."""
+    network = randomise(MMDiT(**NETWORK | shape))
+    config, own = network.config, adapt(randomise(MMDiT(**NETWORK | shape)), 3)
+    whole = dict(format="ladd-1", model=config, settings=SETTINGS, step=1)
+    save(whole | dict(kind="teacher", weights=network.state_dict()), path / "teacher.pt")
+    adapter = {k: randn(*w.shape, seed=len(k)).float() / 4 for k, w in new_adapter(own).items()}
+    student = dict(kind="student", weights=adapter, lora=3, base=checksum(path / "teacher.pt"))
+    save(whole | student, path / "student.pt")
+    return path
 
 
 def train_method(train, name, flags, method):
@@ -184,36 +208,149 @@ def test_a_run_of_another_rank_is_refused(launch, adapted_run, tmp_path, capsys)
 
 
 def changed(path, **changes):
-    """A checkpoint with other parts; in `weights`, of each tensor."""
-    checkpoint = torch.load(path, weights_only=True)
-    save(checkpoint | changes, path)
+    """A checkpoint with other parts."""
+    save(torch.load(path, weights_only=True) | changes, path)
 
 
-STRANGE = {  # what is done to a run with an adapter -> what the refusal says
+STRANGE = {  # what is done to a run with an adapter
     "another rank": lambda run: changed(run / "student.pt", lora=4),
     "no rank": lambda run: changed(run / "student.pt", lora=0),
     "a negative rank": lambda run: changed(run / "student.pt", lora=-1),
     "a rank that is none": lambda run: changed(run / "student.pt", lora="3"),
     "another teacher": lambda run: changed(run / "teacher.pt", step=7),
     "no teacher": lambda run: (run / "teacher.pt").unlink(),
-    "an adapter as the teacher": lambda run: (
-        changed(run / "student.pt", kind="teacher")
-        or shutil.move(run / "student.pt", run / "teacher.pt")
-    ),
+    "an adapter as the teacher": lambda run: shutil.copy(run / "tuned.pt", run / "teacher.pt"),
 }
 
 
 @pytest.mark.parametrize("case", STRANGE)
-def test_an_adapter_without_its_network_is_refused_in_one_line(case, adapted_run, tmp_path, capsys):
-    out = shutil.copytree(adapted_run, tmp_path / "run")
-    STRANGE[case](out)
-    own = ["--teacher"] if (out / "student.pt").exists() is False else []
-    assert sample.main([str(out), "--prompts", "@captions", *own]) == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1 and str(out) in line
+def test_an_adapter_without_its_network_is_refused_in_one_line(case, refused, tmp_path):
+    run = lora_folder(tmp_path / "run")
+    shutil.copy(run / "student.pt", run / "tuned.pt")
+    changed(run / "tuned.pt", kind="teacher")
+    STRANGE[case](run)
+    for own in ([], ["--teacher"]) if case == "an adapter as the teacher" else ([],):
+        refused(sample, [run, "--prompt", "a", *CPU, *own], 2, run)
 
 
 @pytest.mark.parametrize("flags", ["--lora -1", "--lora 17", "--lora 4 --shard --offload"])
 def test_settings_of_no_adapter_are_refused_in_one_line(flags, refused):
-
     refused(ladd, [*FEW.split(), *flags.split()], 2, flags.split()[0][:4])
+
+
+def test_an_adapter_that_does_not_fit_is_refused_in_one_line(refused, tmp_path):
+    """Another network's; a whole network; a LoRA of other programs."""
+    run, other = lora_folder(tmp_path / "run"), lora_folder(tmp_path / "other", width=32)
+    words = [run, "--prompt", "a", *CPU, "--adapter"]
+    refused(sample, [*words, other / "student.pt"], 2, other, "width 32 → 16")
+    refused(sample, [*words, run / "teacher.pt"], 2, "a whole network")
+    refused(sample, [*words, tmp_path / "none.pt"], 2, "none.pt: no such file")
+    refused(
+        sample, [*words, run / "student.pt", "--adapter-scale", "nan"], 2, "--adapter-scale nan"
+    )
+    refused(sample, [run, "--prompt", "a", *CPU, "--adapter-scale", "2"], 2, "is for --adapter")
+    refused(sample, [run, "--prompt", "a", *CPU, "--merge"], 2, "--merge")
+    refused(sample, [run, "--teacher", "--export", tmp_path / "a", "--merge"], 2, "--merge")
+
+
+# ---------------------------------------------------------------------------------------------
+# sample.py
+# ---------------------------------------------------------------------------------------------
+
+
+def velocity(run, **options):
+    """Of the network that sample.py samples with, at some x_t."""
+    generator = sample.load_generator(run, device="cpu", precision="fp32", **options)
+    x, t, *text = (tensor.float() for tensor in inputs(generator.model.config, H=8, W=8))
+    with torch.no_grad():
+        return generator.network(x, t, *text)[0]
+
+
+def test_a_run_is_sampled_with_its_adapter_and_its_teacher_without(tmp_path):
+    run = lora_folder(tmp_path / "run")
+    adapter = weights(run / "student.pt")
+    network = build(MMDiT, dict(model=NETWORK, lora=3))
+    network.load_state_dict(weights(run / "teacher.pt") | adapter)
+    x, t, *text = (tensor.float() for tensor in inputs(NETWORK, H=8, W=8))
+    with torch.no_grad():
+        assert torch.equal(velocity(run), network(x, t, *text)[0])
+    assert (velocity(run) - velocity(run, teacher=True)).abs().max() > 0.01
+    assert sample.main([str(run), "--prompt", "a", *CPU, "--out", str(tmp_path / "a.png")]) == 0
+
+
+def test_an_adapter_is_added_at_a_scale(tmp_path):
+    """At 1 the teacher is the student, at 0 itself; on a student it comes on top of its own, and
+    at -1 takes that away."""
+    run = lora_folder(tmp_path / "run")
+    own = dict(adapter=run / "student.pt")
+    teacher, student = velocity(run, teacher=True), velocity(run)
+    for scale, wanted in ((1, student), (0, teacher)):
+        got = velocity(run, teacher=True, **own, scale=scale)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(velocity(run, **own, scale=-1), teacher, rtol=0, atol=1e-5)
+    half = velocity(run, teacher=True, **own, scale=0.5)
+    twice = velocity(run, **own, scale=-0.5)
+    torch.testing.assert_close(half, twice, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------
+# For other programs
+# ---------------------------------------------------------------------------------------------
+
+
+def test_merged_weights_are_exported_whole(tmp_path):
+    """--merge: the network of the file computes what the run's student computes."""
+    pytest.importorskip("safetensors")
+    from sd3.weights import open_sd3
+
+    run, file = lora_folder(tmp_path / "run"), tmp_path / "whole.safetensors"
+    assert sample.main([str(run), "--export", str(file), "--merge"]) == 0
+    network, tensors = open_sd3(file)
+    network.load_state_dict(tensors, assign=True)
+    x, t, *text = (tensor.float() for tensor in inputs(NETWORK, H=8, W=8))
+    with torch.no_grad():
+        v, _ = network(x, t, *text)
+    torch.testing.assert_close(v, velocity(run), rtol=0, atol=1e-5)
+
+
+def test_a_run_with_an_adapter_is_a_teacher_by_its_merged_weights(tmp_path):
+    run = lora_folder(tmp_path / "run")
+    plain = merged(sample.read_checkpoint(run / "student.pt"))
+    save(plain | dict(settings=SETTINGS), tmp_path / "student.pt")
+    assert not plain.keys() & {"lora", "base"} and not adapter_of(plain["weights"])
+    torch.testing.assert_close(velocity(tmp_path / "student.pt"), velocity(run), rtol=0, atol=1e-5)
+
+
+def test_an_exported_adapter_given_as_a_teacher_is_named_and_refused(tmp_path, refused):
+    pytest.importorskip("safetensors")
+    run, file = lora_folder(tmp_path / "run"), tmp_path / "lora.safetensors"
+    assert sample.main([str(run), "--export", str(file)]) == 0
+    words = ["--smoke", "--teacher", file, "--out", tmp_path / "out", *CPU]
+    refused(ladd, words, 2, file, "a LoRA, which is no network")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_diffusers_pipeline_loads_our_adapter_and_computes_the_same(variant, tmp_path):
+    """load_lora_weights of a pipeline with the teacher's network: the student's velocity."""
+    pytest.importorskip("peft")
+    diffusers = pytest.importorskip("diffusers")
+    from test_sd3_weights import diffusers_model
+
+    from sd3.weights import PREFIX, export
+
+    other, plain = adapted(variant)
+    weights = other.state_dict()
+    export(dict(kind="student", lora=3, weights=weights), tmp_path / "lora.safetensors", "fp32")
+    released = {PREFIX + name: w for name, w in plain.state_dict().items()}
+    theirs = diffusers_model(released, variant)
+    pipeline = diffusers.StableDiffusion3Pipeline(
+        theirs, diffusers.FlowMatchEulerDiscreteScheduler(), *[None] * 7
+    )
+    x, t, context, pooled = (tensor.float() for tensor in inputs(SHAPE))
+    with torch.no_grad():
+        v, _ = other(x, t, context, pooled)
+        before = theirs(x, context, pooled, 1000 * t, return_dict=False)[0]
+        pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+        after = theirs(x, context, pooled, 1000 * t, return_dict=False)[0]
+    torch.testing.assert_close(after, v, rtol=0, atol=1e-5)
+    assert (after - before).abs().max() > 0.05
