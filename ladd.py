@@ -124,6 +124,7 @@ class Settings(HowToRun):
     heads_warmup: int = setting(100, "first updates, of the heads alone", low=0)
     taps: tuple = setting((1, 2), "blocks whose tokens the heads see; empty: all", kind=int)
     head_width: int = setting(64, "channels of a head", low=1)
+    lora: int = setting(0, "rank of adapters that learn in the student's place; 0: none", low=0)
     student_lr: float = setting(2e-4, "AdamW", above=0)
     heads_lr: float = setting(1e-3, "AdamW", above=0)
     beta1: float = setting(0.5, "AdamW's first decay, student and heads", low=0, below=1)
@@ -477,11 +478,19 @@ def draw_batch(run, samples, step, heads_warmup=0, own_noise="low"):
     return Batch(x0, text, t, noise, paired, t_hat, noise_hat)
 
 
-def start_student(run):
-    """The student before its first update, a copy of the teacher; its average, another; its
-    optimisers."""
+def start_as_teacher(run, teacher=None):
+    """A network that starts as the teacher and learns: a copy of it. With --lora it has no weights
+    of its own but an adapter; the others are those of `teacher`, in the same memory."""
+    if run.settings.lora:
+        return run.adapted(teacher or load(run, "teacher", frozen=True))
+    return load(run, "teacher").requires_grad_(True)
+
+
+def start_student(run, teacher=None):
+    """The student before its first update, its average, and its optimisers."""
     s = run.settings
-    student, ema = load(run, "teacher").requires_grad_(True), load(run, "teacher")
+    student = start_as_teacher(run, teacher)
+    ema = start_as_teacher(run, teacher or student).requires_grad_(False)
     student.checkpointing = s.checkpointing
     return student, ema, make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
 
@@ -507,9 +516,9 @@ def student_rate(s, step, heads_warmup=0):
 
 def distil(run):
     s = run.settings
-    student, ema, student_optimizers = start_student(run)
     teacher = load(run, "teacher", frozen=True)
     teacher.checkpointing = s.checkpointing
+    student, ema, student_optimizers = start_student(run, teacher)
     heads, heads_optimizers = start_heads(run)
     samples = distillation_samples(run)
     probe = diversity_probe(run, teacher, samples)

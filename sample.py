@@ -34,6 +34,7 @@ from lib.captions import strange_words
 from lib.errors import Parser, RunError, UsageError, UserError, exit_status, plural, reason
 from lib.files import read_lines
 from lib.images import decode_file
+from lib.lora import added, build
 from lib.machine import autocast, device_of
 from lib.pictures import refuse_strangers, save_gif, save_pictures, square
 from lib.scores import compared, get_judge, held_out, score_table
@@ -252,10 +253,22 @@ def checkpoint_of(run, teacher=False):
     return path / f"{kind}.pt" if path.is_dir() else path
 
 
-def load_generator(run, teacher=False, device="auto", precision="auto"):
-    """The student (or teacher) of a run folder, or of a checkpoint file."""
+def read_network(run, teacher=False, adapter=None, scale=1.0):
+    """The checkpoint of a run's student (or teacher), with another run's adapter added to it."""
     checkpoint = read_checkpoint(checkpoint_of(run, teacher))
-    model = MMDiT(**checkpoint["model"])
+    if adapter:
+        other = checkpoints.read_checkpoint(adapter, ("student", "teacher"), MMDiT, alone=True)
+        checkpoints.same_network("--adapter", adapter, other["model"], checkpoint["model"])
+        if not other.get("lora"):
+            raise UsageError(f"--adapter {adapter}: a whole network, not the adapter of --lora")
+        checkpoint["weights"] = added(checkpoint["weights"], other["weights"], scale)
+    return checkpoint
+
+
+def load_generator(run, teacher=False, device="auto", precision="auto", **adapter):
+    """The student (or teacher) of a run folder, or of a checkpoint file; adapter: of the above."""
+    checkpoint = read_network(run, teacher, **adapter)
+    model = build(MMDiT, checkpoint)
     model.load_state_dict(checkpoint["weights"])
     model = model.to(device_of(device)).eval().requires_grad_(False)
     kind = checkpoint["kind"]
@@ -301,8 +314,11 @@ def parse(argv):
     add("--init-image", metavar="FILE", help="start from this image instead of noise …")
     add("--strength", type=float, default=0.6, help="… noised to this level (0 to 1)")
     add("--decode", metavar="SD3_DIR", help="for latents: SD3's text encoders and VAE, diffusers'")
-    add("--export", metavar="FILE", help="write the weights as .safetensors, SD3's names, instead")
+    add("--export", metavar="FILE", help="write the weights as .safetensors, for other programs")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the exported weights")
+    add("--merge", action="store_true", help="--export of a run with --lora: whole weights instead")
+    add("--adapter", metavar="FILE", help="add the adapter of another run's student.pt …")
+    add("--adapter-scale", type=float, default=1.0, help="… times this; its --export is whole")
     add("--data", help="take @captions of other data than the run's own")
     add("--data-dir", default="data", help="where downloads are kept")
     add("--device", default="auto")
@@ -314,8 +330,14 @@ def parse(argv):
         parser.error(f"--strength {args.strength:g}: must be above 0 and at most 1")
     if args.eta is not None and not 0 <= args.eta <= 1:
         parser.error(f"--eta {args.eta:g}: must be from 0 to 1")
-    if args.cfg is not None and not math.isfinite(args.cfg):
-        parser.error(f"--cfg {args.cfg:g}: must be finite")
+    for name in ("cfg", "adapter_scale"):
+        value = getattr(args, name)
+        if value is not None and not math.isfinite(value):
+            parser.error(f"--{name.replace('_', '-')} {value:g}: must be finite")
+    if args.merge and not args.export:
+        parser.error("--merge: is for --export")
+    if args.adapter_scale != 1 and not args.adapter:
+        parser.error(f"--adapter-scale {args.adapter_scale:g}: is for --adapter")
     for name in ("num", "steps", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name}: must be at least 1")
@@ -374,7 +396,8 @@ def read_start(args, size, codec):
 
 def make_pictures(args):
     """Samples as asked for, and writes them."""
-    generator = load_generator(args.run, args.teacher, args.device, args.precision)
+    adapter = dict(adapter=args.adapter, scale=args.adapter_scale)
+    generator = load_generator(args.run, args.teacher, args.device, args.precision, **adapter)
     codec = data.Pixels()
     if args.decode:
         from sd3.encoders import codec_of
@@ -425,7 +448,10 @@ def main(argv=None):
         if args.export:
             from sd3.weights import export
 
-            export(read_checkpoint(checkpoint_of(args.run, args.teacher)), args.export, args.dtype)
+            given = read_network(args.run, args.teacher, args.adapter, args.adapter_scale)
+            if args.merge and not given.get("lora"):
+                raise UsageError(f"--merge: {args.run} has no adapter of its own; leave it out")
+            export(given, args.export, args.dtype, merge=args.merge or bool(args.adapter))
         else:
             make_pictures(args)
     except (FileExistsError, ValueError) as error:

@@ -37,8 +37,8 @@ def consistency_loss(student, ema, velocity, b, t, t_next):
 def distil(run):
     s = run.settings
     times = euler_times(LEVELS, s.shift).to(run.device)
-    student, ema, optimizers = ladd.start_student(run)
     teacher, uncond = ladd.load(run, "teacher", frozen=True), run.text([""])
+    student, ema, optimizers = ladd.start_student(run, teacher)
     samples = ladd.distillation_samples(run)
     networks = dict(student=student, ema=ema)
     loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers)

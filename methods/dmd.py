@@ -43,9 +43,9 @@ def matching_loss(x0_hat, gradient):
 
 def distil(run):
     s = run.settings
-    student, ema, optimizers = ladd.start_student(run)
     teacher, uncond = ladd.load(run, "teacher", frozen=True), run.text([""])
-    fake_score = ladd.load(run, "teacher").requires_grad_(True)
+    student, ema, optimizers = ladd.start_student(run, teacher)
+    fake_score = ladd.start_as_teacher(run, teacher)
     score_optimizers = make_optimizers(fake_score, s.student_lr, 0.0, s.beta1, s.adam_eps)
     samples = ladd.distillation_samples(run)
     networks = dict(student=student, ema=ema, score=fake_score)

@@ -51,7 +51,7 @@ def measured(words, out, monkeypatch):
     return s, peak_bytes(lambda: ladd.distil(run))
 
 
-@pytest.mark.parametrize("words", ["", "--taps 0,1,2,3 --batch 16"])
+@pytest.mark.parametrize("words", ["", "--taps 0,1,2,3 --batch 16", "--lora 8"])
 def test_the_plan_of_memory_agrees_with_real_updates(words, tmp_path, monkeypatch):
     """nano in float32: weights, gradients, optimiser and what is kept for backward, within 10 %."""
     s, real = measured(f"--precision fp32 {words}", tmp_path, monkeypatch)
@@ -73,6 +73,18 @@ def test_the_plan_counts_the_state_of_every_weight():
     assert share["weights"] == 4 * (3 * P + K) and share["gradients"] == 4 * (P + K)
     assert share["optimiser"] == pytest.approx(8 * (P + K), rel=0.01)  # and its step counters
     assert share["tables"] == 3 * 4 * 32 * 32**2
+
+
+def test_the_plan_with_adapters_counts_the_base_once():
+    """bf16: 2 bytes of the teacher's weights for all; 20 of an adapter's, and of the heads' 16."""
+    words = f"{SHORT} --batch 1 --precision bf16 --lora 64"
+    p, whole = plan_of(words), plan_of(words.replace("64", "0"))
+    A, K, share = p["parameters"]["student"], p["parameters"]["heads"], p["share"]
+    T = whole["parameters"]["student"]
+    assert p["parameters"]["teacher"] == whole["parameters"]["teacher"] == T and A < T / 20
+    assert sum(share.values()) - share["tables"] == 2 * T + 20 * A + 16 * K
+    assert share["tables"] == whole["share"]["tables"] / 5
+    assert whole["ways"][False]["forwards"] - p["ways"][False]["forwards"] == pytest.approx(1, 0.1)
 
 
 # A run of nano by one process of two, which keeps the most bytes that it held in `distil`.

@@ -41,7 +41,7 @@ def explain(s, watch, given):
     run = Run(s, dataset, data.text_features(dataset, s.text_dim, s.text_length), watch)
     taught = run.path("teacher").exists()
     teacher = ladd.load(run, "teacher") if taught else run.make(MMDiT, **s.model())
-    student = copy.deepcopy(teacher).requires_grad_(True)
+    student = run.adapted(teacher) if s.lora else copy.deepcopy(teacher).requires_grad_(True)
     heads, _ = ladd.start_heads(run)
     networks = dict(student=student, teacher=teacher.requires_grad_(False), heads=heads)
     images = ladd.Samples(run.dataset, run.text.ids(run.dataset.captions), None)

@@ -16,6 +16,7 @@ import ladd
 import sample
 from lib.errors import Parser, UsageError, UserError, exit_status
 from lib.files import read_object, save, write_json
+from lib.lora import merged
 from lib.report import fingerprints, read_metrics
 from tools import score
 
@@ -24,7 +25,7 @@ PROMPT = "a large red circle on a plain blue background"
 
 def rounded(path, kinds):
     """A checkpoint as it is published, as a dict."""
-    checkpoint = sample.read_checkpoint(path, kinds)
+    checkpoint = merged(sample.read_checkpoint(path, kinds))
     weights = {
         k: w.bfloat16() if w.is_floating_point() else w for k, w in checkpoint["weights"].items()
     }
