@@ -338,11 +338,9 @@ def parse(argv):
         parser.error("--merge: is for --export")
     if args.adapter_scale != 1 and not args.adapter:
         parser.error(f"--adapter-scale {args.adapter_scale:g}: is for --adapter")
-    for name in ("num", "steps", "batch"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name}: must be at least 1")
-    if args.steps is not None and args.steps > 10_000:
-        parser.error("--steps: must be at most 10,000")
+    for name, most in dict(num=10**6, steps=10_000, batch=10**6).items():
+        if getattr(args, name) is not None and not 1 <= getattr(args, name) <= most:
+            parser.error(f"--{name}: must be from 1 to {most:,}")
     if args.trajectory and not args.trajectory.lower().endswith(".gif"):
         parser.error(f"--trajectory {args.trajectory}: is written as .gif; let it end so")
     return args

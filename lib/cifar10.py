@@ -101,7 +101,7 @@ def read_cifar10(data_dir, height, width):
     """CIFAR-10's 50,000 training and 10,000 test photographs.
 
     -> (images (n, 3, H, W) uint8, classes (n,) int64) of each; captions, attributes, labels"""
-    here = (data_dir / FOLDER).is_dir() or (data_dir / ARCHIVE).exists()
+    here = (data_dir / FOLDER).exists() or (data_dir / ARCHIVE).exists()
     try:
         batches = cifar_batches(data_dir)
     except DataError:

@@ -167,6 +167,8 @@ def load(path, *, check=True, mmap=False):
     if check and differs(path):
         raise ValueError("its content is not what was written: the checksum differs")
     with zipfile.ZipFile(path) as parts:
+        if not any(name.endswith("data.pkl") for name in parts.namelist()):
+            raise ValueError("a zip, but not one of torch.save")
         if any(part.compress_type for part in parts.infolist()):
             raise ValueError("it is compressed")  # torch.save packs nothing
     try:

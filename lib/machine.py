@@ -25,7 +25,7 @@ def device_of(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # the device "meta" has no numbers
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda" and world() > 1:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -60,6 +60,8 @@ def read_file(path, channels, patch, check):
         n, C, H, W = x0.shape
         if (n, C) != (len(captions), channels) or H % patch or W % patch:
             raise ValueError("samples and captions don't match")
+        if check and not x0.isfinite().all():
+            raise ValueError("numbers that are not finite")
         if content.get("noise") != RULE:
             raise ValueError("from another version, which drew noise by another rule")
         return x0, captions, int(content["seed"])

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from lib.checkpoints import not_finite
 from lib.errors import CheckpointError, RunError, plural
 from lib.files import read, save
 from lib.machine import autocast
@@ -98,7 +99,9 @@ def get_judge(
     if path.exists():
         try:
             judge.load_state_dict(read(path)["weights"])
-        except (CheckpointError, KeyError, TypeError, RuntimeError):
+            if not_finite(judge.state_dict()):
+                raise ValueError("numbers that are not finite")
+        except (ValueError, KeyError, TypeError, RuntimeError):  # also CheckpointError
             raise CheckpointError(
                 f"{path}: damaged. Delete it and give the command again: it is made anew."
             ) from None

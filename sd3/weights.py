@@ -246,6 +246,8 @@ def read_tensors(file):
 
     if kind_of(file) == "torch":
         content = read(file, check=False, mmap=True)
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__} of torch.save, not weights by name")
         content = content.get("state_dict", content)
         check_weights(content, file.stat().st_size)
         return {name: partial(content.get, name) for name in content}, None

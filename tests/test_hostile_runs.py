@@ -161,6 +161,7 @@ SHARDS = {
     "no pictures": lambda whole: saved(whole | dict(x0="x")),
     "of another rule of noise": lambda whole: saved(whole | dict(noise="Philox")),
     "pictures of another size": lambda whole: saved(whole | dict(x0=whole["x0"][..., 1:])),
+    "pictures that are not finite": lambda whole: saved(whole | dict(x0=whole["x0"] / 0)),
 }
 
 
@@ -176,10 +177,20 @@ def test_damaged_samples_of_the_teacher_are_refused_by_name(
     assert said.startswith(f"ladd.py: {SHARD} is damaged") and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"cut", saved([]), saved(dict(weights={}))])
+def not_finite(content):
+    """A judge's file, with a weight that is no number."""
+    judge = torch.load(io.BytesIO(content), weights_only=True)
+    next(iter(judge["weights"].values())).view(-1)[0] = float("nan")
+    return saved(judge)
+
+
+JUDGES = [lambda _: b"", lambda _: b"cut", lambda _: saved([]), lambda _: saved(dict(weights={}))]
+
+
+@pytest.mark.parametrize("content", [*JUDGES, not_finite])
 def test_a_damaged_judge_is_refused_by_name(tmp_path, trained, monkeypatch, capsys, content):
     name = next(k for k in trained if k.startswith("data/judge"))
-    damage(tmp_path, trained, name, content, ["run/report.md"])
+    damage(tmp_path, trained, name, content(trained[name]), ["run/report.md"])
     monkeypatch.chdir(tmp_path)
     assert ladd.main(run_again()) == 2
     said = capsys.readouterr().err

@@ -685,11 +685,12 @@ BAD = {
     "too many steps": ("{run} --prompt x --steps 5", "1 to 4 steps"),
     "no steps": ("{run} --prompt x --steps 0", "--steps"),
     "no images": ("{run} --prompt x --num 0", "--num"),
+    "more images than memory": ("{run} --prompt x --num 10000000000000", "--num"),
     "no strength": ("{run} --prompt x --strength 0", "--strength"),
     "missing image": ("{run} --prompt x --init-image {dir}/gone.png", "gone.png"),
     "foreign image": ("{run} --prompt x --init-image {dir}/text.jpg", "text.jpg"),
     "stranger's file": ("{run} --prompt x --out {dir}/photo.png", "photo.png"),
-    "stranger's film": ("{run} --prompt x --trajectory {dir}/photo.png", "photo.png"),
+    "stranger's film": ("{run} --prompt x --trajectory {dir}/photo.gif", "photo.gif"),
     "abbreviation": ("{run} --prompt x --tea", "--tea"),
     "no scale": ("{run} --prompt x --teacher --cfg nan", "--cfg"),
     "another kind of picture": ("{run} --prompt x --out {dir}/b.jpg", ".png"),
@@ -709,6 +710,7 @@ def test_bad_input_is_one_clear_line_and_status_2(run, tmp_path, capsys, monkeyp
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "text.jpg").write_text("no image")
     Image.new("RGB", (3, 2)).save(tmp_path / "photo.png")
+    Image.new("RGB", (3, 2)).save(tmp_path / "photo.gif")
     monkeypatch.chdir(tmp_path)  # where the default samples.png would go
     before = everything(tmp_path) | everything(run)
     assert call(*words.format(run=run, dir=tmp_path).split()) == 2

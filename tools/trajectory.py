@@ -37,6 +37,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=3, help="of the noise")
     parser.add_argument("--data-dir", default="data")
     args = parser.parse_args(argv)
+    if not 1 <= args.num <= 1000:
+        parser.error("--num: must be from 1 to 1,000")
     try:
         refuse_strangers(args.out)
         ways = {name: way(args, name == "teacher") for name in ("teacher", "student")}
