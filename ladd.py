@@ -8,7 +8,7 @@ whose numbers stand again at the functions:
 
     1  x_t   = (1 - t)·x_0 + t·ε            t from the student's few levels, x_0 made by the teacher
     2  x̂_0   = x_t - t·v_θ(x_t, t, c)       one evaluation of the student
-    3  noise x̂_0 and x_0 to a level t̂       t̂ ~ logit-normal(m, s), with the same noise for both
+    3  noise x̂_0 and x_0 to a level t̂       t̂ ~ logit-normal(m, σ), with the same noise for both
     4  f, r  = features of the frozen teacher on the noised x̂_0 and x_0
     5  L_D   = E[relu(1 - D(r))] + E[relu(1 + D(sg f))]    the heads learn
     6  L_G   = -E[D(f)]                                     the student learns, through the teacher
@@ -60,9 +60,94 @@ from mmdit import MMDiT
 from sample import add_noise, logit_normal, per_sample, predict_x0
 
 # ---------------------------------------------------------------------------------------------
-# Settings and presets
+# The method: one function per quantity; b is a Batch, s the settings
 # ---------------------------------------------------------------------------------------------
 
+
+def teacher_loss(model, x0, text, t, noise):
+    """Rectified flow: E‖v_θ(x_t, t, c) - (ε - x_0)‖². x0, noise (B, C, H, W), t (B,) -> scalar"""
+    v, _ = model(add_noise(x0, noise, t), t, *text)
+    return (v.float() - (noise - x0)).square().mean()
+
+
+class Batch(NamedTuple):
+    """What an update starts from: this process's share, or a part of it."""
+
+    x0: torch.Tensor  # (B, C, H, W) what is real
+    text: Text  # (B, M, D_c), (B, D_p)
+    t: torch.Tensor  # (B,) the student's levels
+    noise: torch.Tensor  # (B, C, H, W) ε of line 1
+    paired: torch.Tensor  # (B,) whether x_t can tell x_0
+    t_hat: torch.Tensor  # (B,) t̂, the level of the re-noising
+    noise_hat: torch.Tensor  # (B, C, H, W) the noise of line 3
+
+
+def student_predict(student, x0, text, t, noise):
+    """Lines 1 and 2: noise x_0 to t and predict it back in one evaluation. -> x̂_0 (B, C, H, W)"""
+    xt = add_noise(x0, noise, t)
+    v, _ = student(xt, t, *text)
+    return predict_x0(xt, v, t)
+
+
+def teacher_features(teacher, x0, text, t_hat, noise, taps):
+    """Lines 3 and 4: noise x_0 to t̂ and read the teacher's image tokens. -> [(B, N, D)]
+
+    The teacher is frozen but must not be in no_grad for the fakes: the gradient to the student
+    runs through it."""
+    return teacher(add_noise(x0, noise, t_hat), t_hat, *text, taps=taps, features_only=True)[1]
+
+
+def features_of_both(student, teacher, b, s):
+    """Lines 1 to 4. -> f, with the graph to the student, and r"""
+    x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
+    fake = teacher_features(teacher, x0_hat, b.text, b.t_hat, b.noise_hat, s.tapped)
+    with torch.no_grad():
+        real = teacher_features(teacher, b.x0, b.text, b.t_hat, b.noise_hat, s.tapped)
+    return fake, real
+
+
+def logits_of(heads, features, b, s):
+    """D(f) or D(r). -> (B, K, h, w)"""
+    h, w = (side // s.patch for side in b.x0.shape[2:])
+    return heads(features, b.t_hat, b.text.pooled, h, w)
+
+
+def heads_loss(heads, fake, real, b, s):
+    """Line 5. The heads alone receive gradient. -> L_D, logits of reals, logits of fakes"""
+    real = [r.detach().requires_grad_(s.r1 > 0) for r in real]
+    on_real = logits_of(heads, real, b, s)
+    on_fake = logits_of(heads, [f.detach() for f in fake], b, s)
+    loss = hinge_d(on_real, on_fake)
+    if s.r1 > 0:
+        loss = loss + s.r1 * r1(on_real, real)
+    return loss, on_real.detach().float(), on_fake.detach().float()
+
+
+def student_losses(heads, fake, real, b, s):
+    """Line 6. Gradient goes through heads and teacher to the student, and stays in neither.
+    -> L_G, the distillation loss before its weight λ"""
+    heads.requires_grad_(False)
+    loss_g = hinge_g(logits_of(heads, fake, b, s))
+    heads.requires_grad_(True)
+    with torch.set_grad_enabled(s.distill_weight > 0):  # at 0 it is only logged
+        distill = distillation_loss(fake, real, b.paired)
+    return loss_g, distill
+
+
+def distillation_loss(fake, real, paired):
+    """Beside L_G, ours: how far f is from r, E[(LN(f) - LN(r))²], where x_t can tell x_0.
+
+    fake, real: [(B, N, D)] with the same t̂ and noise; paired (B,). -> scalar in [0, 4]"""
+    loss = 0
+    for f, r in zip(fake, real, strict=True):
+        f, r = (F.layer_norm(tokens, tokens.shape[-1:]) for tokens in (f, r))
+        loss = loss + (f - r).square().mean(dim=(1, 2)) / len(fake)
+    return (loss * paired).mean()
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings and presets
+# ---------------------------------------------------------------------------------------------
 
 STAGES = ("teacher", "synthesis", "distillation", "report")
 
@@ -119,7 +204,7 @@ class Settings(HowToRun):
     warmup_iterations: int = setting(0, "first updates, with other probabilities", low=0)
     warmup_p: tuple = setting((0.0, 0.0, 0.5, 0.5), "those", low=0)
     t_hat_mean: float = setting(1.0, "m of t̂, the mean of its logit")
-    t_hat_std: float = setting(1.0, "s of t̂", above=0)
+    t_hat_std: float = setting(1.0, "σ of t̂", above=0)
     distill_weight: float = setting(10.0, "weight λ of the distillation loss at t < 1", low=0)
     heads_warmup: int = setting(100, "first updates, of the heads alone", low=0)
     taps: tuple = setting((1, 2), "blocks whose tokens the heads see; empty: all", kind=int)
@@ -244,80 +329,6 @@ PRESETS = {
 
 
 # ---------------------------------------------------------------------------------------------
-# The method: one function per quantity
-# ---------------------------------------------------------------------------------------------
-
-
-def teacher_loss(model, x0, text, t, noise):
-    """Rectified flow: E‖v_θ(x_t, t, c) - (ε - x_0)‖². x0, noise (B, C, H, W), t (B,) -> scalar"""
-    v, _ = model(add_noise(x0, noise, t), t, *text)
-    return (v.float() - (noise - x0)).square().mean()
-
-
-def student_predict(student, x0, text, t, noise):
-    """Lines 1 and 2: noise x_0 to t and predict it back in one evaluation. -> x̂_0 (B, C, H, W)"""
-    xt = add_noise(x0, noise, t)
-    v, _ = student(xt, t, *text)
-    return predict_x0(xt, v, t)
-
-
-def teacher_features(teacher, x0, text, t_hat, noise, taps):
-    """Lines 3 and 4: noise x_0 to t̂ and read the teacher's image tokens. -> [(B, N, D)]
-
-    The teacher is frozen but must not be in no_grad for the fakes: the gradient to the student
-    runs through it."""
-    return teacher(add_noise(x0, noise, t_hat), t_hat, *text, taps=taps, features_only=True)[1]
-
-
-def features_of_both(student, teacher, b, s):
-    """Lines 1 to 4. -> f, with the graph to the student, and r"""
-    x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
-    fake = teacher_features(teacher, x0_hat, b.text, b.t_hat, b.noise_hat, s.tapped)
-    with torch.no_grad():
-        real = teacher_features(teacher, b.x0, b.text, b.t_hat, b.noise_hat, s.tapped)
-    return fake, real
-
-
-def logits_of(heads, features, b, s):
-    """D(f) or D(r). -> (B, K, h, w)"""
-    h, w = (side // s.patch for side in b.x0.shape[2:])
-    return heads(features, b.t_hat, b.text.pooled, h, w)
-
-
-def heads_loss(heads, fake, real, b, s):
-    """Line 5. The heads alone receive gradient. -> L_D, logits of reals, logits of fakes"""
-    real = [r.detach().requires_grad_(s.r1 > 0) for r in real]
-    on_real = logits_of(heads, real, b, s)
-    on_fake = logits_of(heads, [f.detach() for f in fake], b, s)
-    loss = hinge_d(on_real, on_fake)
-    if s.r1 > 0:
-        loss = loss + s.r1 * r1(on_real, real)
-    return loss, on_real.detach().float(), on_fake.detach().float()
-
-
-def student_losses(heads, fake, real, b, s):
-    """Line 6. Gradient goes through heads and teacher to the student, and stays in neither.
-    -> L_G, the distillation loss before its weight λ"""
-    heads.requires_grad_(False)
-    loss_g = hinge_g(logits_of(heads, fake, b, s))
-    heads.requires_grad_(True)
-    with torch.set_grad_enabled(s.distill_weight > 0):  # at 0 it is only logged
-        distill = distillation_loss(fake, real, b.paired)
-    return loss_g, distill
-
-
-def distillation_loss(fake, real, paired):
-    """Beside L_G, ours: how far f is from r, E[(LN(f) - LN(r))²], where x_t can tell x_0.
-
-    fake, real: [(B, N, D)] with the same t̂ and noise; paired (B,). -> scalar in [0, 4]"""
-    loss = 0
-    for f, r in zip(fake, real, strict=True):
-        f, r = (F.layer_norm(tokens, tokens.shape[-1:]) for tokens in (f, r))
-        loss = loss + (f - r).square().mean(dim=(1, 2)) / len(fake)
-    return (loss * paired).mean()
-
-
-# ---------------------------------------------------------------------------------------------
 # Stage 1: the teacher
 # ---------------------------------------------------------------------------------------------
 
@@ -412,18 +423,6 @@ def synthesise(run):
 # ---------------------------------------------------------------------------------------------
 # Stage 3: LADD
 # ---------------------------------------------------------------------------------------------
-
-
-class Batch(NamedTuple):
-    """What an update starts from: this process's share, or a part of it."""
-
-    x0: torch.Tensor  # (B, C, H, W) what is real
-    text: Text  # (B, M, D_c), (B, D_p)
-    t: torch.Tensor  # (B,) the student's levels
-    noise: torch.Tensor  # (B, C, H, W) ε of line 1
-    paired: torch.Tensor  # (B,) whether x_t can tell x_0
-    t_hat: torch.Tensor  # (B,) t̂, the level of the re-noising
-    noise_hat: torch.Tensor  # (B, C, H, W) the noise of line 3
 
 
 class Samples(NamedTuple):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from lib.checkpoints import check_weights
-from lib.errors import CheckpointError, UsageError, pass_on, reason
+from lib.errors import CheckpointError, UsageError, pass_on, reason, some
 from lib.files import read, read_object, replacing
 from lib.kinds import kind_of
 from lib.lora import adapter_of, merged
@@ -146,16 +146,10 @@ def meta_sd3(shapes, heads=None):
         surplus=[f"{k!r:.90}" for k in shapes if k not in both],
         misshapen=[f"{k} {shapes[k]} for {wanted[k]}" for k in both if wanted[k] != shapes[k]],
     )
-    told = [listed(kind, sorted(names)) for kind, names in wrong.items() if names]
+    told = [f"{len(k)} {kind}: {some(sorted(k), 12)}" for kind, k in wrong.items() if k]
     if told:
         raise CheckpointError(f"not an SD3 checkpoint: {'; '.join(told)}")
     return model
-
-
-def listed(kind, names, most=12):
-    """How many there are of a kind, and the first of them."""
-    more = ", …" if len(names) > most else ""
-    return f"{len(names)} {kind}: {', '.join(names[:most])}{more}"
 
 
 def from_sd3(state_dict):
@@ -229,8 +223,8 @@ def files_of(path):
             return alike or whole[:1], heads
     others = sorted(path.glob("*.safetensors"))
     if len(others) > 1:
-        few = ", ".join(file.name for file in others[:3])
-        raise ValueError(f"several networks may be in it ({few} …); give one of these files")
+        few = some([file.name for file in others])
+        raise ValueError(f"several networks may be in it ({few}); give one of these files")
     if not others:
         raise ValueError(
             "a folder without weights: neither a run's teacher.pt, nor SD3's transformer/, nor "
