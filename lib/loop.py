@@ -19,8 +19,7 @@ from lib.states import Saver, forget_states, load_state, newest_state
 
 def progress(name, total, initial=0):
     """A progress bar, where standard error is a terminal."""
-    hidden = not sys.stderr.isatty()
-    return tqdm(total=total, initial=initial, desc=name, disable=hidden, dynamic_ncols=True)
+    return tqdm(total=total, initial=initial, desc=name, disable=None, dynamic_ncols=True)
 
 
 class Watch:

@@ -5,7 +5,6 @@ Alignment is the share of pictures of which every attribute is read right. Fréc
 """
 
 import hashlib
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -65,7 +64,7 @@ def train_judge(judge, draw, steps, precision="auto", batch=128):
     device = next(judge.parameters()).device
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for step in tqdm(range(steps), "judge", leave=False, disable=not sys.stderr.isatty()):
+    for step in tqdm(range(steps), "judge", leave=False, disable=None):
         images, labels = draw(step, batch)
         labels = labels.to(device)
         with autocast(device, precision):
@@ -180,8 +179,8 @@ def score_table(held, labels, judge, candidates, seed, to_uint8):
     reference = torch.cat(first + others)  # first as many of each size as there are samples
     real = score([part.images for part in held], labels, reference, judge)
     rows = [dict(name="real, held out", **real)]
-    total, hidden = len(candidates) * len(labels), not sys.stderr.isatty()
-    with tqdm(total=total, desc="evaluation", leave=False, disable=hidden) as bar:
+    total = len(candidates) * len(labels)
+    with tqdm(total=total, desc="evaluation", leave=False, disable=None) as bar:
         for name, generator, options in candidates:
             start = time.perf_counter()
             images = generator.sample_parts(
