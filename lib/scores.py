@@ -125,9 +125,8 @@ def precision_recall(real, fake, k=3):
 
     def covered(points, manifold):
         radius = torch.cdist(manifold, manifold).kthvalue(k + 1, dim=1).values
-        return torch.cat(
-            [(torch.cdist(part, manifold) <= radius).any(dim=1) for part in points.split(1000)]
-        )
+        near = (torch.cdist(part, manifold) <= radius for part in points.split(1000))
+        return torch.cat([part.any(dim=1) for part in near])
 
     return covered(fake, real).double().mean().item(), covered(real, fake).double().mean().item()
 
@@ -181,16 +180,14 @@ def score_table(held, labels, judge, candidates, seed, to_uint8):
     rows = [dict(name="real, held out", **real)]
     total = len(candidates) * len(labels)
     with tqdm(total=total, desc="evaluation", leave=False, disable=None) as bar:
-        for name, generator, options in candidates:
+        for name, who, options in candidates:
             start = time.perf_counter()
-            images = generator.sample_parts(
-                parts, seed=seed, stream="evaluation", progress=bar, **options
-            )
-            if not all(x.isfinite().all() for x in images):
+            made = who.sample_parts(parts, seed=seed, stream="evaluation", progress=bar, **options)
+            if not all(x.isfinite().all() for x in made):
                 raise RunError(f"{name}: its samples are not finite; try --precision fp32")
             seconds = (time.perf_counter() - start) / len(labels)
             evaluations = options["steps"] * (2 if options["cfg"] != 1 else 1)
-            row = score([to_uint8(x) for x in images], labels, reference, judge)
+            row = score([to_uint8(x) for x in made], labels, reference, judge)
             rows.append(dict(name=name, **row, evaluations=evaluations, seconds=seconds))
     return rows
 

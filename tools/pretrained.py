@@ -25,9 +25,8 @@ PROMPT = "a large red circle on a plain blue background"
 def rounded(path, kinds, out):
     """A checkpoint as it is published: as a dict, of a run in the folder `out`."""
     checkpoint = sample.read_checkpoint(path, kinds)
-    weights = {
-        k: w.bfloat16() if w.is_floating_point() else w for k, w in checkpoint["weights"].items()
-    }
+    exact = checkpoint["weights"].items()
+    weights = {k: w.bfloat16() if w.is_floating_point() else w for k, w in exact}
     settings = vars(checkpoint["settings"]) | dict(out=out.as_posix())
     checkpoint.pop("optimizer", None)
     return checkpoint | dict(weights=weights, settings=settings)
