@@ -616,12 +616,11 @@ def pictures_of(parts):
 def show(run, kind, step, model):
     """Draws curves.png anew; a grid from fixed noise and captions into samples/, if of pixels."""
     save_curves(run)
-    if run.settings.is_latent:
+    s = run.settings
+    if s.is_latent:
         return
     parts = data.held_out_captions(run.dataset, 32)
-    made = generator(run, kind, model).sample_parts(
-        parts, seed=run.settings.seed, stream="pictures"
-    )
+    made = generator(run, kind, model).sample_parts(parts, seed=s.seed, stream="pictures")
     path = run.out / "samples" / f"{kind}-{step:06d}.png"
     if rank() == 0:
         captions = "; ".join(caption for own, _ in parts for caption in own)

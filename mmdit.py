@@ -286,9 +286,7 @@ class MMDiT(nn.Module):
         """The h × w window at the centre of the position table. -> (1, N, D)"""
         size = self.config["pos_size"]
         if h > size or w > size:
-            raise ValueError(
-                f"a grid of {h}×{w} patches exceeds the position table of {size}×{size}"
-            )
+            raise ValueError(f"{h}×{w} patches are more than the position table's {size}×{size}")
         top, left = (size - h) // 2, (size - w) // 2
         table = self.pos_embed.view(size, size, -1)
         return table[top : top + h, left : left + w].reshape(1, h * w, -1)

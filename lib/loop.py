@@ -21,8 +21,7 @@ from lib.states import Saver, forget_states, load_state, newest_state
 
 def progress(name, total, initial=0):
     """A progress bar, where standard error is a terminal."""
-    hidden = not sys.stderr.isatty()
-    return tqdm(total=total, initial=initial, desc=name, disable=hidden, dynamic_ncols=True)
+    return tqdm(total=total, initial=initial, desc=name, disable=None, dynamic_ncols=True)
 
 
 # Windows has no SIGHUP, which comes when a terminal closes or a connection ends.

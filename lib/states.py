@@ -47,10 +47,8 @@ def newest_state(out, stage):
         except CheckpointError as error:
             print(f"{error} Trying the state before it.", file=sys.stderr)
     if folders:
-        raise RunError(
-            f"no state of the {stage} can be read. To begin this stage afresh, delete "
-            + ", ".join(map(str, folders))
-        )
+        told = ", ".join(map(str, folders))
+        raise RunError(f"no state of the {stage} can be read. To begin it afresh, delete {told}")
     return None
 
 

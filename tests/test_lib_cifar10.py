@@ -222,7 +222,11 @@ def test_cifar_is_fetched_once_and_quietly_into_a_new_folder(tmp_path, cifar, si
         check_cifar(load(place), cifar)
     assert site.asked == [None] and os.listdir(place) == [ARCHIVE]
     assert (place / ARCHIVE).read_bytes() == cifar["archive"]
-    assert capsys.readouterr() == ("", "")
+    out, told = capsys.readouterr()
+    assert (
+        not out and told.count("\n") == 2
+    )  # what was read, each time, and nothing of the download
+    assert all(line.startswith(f"CIFAR-10 in {place}: ") for line in told.splitlines())
 
 
 def test_a_cut_download_is_continued_from_its_part(tmp_path, cifar, site):

@@ -305,7 +305,7 @@ TOLD = {
     ),
     "parts above classes": (
         {"x/Train/cat/a.png": PICTURE, "x/test/cat/b.png": PICTURE},
-        "1 classes (cat); Train/ and test/ are read as one set",
+        "1 class (cat); Train/ and test/ are read as one set",
     ),
     "parts of a list": (
         {"train/a.png": PICTURE, "val/b.png": PICTURE, "captions.jsonl": ROWS},
@@ -367,13 +367,13 @@ CAPTIONS = {
         json_lines(row_of(), row_of("x/../0.png")),
         "line 2 names 0.png a second",
     ),
-    "missing files": (json_lines(row_of(), row_of("gone.png")), "1 missing files: gone.png"),
-    "upwards": (json_lines(row_of("../outside.png")), "missing files: ../outside.png"),
-    "absolute": (json_lines(row_of("/etc/passwd")), "missing files: /etc/passwd"),
-    "a NUL in the name": (json_lines(row_of("0.png\0.txt")), "missing files"),
-    "an escape in the name": (json_lines(row_of("\x1b]0;owned\x07")), "missing files"),
-    "a name of a megabyte": (json_lines(row_of("x" * 10**6)), "missing files"),
-    "a folder": (json_lines(row_of("sub")), "missing files: sub"),
+    "missing files": (json_lines(row_of(), row_of("gone.png")), "1 missing file: gone.png"),
+    "upwards": (json_lines(row_of("../outside.png")), "missing file: ../outside.png"),
+    "absolute": (json_lines(row_of("/etc/passwd")), "missing file: /etc/passwd"),
+    "a NUL in the name": (json_lines(row_of("0.png\0.txt")), "missing file"),
+    "an escape in the name": (json_lines(row_of("\x1b]0;owned\x07")), "missing file"),
+    "a name of a megabyte": (json_lines(row_of("x" * 10**6)), "missing file"),
+    "a folder": (json_lines(row_of("sub")), "missing file: sub"),
     "NaN": (b"NaN", "line 1"),
 }
 

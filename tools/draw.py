@@ -149,7 +149,7 @@ def make_pictures(args):
     notes = dict(seed=args.seed, steps=steps, cfg=cfg, model=f"{generator.kind} of {args.run}")
 
     def images():
-        with tqdm(total=len(prompts), desc="sampling", disable=not sys.stderr.isatty()) as bar:
+        with tqdm(total=len(prompts), desc="sampling", disable=None) as bar:
             for x0 in generator.batches(prompts, batch=args.batch, progress=bar, **options):
                 if not x0.isfinite().all():
                     bad = not_finite(generator.model.state_dict())

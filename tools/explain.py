@@ -60,11 +60,8 @@ def explain(s, watch, given):
     show("t", b.t, f"the student's noise levels, of {s.levels}")
     show("x_t", add_noise(b.x0, b.noise, b.t), "1  what the student sees: (1 - t)·x_0 + t·ε")
     show("x̂_0", x0_hat, "2  what it makes of it: x_t - t·v")
-    show(
-        "t̂",
-        b.t_hat,
-        f"3  the level of the re-noising, logit-normal({s.t_hat_mean:g}, {s.t_hat_std})",
-    )
+    law = f"logit-normal({s.t_hat_mean:g}, {s.t_hat_std})"
+    show("t̂", b.t_hat, f"3  the level of the re-noising, {law}")
     show("x̂_t̂", add_noise(x0_hat, b.noise_hat, b.t_hat), "   what the frozen teacher sees")
     for block, f, r in zip(s.tapped, fake, real, strict=True):
         show(f"f, block {block}", f, "4  image tokens of the fakes after this block")

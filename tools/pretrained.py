@@ -26,9 +26,8 @@ PROMPT = "a large red circle on a plain blue background"
 def rounded(path, kinds):
     """A checkpoint as it is published, as a dict."""
     checkpoint = merged(sample.read_checkpoint(path, kinds))
-    weights = {
-        k: w.bfloat16() if w.is_floating_point() else w for k, w in checkpoint["weights"].items()
-    }
+    exact = checkpoint["weights"].items()
+    weights = {k: w.bfloat16() if w.is_floating_point() else w for k, w in exact}
     checkpoint.pop("optimizer", None)
     return checkpoint | dict(weights=weights, settings=vars(checkpoint["settings"]))
 
