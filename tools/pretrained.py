@@ -6,6 +6,7 @@ Weights are rounded to bf16, and the heads lose their optimiser's moments, so th
 small. Then the table of scores is made again, of what the folder holds.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -61,6 +62,8 @@ def publish(run, out, data_dir):
     for kind in ("teacher", "student", "heads"):
         save(rounded(run / f"{kind}.pt", [kind]), out / f"{kind}.pt")
     write_json(read_object(run / "config.json"), out / "config.json")
+    if (run / "words.txt").exists():
+        shutil.copy(run / "words.txt", out)
     known = known_numbers(out, data_dir)
     write_json(metrics | dict(checkpoints=fingerprints(out), known=known), out / "metrics.json")
 
