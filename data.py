@@ -175,8 +175,8 @@ class HashedText:
 
     def word_vector(self, word):
         digest = hashlib.blake2b(word.encode(), digest_size=8).digest()
-        generator = np.random.Generator(np.random.Philox(int.from_bytes(digest, "little")))
-        return torch.from_numpy(generator.standard_normal(self.dim, dtype=np.float32))
+        random = np.random.Generator(np.random.Philox(int.from_bytes(digest, "little")))
+        return torch.from_numpy(random.standard_normal(self.dim, dtype=np.float32))
 
     def ids(self, captions):
         """captions -> (B, M) int64 rows of the table, cut or padded with 0 to M words."""

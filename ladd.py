@@ -8,7 +8,7 @@ whose numbers stand again at the functions:
 
     1  x_t   = (1 - t)·x_0 + t·ε            t from the student's few levels, x_0 made by the teacher
     2  x̂_0   = x_t - t·v_θ(x_t, t, c)       one evaluation of the student
-    3  noise x̂_0 and x_0 to a level t̂       t̂ ~ logit-normal(m, s), with the same noise for both
+    3  noise x̂_0 and x_0 to a level t̂       t̂ ~ logit-normal(m, σ), with the same noise for both
     4  f, r  = features of the frozen teacher on the noised x̂_0 and x_0
     5  L_D   = E[relu(1 - D(r))] + E[relu(1 + D(sg f))]    the heads learn
     6  L_G   = -E[D(f)]                                     the student learns, through the teacher
@@ -50,7 +50,7 @@ from lib.curves import save_curves
 from lib.health import commonest, diversity
 from lib.machine import moved
 from lib.optim import learning_rate, make_optimizers, split, step_all, update_ema
-from lib.parallel import fill, fill_optimizer, leave, my_share, rank, world
+from lib.parallel import fill, leave, my_share, rank, world
 from lib.pictures import grid, save_png
 from lib.report import SIGNS
 from lib.samples import read_samples, write_samples
@@ -60,9 +60,94 @@ from mmdit import MMDiT
 from sample import add_noise, logit_normal, per_sample, predict_x0
 
 # ---------------------------------------------------------------------------------------------
-# Settings and presets
+# The method: one function per quantity; b is a Batch, s the settings
 # ---------------------------------------------------------------------------------------------
 
+
+def teacher_loss(model, x0, text, t, noise):
+    """Rectified flow: E‖v_θ(x_t, t, c) - (ε - x_0)‖². x0, noise (B, C, H, W), t (B,) -> scalar"""
+    v, _ = model(add_noise(x0, noise, t), t, *text)
+    return (v.float() - (noise - x0)).square().mean()
+
+
+class Batch(NamedTuple):
+    """What an update starts from: this process's share, or a part of it."""
+
+    x0: torch.Tensor  # (B, C, H, W) what is real
+    text: Text  # (B, M, D_c), (B, D_p)
+    t: torch.Tensor  # (B,) the student's levels
+    noise: torch.Tensor  # (B, C, H, W) ε of line 1
+    paired: torch.Tensor  # (B,) whether x_t can tell x_0
+    t_hat: torch.Tensor  # (B,) t̂, the level of the re-noising
+    noise_hat: torch.Tensor  # (B, C, H, W) the noise of line 3
+
+
+def student_predict(student, x0, text, t, noise):
+    """Lines 1 and 2: noise x_0 to t and predict it back in one evaluation. -> x̂_0 (B, C, H, W)"""
+    xt = add_noise(x0, noise, t)
+    v, _ = student(xt, t, *text)
+    return predict_x0(xt, v, t)
+
+
+def teacher_features(teacher, x0, text, t_hat, noise, taps):
+    """Lines 3 and 4: noise x_0 to t̂ and read the teacher's image tokens. -> [(B, N, D)]
+
+    The teacher is frozen but must not be in no_grad for the fakes: the gradient to the student
+    runs through it."""
+    return teacher(add_noise(x0, noise, t_hat), t_hat, *text, taps=taps, features_only=True)[1]
+
+
+def features_of_both(student, teacher, b, s):
+    """Lines 1 to 4. -> f, with the graph to the student, and r"""
+    x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
+    fake = teacher_features(teacher, x0_hat, b.text, b.t_hat, b.noise_hat, s.tapped)
+    with torch.no_grad():
+        real = teacher_features(teacher, b.x0, b.text, b.t_hat, b.noise_hat, s.tapped)
+    return fake, real
+
+
+def logits_of(heads, features, b, s):
+    """D(f) or D(r). -> (B, K, h, w)"""
+    h, w = (side // s.patch for side in b.x0.shape[2:])
+    return heads(features, b.t_hat, b.text.pooled, h, w)
+
+
+def heads_loss(heads, fake, real, b, s):
+    """Line 5. The heads alone receive gradient. -> L_D, logits of reals, logits of fakes"""
+    real = [r.detach().requires_grad_(s.r1 > 0) for r in real]
+    on_real = logits_of(heads, real, b, s)
+    on_fake = logits_of(heads, [f.detach() for f in fake], b, s)
+    loss = hinge_d(on_real, on_fake)
+    if s.r1 > 0:
+        loss = loss + s.r1 * r1(on_real, real)
+    return loss, on_real.detach().float(), on_fake.detach().float()
+
+
+def student_losses(heads, fake, real, b, s):
+    """Line 6. Gradient goes through heads and teacher to the student, and stays in neither.
+    -> L_G, the distillation loss before its weight λ"""
+    heads.requires_grad_(False)
+    loss_g = hinge_g(logits_of(heads, fake, b, s))
+    heads.requires_grad_(True)
+    with torch.set_grad_enabled(s.distill_weight > 0):  # at 0 it is only logged
+        distill = distillation_loss(fake, real, b.paired)
+    return loss_g, distill
+
+
+def distillation_loss(fake, real, paired):
+    """Beside L_G, ours: how far f is from r, E[(LN(f) - LN(r))²], where x_t can tell x_0.
+
+    fake, real: [(B, N, D)] with the same t̂ and noise; paired (B,). -> scalar in [0, 4]"""
+    loss = 0
+    for f, r in zip(fake, real, strict=True):
+        f, r = (F.layer_norm(tokens, tokens.shape[-1:]) for tokens in (f, r))
+        loss = loss + (f - r).square().mean(dim=(1, 2)) / len(fake)
+    return (loss * paired).mean()
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings and presets
+# ---------------------------------------------------------------------------------------------
 
 STAGES = ("teacher", "synthesis", "distillation", "report")
 
@@ -119,11 +204,12 @@ class Settings(HowToRun):
     warmup_iterations: int = setting(0, "first updates, with other probabilities", low=0)
     warmup_p: tuple = setting((0.0, 0.0, 0.5, 0.5), "those", low=0)
     t_hat_mean: float = setting(1.0, "m of t̂, the mean of its logit")
-    t_hat_std: float = setting(1.0, "s of t̂", above=0)
+    t_hat_std: float = setting(1.0, "σ of t̂", above=0)
     distill_weight: float = setting(10.0, "weight λ of the distillation loss at t < 1", low=0)
     heads_warmup: int = setting(100, "first updates, of the heads alone", low=0)
     taps: tuple = setting((1, 2), "blocks whose tokens the heads see; empty: all", kind=int)
     head_width: int = setting(64, "channels of a head", low=1)
+    lora: int = setting(0, "rank of adapters that learn in the student's place; 0: none", low=0)
     student_lr: float = setting(2e-4, "AdamW", above=0)
     heads_lr: float = setting(1e-3, "AdamW", above=0)
     beta1: float = setting(0.5, "AdamW's first decay, student and heads", low=0, below=1)
@@ -243,62 +329,6 @@ PRESETS = {
 
 
 # ---------------------------------------------------------------------------------------------
-# The method: one function per quantity
-# ---------------------------------------------------------------------------------------------
-
-
-def teacher_loss(model, x0, text, t, noise):
-    """Rectified flow: E‖v_θ(x_t, t, c) - (ε - x_0)‖². x0, noise (B, C, H, W), t (B,) -> scalar"""
-    v, _ = model(add_noise(x0, noise, t), t, *text)
-    return (v.float() - (noise - x0)).square().mean()
-
-
-def student_predict(student, x0, text, t, noise):
-    """Lines 1 and 2: noise x_0 to t and predict it back in one evaluation. -> x̂_0 (B, C, H, W)"""
-    xt = add_noise(x0, noise, t)
-    v, _ = student(xt, t, *text)
-    return predict_x0(xt, v, t)
-
-
-def teacher_features(teacher, x0, text, t_hat, noise, taps):
-    """Lines 3 and 4: noise x_0 to t̂ and read the teacher's image tokens. -> [(B, N, D)]
-
-    The teacher is frozen but must not be in no_grad for the fakes: the gradient to the student
-    runs through it."""
-    return teacher(add_noise(x0, noise, t_hat), t_hat, *text, taps=taps, features_only=True)[1]
-
-
-def discriminator_loss(heads, real, fake, t_hat, pooled, size, gamma):
-    """Line 5. The heads alone receive gradient. -> L_D, logits of reals, logits of fakes"""
-    real = [f.detach().requires_grad_(gamma > 0) for f in real]
-    on_real = heads(real, t_hat, pooled, *size)
-    on_fake = heads([f.detach() for f in fake], t_hat, pooled, *size)
-    loss = hinge_d(on_real, on_fake)
-    if gamma > 0:
-        loss = loss + gamma * r1(on_real, real)
-    return loss, on_real.detach().float(), on_fake.detach().float()
-
-
-def generator_loss(heads, fake, t_hat, pooled, size):
-    """Line 6. Gradient goes through heads and teacher to the student, and stays in neither."""
-    heads.requires_grad_(False)
-    logits = heads(fake, t_hat, pooled, *size)
-    heads.requires_grad_(True)
-    return hinge_g(logits)
-
-
-def distillation_loss(fake, real, paired):
-    """Beside L_G, ours: how far f is from r, E[(LN(f) - LN(r))²], where x_t can tell x_0.
-
-    fake, real: [(B, N, D)] with the same t̂ and noise; paired (B,). -> scalar in [0, 4]"""
-    loss = 0
-    for f, r in zip(fake, real, strict=True):
-        f, r = (F.layer_norm(tokens, tokens.shape[-1:]) for tokens in (f, r))
-        loss = loss + (f - r).square().mean(dim=(1, 2)) / len(fake)
-    return (loss * paired).mean()
-
-
-# ---------------------------------------------------------------------------------------------
 # Stage 1: the teacher
 # ---------------------------------------------------------------------------------------------
 
@@ -349,7 +379,6 @@ def train_teacher(run):
         loop.log(grad_norm=norm)
         if loop.due(s.sample_every):
             show(run, "teacher", step + 1, ema)
-        loop.checkpoint()
     run.save("teacher", ema, s.teacher_iterations)
     loop.finish()
 
@@ -394,18 +423,6 @@ def synthesise(run):
 # ---------------------------------------------------------------------------------------------
 # Stage 3: LADD
 # ---------------------------------------------------------------------------------------------
-
-
-class Batch(NamedTuple):
-    """What an update starts from: this process's share, or a part of it."""
-
-    x0: torch.Tensor  # (B, C, H, W) what is real
-    text: Text  # (B, M, D_c), (B, D_p)
-    t: torch.Tensor  # (B,) the student's levels
-    noise: torch.Tensor  # (B, C, H, W) ε of line 1
-    paired: torch.Tensor  # (B,) whether x_t can tell x_0
-    t_hat: torch.Tensor  # (B,) t̂, the level of the re-noising
-    noise_hat: torch.Tensor  # (B, C, H, W) the noise of line 3
 
 
 class Samples(NamedTuple):
@@ -460,11 +477,21 @@ def draw_batch(run, samples, step, heads_warmup=0, own_noise="low"):
     return Batch(x0, text, t, noise, paired, t_hat, noise_hat)
 
 
-def start_student(run):
-    """The student before its first update, a copy of the teacher, and its average, another."""
-    student, ema = load(run, "teacher").requires_grad_(True), load(run, "teacher")
-    student.checkpointing = run.settings.checkpointing
-    return student, ema
+def start_as_teacher(run, teacher=None):
+    """A network that starts as the teacher and learns: a copy of it. With --lora it has no weights
+    of its own but an adapter; the others are those of `teacher`, in the same memory."""
+    if run.settings.lora:
+        return run.adapted(teacher or load(run, "teacher", frozen=True))
+    return load(run, "teacher").requires_grad_(True)
+
+
+def start_student(run, teacher=None):
+    """The student before its first update, its average, and its optimisers."""
+    s = run.settings
+    student = start_as_teacher(run, teacher)
+    ema = start_as_teacher(run, teacher or student).requires_grad_(False)
+    student.checkpointing = s.checkpointing
+    return student, ema, make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
 
 
 def start_heads(run):
@@ -477,7 +504,7 @@ def start_heads(run):
         fill(heads, start["weights"])
         if "optimizer" in start:  # pretrained/ has none; the learning rate is the settings'
             moments = dict(state=start["optimizer"]["state"])
-            fill_optimizer(optimizers[0], optimizers[0].state_dict() | moments)
+            optimizers[0].load_state_dict(optimizers[0].state_dict() | moments)
     return heads, optimizers
 
 
@@ -486,39 +513,11 @@ def student_rate(s, step, heads_warmup=0):
     return learning_rate(step - heads_warmup, s.iterations - heads_warmup, 0.3)
 
 
-def features_of_both(student, teacher, b, s):
-    """Lines 1 to 4. -> f, with the graph to the student, and r"""
-    x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
-    fake = teacher_features(teacher, x0_hat, b.text, b.t_hat, b.noise_hat, s.tapped)
-    with torch.no_grad():
-        real = teacher_features(teacher, b.x0, b.text, b.t_hat, b.noise_hat, s.tapped)
-    return fake, real
-
-
-def heads_loss(heads, fake, real, b, s):
-    """Line 5. -> L_D, logits of reals, logits of fakes"""
-    return discriminator_loss(heads, real, fake, b.t_hat, b.text.pooled, grid_of(b, s), s.r1)
-
-
-def student_losses(heads, fake, real, b, s):
-    """Line 6. -> L_G, the distillation loss before its weight λ"""
-    loss_g = generator_loss(heads, fake, b.t_hat, b.text.pooled, grid_of(b, s))
-    with torch.set_grad_enabled(s.distill_weight > 0):  # at 0 it is only logged
-        distill = distillation_loss(fake, real, b.paired)
-    return loss_g, distill
-
-
-def grid_of(b, s):
-    """(h, w): the patches of a batch's images."""
-    return b.x0.shape[2] // s.patch, b.x0.shape[3] // s.patch
-
-
 def distil(run):
     s = run.settings
-    student, ema = start_student(run)
-    student_optimizers = make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
     teacher = load(run, "teacher", frozen=True)
     teacher.checkpointing = s.checkpointing
+    student, ema, student_optimizers = start_student(run, teacher)
     heads, heads_optimizers = start_heads(run)
     samples = distillation_samples(run)
     probe = diversity_probe(run, teacher, samples)
@@ -557,7 +556,6 @@ def distil(run):
         loop.log(grad_norm_heads=norm_d)
         if loop.due(s.sample_every):
             show(run, "student", step + 1, ema)
-        loop.checkpoint()
     run.save("heads", heads, s.iterations, optimizer=heads_optimizers[0])
     run.save("student", ema, s.iterations)
     loop.finish()
@@ -618,12 +616,11 @@ def pictures_of(parts):
 def show(run, kind, step, model):
     """Draws curves.png anew; a grid from fixed noise and captions into samples/, if of pixels."""
     save_curves(run)
-    if run.settings.is_latent:
+    s = run.settings
+    if s.is_latent:
         return
     parts = data.held_out_captions(run.dataset, 32)
-    made = generator(run, kind, model).sample_parts(
-        parts, seed=run.settings.seed, stream="pictures"
-    )
+    made = generator(run, kind, model).sample_parts(parts, seed=s.seed, stream="pictures")
     path = run.out / "samples" / f"{kind}-{step:06d}.png"
     if rank() == 0:
         captions = "; ".join(caption for own, _ in parts for caption in own)

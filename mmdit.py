@@ -84,6 +84,11 @@ class VectorEmbed(nn.Module):
 # ---------------------------------------------------------------------------------------------
 
 
+def layer_norm(x):
+    """LayerNorm without parameters, eps 1e-6; adaLN supplies shift and scale."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
 def modulate(x, shift, scale):
     """x·(1 + scale) + shift. x (B, L, D); shift, scale (B, 1, D), one of each per sample."""
     return torch.addcmul(shift, x, 1 + scale)
@@ -131,6 +136,13 @@ class Attention(nn.Module):
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 
+def gelu(x):
+    """GELU by tanh, as in SD3. In bf16 on a CPU the exact GELU: never more than 5e-4 away, which
+    bf16 does not resolve near 1, and its kernel is several times faster."""
+    exact = x.device.type == "cpu" and x.dtype == torch.bfloat16
+    return F.gelu(x, approximate="none" if exact else "tanh")
+
+
 class Mlp(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -139,13 +151,6 @@ class Mlp(nn.Module):
 
     def forward(self, x):
         return self.fc2(gelu(self.fc1(x)))
-
-
-def gelu(x):
-    """GELU by tanh, as in SD3. In bf16 on a CPU the exact GELU: never more than 5e-4 away, which
-    bf16 does not resolve near 1, and its kernel is several times faster."""
-    exact = x.device.type == "cpu" and x.dtype == torch.bfloat16
-    return F.gelu(x, approximate="none" if exact else "tanh")
 
 
 class Stream(nn.Module):
@@ -177,11 +182,6 @@ class Stream(nn.Module):
             x = torch.addcmul(x, mod[8], self.attn2.merge(own))
         x = torch.addcmul(x, mod[2], self.attn.merge(attended))
         return torch.addcmul(x, mod[5], self.mlp(modulate(layer_norm(x), mod[3], mod[4])))
-
-
-def layer_norm(x):
-    """LayerNorm without parameters, eps 1e-6; adaLN supplies shift and scale."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
 class JointBlock(nn.Module):
@@ -286,9 +286,7 @@ class MMDiT(nn.Module):
         """The h × w window at the centre of the position table. -> (1, N, D)"""
         size = self.config["pos_size"]
         if h > size or w > size:
-            raise ValueError(
-                f"a grid of {h}×{w} patches exceeds the position table of {size}×{size}"
-            )
+            raise ValueError(f"{h}×{w} patches are more than the position table's {size}×{size}")
         top, left = (size - h) // 2, (size - w) // 2
         table = self.pos_embed.view(size, size, -1)
         return table[top : top + h, left : left + w].reshape(1, h * w, -1)

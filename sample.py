@@ -1,4 +1,4 @@
-"""Rectified flow: noise levels, samplers, command line of a finished run.
+"""Rectified flow: noise levels, samplers, and what samples from a finished network.
 
 Rectified flow and its schedules: arXiv 2403.03206 (SD3). Few-step sampling: LADD, arXiv 2403.12015.
 
@@ -13,9 +13,7 @@ Rectified flow and its schedules: arXiv 2403.03206 (SD3). Few-step sampling: LAD
     n        number of positions of a latent, H·W | c, y    text      (B, M, D_c), (B, D_p)
 
     python sample.py runs/nano --prompt "a large red circle on a dotted blue background" --out a.png
-    python sample.py runs/nano --evaluate                       tools/score.py: the table again
-    python sample.py runs/nano --export student.safetensors     under SD3's names
-    python sample.py RUN --decode SD3_DIR --prompt "a red fox" --size 832x1216 --out fox.png
+    python sample.py runs/nano --evaluate        the table again
 """
 
 import importlib
@@ -26,16 +24,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import data
 from lib import checkpoints
-from lib.captions import strange_words
-from lib.errors import Parser, RunError, UsageError, UserError, exit_status, plural, reason
-from lib.files import read_lines
-from lib.images import decode_file
+from lib.errors import UsageError
+from lib.lora import added, build
 from lib.machine import autocast, device_of
-from lib.pictures import refuse_strangers, save_gif, save_pictures, square
 from lib.scores import compared, get_judge, held_out, score_table
 from lib.streams import normal
 from mmdit import MMDiT
@@ -252,10 +246,22 @@ def checkpoint_of(run, teacher=False):
     return path / f"{kind}.pt" if path.is_dir() else path
 
 
-def load_generator(run, teacher=False, device="auto", precision="auto"):
-    """The student (or teacher) of a run folder, or of a checkpoint file."""
+def read_network(run, teacher=False, adapter=None, scale=1.0):
+    """The checkpoint of a run's student (or teacher), with another run's adapter added to it."""
     checkpoint = read_checkpoint(checkpoint_of(run, teacher))
-    model = MMDiT(**checkpoint["model"])
+    if adapter:
+        other = checkpoints.read_checkpoint(adapter, ("student", "teacher"), MMDiT, alone=True)
+        checkpoints.same_network("--adapter", adapter, other["model"], checkpoint["model"])
+        if not other.get("lora"):
+            raise UsageError(f"--adapter {adapter}: a whole network, not the adapter of --lora")
+        checkpoint["weights"] = added(checkpoint["weights"], other["weights"], scale)
+    return checkpoint
+
+
+def load_generator(run, teacher=False, device="auto", precision="auto", **adapter):
+    """The student (or teacher) of a run folder, or of a checkpoint file; adapter: of the above."""
+    checkpoint = read_network(run, teacher, **adapter)
+    model = build(MMDiT, checkpoint)
     model.load_state_dict(checkpoint["weights"])
     model = model.to(device_of(device)).eval().requires_grad_(False)
     kind = checkpoint["kind"]
@@ -277,160 +283,11 @@ def evaluate(dataset, judge, teacher, student, count, seed=0):
     return score_table(held, dataset.labels, judge, rows, seed, data.to_uint8)
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
-
-
-def parse(argv):
-    parser = Parser("sample.py", "Samples from a finished run.")
-    add = parser.add_argument
-    add("run", help="a run folder, or a checkpoint")
-    add("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
-    add("--prompts", metavar="FILE", help="a file of one prompt a line, or @captions of the data")
-    add("--num", type=int, help="images (default: one per prompt; @captions: 16)")
-    add("--steps", type=int, help="network steps (default: as the model was made for)")
-    add("--teacher", action="store_true", help="sample from the teacher instead of the student")
-    add("--cfg", type=float, help="guidance scale w (default: the teacher's own; students: 1)")
-    add("--sampler", choices=("renoise", "euler"), help="default: renoise, for a teacher euler")
-    add("--eta", type=float, help="share of fresh noise between the student's steps (0 to 1)")
-    add("--seed", type=int, default=0, help="of the noise")
-    add("--size", type=data.parse_size, metavar="HxW", help="pixels (default: as it was trained)")
-    add("--out", default="samples.png", help="a grid as .png, or a folder for one PNG per image")
-    add("--trajectory", metavar="FILE.gif", help="x̂_0 along the steps, as an animation")
-    add("--init-image", metavar="FILE", help="start from this image instead of noise …")
-    add("--strength", type=float, default=0.6, help="… noised to this level (0 to 1)")
-    add("--decode", metavar="SD3_DIR", help="for latents: SD3's text encoders and VAE, diffusers'")
-    add("--export", metavar="FILE", help="write the weights as .safetensors, SD3's names, instead")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the exported weights")
-    add("--data", help="take @captions of other data than the run's own")
-    add("--data-dir", default="data", help="where downloads are kept")
-    add("--device", default="auto")
-    add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
-    add("--batch", type=int, default=256, help="images at a time")
-    parser.epilog = "Also: --evaluate, the table of scores, which is tools/score.py."
-    args = parser.parse_args(argv)
-    if not 0 < args.strength <= 1:
-        parser.error(f"--strength {args.strength:g}: must be above 0 and at most 1")
-    if args.eta is not None and not 0 <= args.eta <= 1:
-        parser.error(f"--eta {args.eta:g}: must be from 0 to 1")
-    if args.cfg is not None and not math.isfinite(args.cfg):
-        parser.error(f"--cfg {args.cfg:g}: must be finite")
-    for name, most in dict(num=10**6, steps=10_000, batch=10**6).items():
-        if getattr(args, name) is not None and not 1 <= getattr(args, name) <= most:
-            parser.error(f"--{name}: must be from 1 to {most:,}")
-    if args.trajectory and not args.trajectory.lower().endswith(".gif"):
-        parser.error(f"--trajectory {args.trajectory}: is written as .gif; let it end so")
-    return args
-
-
-def data_of(generator, args):
-    """The data set that a model was trained on, or --data."""
-    s = generator.settings
-    return data.load(args.data or s.data, latent_sizes(s), data_dir=args.data_dir, seed=s.seed)
-
-
-def read_prompts(args, generator):
-    """The prompt of every image."""
-    prompts = list(args.prompt)
-    if args.prompts == "@captions":
-        for captions, _ in data.held_out_captions(data_of(generator, args), args.num or 16):
-            prompts += captions
-    elif args.prompts:
-        prompts += read_lines(args.prompts, "--prompts")
-    if not prompts:
-        raise UsageError("no prompt: give --prompt TEXT, --prompts FILE, or --prompts @captions")
-    length = math.inf if args.decode else generator.settings.text_length
-    for prompt in dict.fromkeys(prompts):
-        if len(data.split_words(prompt)) > length:
-            print(f"only the first {length} words are read of: {prompt[:200]}", file=sys.stderr)
-    words = checkpoint_of(args.run, args.teacher).with_name("words.txt")
-    if not args.decode and (told := strange_words(prompts, words, length)):
-        print(told, file=sys.stderr)
-    return [prompts[i % len(prompts)] for i in range(args.num or len(prompts))]
-
-
-def latent_size(pixels, s, unit):
-    """--size as the (H, W) of x_0, whose positions are `unit` pixels a side."""
-    side = s.patch * unit  # of a patch
-    if any(value < side or value % side or value > side * s.pos_size for value in pixels):
-        raise UsageError(
-            f"--size {pixels[0]}x{pixels[1]}: both must be multiples of the patch, {side} pixels, "
-            f"and at most {side * s.pos_size}"
-        )
-    return pixels[0] // unit, pixels[1] // unit
-
-
-def read_start(args, size, codec):
-    """--init-image as x_0 (1, C, H, W), and its level."""
-    try:
-        pixels = decode_file(args.init_image, *(side * codec.unit for side in size))
-    except Exception as why:  # Pillow raises nearly anything on damaged files
-        raise UsageError(f"--init-image {args.init_image}: can't be read ({reason(why)})") from None
-    return codec.encode(torch.from_numpy(pixels.copy())[None]), args.strength
-
-
-def make_pictures(args):
-    """Samples as asked for, and writes them."""
-    generator = load_generator(args.run, args.teacher, args.device, args.precision)
-    codec = data.Pixels()
-    if args.decode:
-        from sd3.encoders import codec_of
-
-        codec = codec_of(args.decode, generator)
-    elif generator.settings.downscale > 1:
-        raise UsageError(f"{args.run} makes latents: add --decode SD3_DIR")
-    prompts = read_prompts(args, generator)
-    if args.decode:
-        codec.learn([*prompts, ""])  # all at once: every encoder moves to the device one time
-    steps, cfg, sampler = generator.way(args.steps, args.cfg, args.sampler)
-    options = dict(seed=args.seed, steps=steps, cfg=cfg, sampler=sampler, eta=args.eta)
-    if args.eta is not None and sampler == "euler":
-        raise UsageError(f"--eta {args.eta:g}: Euler steps draw no noise; leave it out")
-    if args.size:
-        options["size"] = latent_size(args.size, generator.settings, codec.unit)
-    if args.init_image:
-        options["start"] = read_start(args, options.get("size", generator.size), codec)
-    if args.trajectory:
-        refuse_strangers(args.trajectory)
-    notes = dict(seed=args.seed, steps=steps, cfg=cfg, model=f"{generator.kind} of {args.run}")
-
-    def images():
-        with tqdm(total=len(prompts), desc="sampling", disable=not sys.stderr.isatty()) as bar:
-            for x0 in generator.batches(prompts, batch=args.batch, progress=bar, **options):
-                if not x0.isfinite().all():
-                    bad = checkpoints.not_finite(generator.model.state_dict())
-                    why = f"nor is its {bad}; give another" if bad else "try --precision fp32"
-                    raise RunError(f"{args.run}: its samples are not finite; {why}")
-                yield from codec.decode(x0)
-
-    number = save_pictures(images(), args.out, prompts, notes)
-    print(f"{plural(number, 'image')}, {plural(steps, 'step')}: {args.out}")
-    if args.trajectory:
-        first = prompts[:64]
-        path = generator.trajectory(first, range(len(first)), **options)
-        frames = [square(codec.decode(x)) for x in path]
-        save_gif(frames, args.trajectory)
-        print(f"{plural(len(frames), 'frame')}: {args.trajectory}")
-
-
 def main(argv=None):
+    """The command line, which is tools/draw.py, or with --evaluate tools/score.py."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        if "--evaluate" in argv:
-            return importlib.import_module("tools.score").main(argv)
-        args = parse(argv)
-        if args.export:
-            from sd3.weights import export
-
-            export(read_checkpoint(checkpoint_of(args.run, args.teacher)), args.export, args.dtype)
-        else:
-            make_pictures(args)
-    except (FileExistsError, ValueError) as error:
-        return exit_status("sample.py", UsageError(error))
-    except (UserError, RunError, OSError, KeyboardInterrupt) as error:
-        return exit_status("sample.py", error)
-    return 0
+    tool = "score" if "--evaluate" in argv else "draw"
+    return importlib.import_module(f"tools.{tool}").main(argv)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import torch
 
 from lib.errors import CheckpointError, UsageError, reason
-from lib.files import read
+from lib.files import checksum, read
 from lib.kinds import kind_of
+from lib.lora import build, own_state
 from lib.settings import differences
 
 
@@ -25,10 +26,11 @@ def is_ours(path):
     return isinstance(content, dict) and "format" in content
 
 
-def read_checkpoint(path, kinds, network, check=True):
+def read_checkpoint(path, kinds, network, check=True, alone=False):
     """What a file holds, or the file of the first kind in a run folder, as a dict: kind, one of
     `kinds`; model, the arguments of `network`; weights, memory-mapped; settings, read as
-    attributes; step. CheckpointError says what is wrong. check: the checksum."""
+    attributes; step. CheckpointError says what is wrong. check: the checksum. alone: of a network
+    with an adapter that alone is returned, as the file has it."""
     path = Path(path)
     if path.is_dir():
         path = path / f"{kinds[0]}.pt"
@@ -44,12 +46,28 @@ def read_checkpoint(path, kinds, network, check=True):
             if checkpoint["model"]["depth"] > len(checkpoint["weights"]):
                 raise ValueError("fewer weights than blocks")
             with torch.device("meta"):  # no memory for what the arguments claim
-                model = network(**checkpoint["model"])
-            model.load_state_dict(checkpoint["weights"], assign=True)
+                model = build(network, checkpoint)
+            if own_state(model).keys() != checkpoint["weights"].keys():
+                raise ValueError("weights that are not those of its network")
+            model.load_state_dict(checkpoint["weights"], strict=False, assign=True)
             check_settings(checkpoint["settings"], model.config)
     except Exception as error:
         raise CheckpointError(f"{path}: its parts don't fit together ({reason(error)}).") from None
+    if checkpoint.get("lora") and not alone:
+        checkpoint["weights"] = base_of(checkpoint, path, network, check) | checkpoint["weights"]
     return checkpoint
+
+
+def base_of(checkpoint, path, network, check):
+    """The weights that a checkpoint's adapter belongs to: of the teacher.pt beside it."""
+    file = path.with_name("teacher.pt")
+    if not file.exists():
+        raise CheckpointError(f"{path}: an adapter alone; put its run's teacher.pt beside it.")
+    base = read_checkpoint(file, ["teacher"], network, check, alone=True)
+    same = base["model"] == checkpoint["model"] and checksum(file) == checkpoint.get("base")
+    if not same or base.get("lora"):
+        raise CheckpointError(f"{path}: an adapter of another network than {file}.")
+    return base["weights"]
 
 
 def settings_of(checkpoint):

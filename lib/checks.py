@@ -56,6 +56,11 @@ def faults(s):
         yield "taps", f"must be ascending block numbers from 0 to {s.depth - 1}"
     if s.compile and s.r1:
         yield "compile", "not with --r1, a gradient of a gradient"
+    # the adapter
+    if s.lora > s.width:
+        yield "lora", f"adapters have a low rank, at most --width {s.width}"
+    if s.lora and s.offload:
+        yield "offload", "with --lora little learns: there is nothing to keep elsewhere"
     # many processes
     parts = f" in {s.accumulate} parts" if s.accumulate > 1 else ""
     for name in ("batch",) if s.teacher else ("batch", "teacher_batch"):

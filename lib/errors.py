@@ -58,6 +58,11 @@ def reason(error, most=100):
     return (str(error) or type(error).__name__).splitlines()[0][:most]
 
 
+def some(names, most=3):
+    """The first of the names, as text."""
+    return ", ".join([*names[:most], "…"] if len(names) > most else names)
+
+
 def pass_on(error, path):
     """Raises an error of reading a file again where it tells nothing of the file's content, so that
     a sound file is not called damaged: no permission, a failing disk, no memory."""

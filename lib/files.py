@@ -140,6 +140,14 @@ def save(value, path):
         file.write(MARK + summed.digest.hexdigest().encode())
 
 
+def checksum(path):
+    """The checksum at the end of a file of `save`; of another file, nothing."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - len(MARK) - 64))
+        end = file.read()
+    return end.removeprefix(MARK).decode() if end.startswith(MARK) else ""
+
+
 def differs(path):
     """Whether a file of `save` is not what was written: read from end to end, and not kept. One
     without a checksum (torch.save's own) can't differ."""

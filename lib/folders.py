@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from lib.archive import Files
 from lib.captions import class_attributes, word_attributes
-from lib.errors import DataError, clean, plural
+from lib.errors import DataError, clean, plural, some
 from lib.images import SUFFIXES, decode
 
 # Folders that programs put beside a person's pictures, and that are no classes.
@@ -98,11 +98,6 @@ def find_captions(files):
     parts = merged_parts(captions, classes)
     print(clean(f"{files.path}: {what}{parts}{rest}", 2000), file=sys.stderr)
     return captions, classes
-
-
-def some(names, most=3):
-    """The first of the names, as text."""
-    return ", ".join([*names[:most], "…"] if len(names) > most else names)
 
 
 def listed(left_out):

@@ -21,8 +21,7 @@ from lib.states import Saver, forget_states, load_state, newest_state
 
 def progress(name, total, initial=0):
     """A progress bar, where standard error is a terminal."""
-    hidden = not sys.stderr.isatty()
-    return tqdm(total=total, initial=initial, desc=name, disable=hidden, dynamic_ncols=True)
+    return tqdm(total=total, initial=initial, desc=name, disable=None, dynamic_ncols=True)
 
 
 # Windows has no SIGHUP, which comes when a terminal closes or a connection ends.
@@ -84,8 +83,8 @@ class Watch:
 
 
 class Loop:
-    """Iterate over it for the steps of a stage, from where a cut run goes on; call `log` and then
-    `checkpoint` in each.
+    """Iterate over it for the steps of a stage, from where a cut run goes on, and call `log` in
+    each.
 
     networks {name: module} and optimizers are all that the stage changes; batch: images of an
     update. signs: see lib/health.py; shown: the numbers of the progress bar."""
@@ -95,12 +94,11 @@ class Loop:
         self.networks, self.optimizers, self.signs, self.shown = networks, optimizers, signs, shown
         self.saver = Saver(run.out, stage, run.device, run.divided)
         self.step = self.skipped = self.in_a_row = 0
-        self.earlier = 0.0  # seconds that earlier processes worked at the stage
         self.found, self.updates = [], []  # numbers of this update; of those since the last line
         if state := newest_state(run.out, stage):
             folder, facts = state
             load_state(folder, networks, optimizers)
-            self.step, self.earlier = facts["step"], facts["seconds"]
+            self.step, run.earlier = facts["step"], facts["seconds"]
             self.skipped, self.in_a_row = facts["skipped"], facts["in_a_row"]
             print(f"{stage}: going on from update {self.step} of {total}", flush=True)
         self.first = self.step
@@ -113,6 +111,7 @@ class Loop:
         with progress(self.stage, self.total, self.step) as self.bar:
             while self.step < self.total:
                 yield self.step
+                self.checkpoint()
                 self.step += 1
                 self.bar.update()
 
@@ -240,7 +239,7 @@ class Loop:
     def save(self, wait=False):
         self.run.log.sync()
         self.saved = time.perf_counter()
-        seconds = self.earlier + self.saved - self.start
+        seconds = self.run.earlier + self.saved - self.start
         facts = dict(stage=self.stage, step=self.step + 1, seconds=seconds)
         facts |= dict(skipped=self.skipped, in_a_row=self.in_a_row)
         self.saver.save(self.step + 1, self.networks, self.optimizers, facts, wait)

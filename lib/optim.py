@@ -11,7 +11,8 @@ from lib.parallel import average, full_tensor
 def make_optimizers(model, lr, muon_lr, beta1, eps=1e-8):
     """[AdamW], or with muon_lr [AdamW, Muon], where Muon has the matrices of the blocks."""
     matrices, rest = [], []
-    for name, parameter in model.named_parameters():
+    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for name, parameter in learning:
         inner = muon_lr and parameter.ndim == 2 and "blocks" in name
         (matrices if inner else rest).append(parameter)
     fused = rest[0].device.type not in ("meta", "mps")
@@ -84,4 +85,6 @@ def split(batch, n):
 def update_ema(ema, model, decay, step):
     """ema ← decay·ema + (1 - decay)·model; the decay starts small, to forget the start."""
     decay = min(decay, (step + 1) / (step + 10))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    pairs = zip(ema.parameters(), model.parameters(), strict=True)
+    averages, values = zip(*[pair for pair in pairs if pair[1].requires_grad], strict=True)
+    torch._foreach_lerp_(averages, values, 1 - decay)

@@ -240,8 +240,3 @@ def fill(network, weights):
     """Loads a state dict of full tensors into a network, sharded or not."""
     own = network.state_dict()
     network.load_state_dict({k: shard_as(v, own.get(k)) for k, v in weights.items()})
-
-
-def fill_optimizer(optimizer, saved):
-    """The same for an optimiser of a network that is not sharded."""
-    optimizer.load_state_dict(saved)

@@ -63,7 +63,7 @@ def refuse_strangers(path):
     try:
         with Image.open(path, formats=("PNG", "GIF")) as old:
             ours = old.info.get("Software") == "LADD" or old.info.get("comment") == b"LADD"
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     except Exception:  # Pillow raises nearly anything on damaged files
         ours = False

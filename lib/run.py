@@ -15,11 +15,21 @@ import torch
 from torch.utils._pytree import tree_map
 
 from lib.errors import UsageError
-from lib.files import read_object, save
+from lib.files import checksum, read_object, save
 from lib.log import Log
 from lib.loop import Loop
+from lib.lora import adapt, build, new_adapter, own_state
 from lib.machine import arithmetic, autocast, deterministic, device_of, facts
-from lib.parallel import barrier, fill, rank, shard, stop_processes, to_rank0, world
+from lib.parallel import (
+    barrier,
+    fill,
+    rank,
+    shard,
+    shard_as,
+    stop_processes,
+    to_rank0,
+    world,
+)
 from lib.settings import bound, check_data, differences, lasting, locked, open_folder
 from lib.states import forget_states, forget_unfinished
 from lib.streams import key_of
@@ -60,10 +70,31 @@ class Run:
 
     def make(self, module, **arguments):
         """A fresh network, its weights drawn from the seed, on its device."""
-        with torch.random.fork_rng(devices=[]):
-            stream = f"weights, {module.__name__}"
-            torch.manual_seed(key_of(self.settings.seed, stream) >> 32)  # of which it reads 32 bits
+        with self.seeded(f"weights, {module.__name__}"):
             return self.place(module(**arguments))
+
+    @contextlib.contextmanager
+    def seeded(self, stream):
+        """What PyTorch draws inside is a function of the seed and the stream."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key_of(self.settings.seed, stream) >> 32)  # of which it reads 32 bits
+            yield
+
+    def adapted(self, network):
+        """Another network with the weights of this one, in the same memory, and with an adapter of
+        its own, drawn from the seed, that learns: --lora."""
+        weights = network.state_dict()
+        with torch.device("meta"):
+            other = type(network)(**network.config).to(next(network.parameters()).dtype)
+            adapt(other, self.settings.lora)
+        if self.divided:
+            other = self.place(other, learns=False)
+        with self.seeded("weights, adapter"):
+            start = new_adapter(other)
+        places = own_state(other)
+        start = {k: shard_as(v.to(self.device), places[k]) for k, v in start.items()}
+        other.load_state_dict(weights | start, assign=True)
+        return other.eval()
 
     def place(self, network, learns=True):
         """The network on its device, or divided among the processes with --shard."""
@@ -85,8 +116,10 @@ class Run:
 
     def save(self, kind, network, step, optimizer=None):
         """Writes KIND.pt: weights, and what is needed to rebuild the network."""
-        weights = dict(network.state_dict())
+        weights = dict(own_state(network))
         checkpoint = dict(format="ladd-1", kind=kind, model=network.config, weights=weights)
+        if lora := getattr(network, "lora", 0):
+            checkpoint |= dict(lora=lora, base=checksum(self.path("teacher")))
         checkpoint |= dict(settings=lasting(self.settings), step=step)
         if optimizer is not None:
             checkpoint["optimizer"] = optimizer.state_dict()
@@ -101,7 +134,7 @@ class Run:
         weights in every pass."""
         dtype = arithmetic(self.device, self.settings.precision) if frozen else torch.float32
         with torch.device("meta" if self.divided else "cpu"):
-            network = module(**checkpoint["model"]).to(dtype)
+            network = build(module, checkpoint).to(dtype)
         network = self.place(network, learns=not frozen)
         fill(network, checkpoint["weights"])
         return network.eval().requires_grad_(False)
@@ -169,6 +202,4 @@ class Run:
 
     def loop(self, *arguments, **options):
         """The steps of a stage, from where a cut run goes on; see Loop."""
-        loop = Loop(self, *arguments, **options)
-        self.earlier = loop.earlier
-        return loop
+        return Loop(self, *arguments, **options)

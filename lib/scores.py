@@ -5,7 +5,6 @@ Alignment is the share of pictures of which every attribute is read right. Fréc
 """
 
 import hashlib
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -66,7 +65,7 @@ def train_judge(judge, draw, steps, precision="auto", batch=128):
     device = next(judge.parameters()).device
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for step in tqdm(range(steps), "judge", leave=False, disable=not sys.stderr.isatty()):
+    for step in tqdm(range(steps), "judge", leave=False, disable=None):
         images, labels = draw(step, batch)
         labels = labels.to(device)
         with autocast(device, precision):
@@ -129,9 +128,8 @@ def precision_recall(real, fake, k=3):
 
     def covered(points, manifold):
         radius = torch.cdist(manifold, manifold).kthvalue(k + 1, dim=1).values
-        return torch.cat(
-            [(torch.cdist(part, manifold) <= radius).any(dim=1) for part in points.split(1000)]
-        )
+        near = (torch.cdist(part, manifold) <= radius for part in points.split(1000))
+        return torch.cat([part.any(dim=1) for part in near])
 
     return covered(fake, real).double().mean().item(), covered(real, fake).double().mean().item()
 
@@ -182,18 +180,16 @@ def score_table(held, labels, judge, candidates, seed, to_uint8):
     reference = torch.cat(first + others)  # first as many of each size as there are samples
     real = score([part.images for part in held], labels, reference, judge)
     rows = [dict(name="real, held out", **real)]
-    total, hidden = len(candidates) * len(labels), not sys.stderr.isatty()
-    with tqdm(total=total, desc="evaluation", leave=False, disable=hidden) as bar:
-        for name, generator, options in candidates:
+    total = len(candidates) * len(labels)
+    with tqdm(total=total, desc="evaluation", leave=False, disable=None) as bar:
+        for name, who, options in candidates:
             start = time.perf_counter()
-            images = generator.sample_parts(
-                parts, seed=seed, stream="evaluation", progress=bar, **options
-            )
-            if not all(x.isfinite().all() for x in images):
+            made = who.sample_parts(parts, seed=seed, stream="evaluation", progress=bar, **options)
+            if not all(x.isfinite().all() for x in made):
                 raise RunError(f"{name}: its samples are not finite; try --precision fp32")
             seconds = (time.perf_counter() - start) / len(labels)
             evaluations = options["steps"] * (2 if options["cfg"] != 1 else 1)
-            row = score([to_uint8(x) for x in images], labels, reference, judge)
+            row = score([to_uint8(x) for x in made], labels, reference, judge)
             rows.append(dict(name=name, **row, evaluations=evaluations, seconds=seconds))
     return rows
 

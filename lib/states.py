@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from lib.errors import CheckpointError, RunError, pass_on, reason
 from lib.files import read, save, sha256
+from lib.lora import own_state
 from lib.parallel import barrier, gather, my_share, rank
 
 KEPT = 2  # states of a stage
@@ -46,10 +47,8 @@ def newest_state(out, stage):
         except CheckpointError as error:
             print(f"{error} Trying the state before it.", file=sys.stderr)
     if folders:
-        raise RunError(
-            f"no state of the {stage} can be read. To begin this stage afresh, delete "
-            + ", ".join(map(str, folders))
-        )
+        told = ", ".join(map(str, folders))
+        raise RunError(f"no state of the {stage} can be read. To begin it afresh, delete {told}")
     return None
 
 
@@ -124,7 +123,7 @@ def tensors_of(networks, optimizers):
     networks: {name: module}, optimizers: a list"""
     tensors = {}
     for name, network in networks.items():
-        for key, tensor in network.state_dict().items():
+        for key, tensor in own_state(network).items():
             tensors[f"{name}/{key}"] = tensor
     for i, optimizer in enumerate(optimizers):
         for j, moments in optimizer.state_dict()["state"].items():

@@ -24,19 +24,7 @@ def rng(seed, stream, number=0):
     return np.random.Generator(np.random.Philox(key=[key_of(seed, stream), number]))
 
 
-def uniform(seed, stream, index, n):
-    """index (B,) -> (B, n) in [0, 1), float64, from (seed, stream, index, column) alone."""
-    with np.errstate(over="ignore"):
-        x = np.asarray(index, np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
-        x = x + np.uint64(key_of(seed, stream))
-        x = x + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x8CB92BA72F3D8DD7)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # splitmix64's finaliser
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x = x ^ (x >> np.uint64(31))
-    return (x >> np.uint64(11)) / float(1 << 53)
-
-
-# Noise: arithmetic of 64 bits without a sign, in int64, which wraps around alike on every device.
+# Arithmetic of 64 bits without a sign, in int64, which wraps around alike on every device.
 
 RULE = "splitmix64"  # names what `normal` draws: files that depend on it have it
 GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # of splitmix64
@@ -53,6 +41,14 @@ def mix(x):
 def as_int64(n):
     """The number whose 64 bits are those of n, 0 ≤ n < 2⁶⁴."""
     return n - (n >> 63 << 64)
+
+
+def uniform(seed, stream, index, n):
+    """index (B,) -> (B, n) in [0, 1), float64, from (seed, stream, index, column) alone."""
+    rows = torch.as_tensor(index, dtype=torch.int64)[:, None]
+    columns = torch.arange(1, n + 1) * as_int64(0x8CB92BA72F3D8DD7)
+    x = mix(rows * GAMMA + as_int64(key_of(seed, stream)) + columns)
+    return (x >> 11 & (1 << 53) - 1).numpy() / float(1 << 53)
 
 
 def normal(seed, stream, rows, shape, device="cpu"):

@@ -49,8 +49,7 @@ def distil(run):
     own = dict(seed=1, kernel=5)
     judge = sample.judge_of(run.dataset, s, run.device, s.data_dir, s.precision, **own)
     judge.requires_grad_(False)
-    student, ema = ladd.start_student(run)
-    student_optimizers = make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
+    student, ema, student_optimizers = ladd.start_student(run)
     widths = [layer.out_channels for layer in judge.body if isinstance(layer, nn.Conv2d)]
     sizes = [s.head_sizes() | dict(width=width, taps=(0,)) for width in widths]
     heads = nn.ModuleList(run.make(Discriminator, **own) for own in sizes)
@@ -88,7 +87,6 @@ def distil(run):
         if learning:
             update_ema(ema, student, s.student_ema, step - s.heads_warmup)
         loop.log(**dict(zip(("grad_norm_heads", "grad_norm"), norms, strict=False)))
-        loop.checkpoint()
     run.save("student", ema, s.iterations)
     loop.finish()
 

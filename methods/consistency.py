@@ -15,7 +15,7 @@ import torch
 import ladd
 from ladd import draw_batch
 from lib.machine import moved
-from lib.optim import make_optimizers, step_all, update_ema
+from lib.optim import step_all, update_ema
 from lib.parallel import leave, my_share
 from lib.streams import rng
 from sample import add_noise, euler_times, guided_velocity, per_sample, predict_x0
@@ -37,9 +37,8 @@ def consistency_loss(student, ema, velocity, b, t, t_next):
 def distil(run):
     s = run.settings
     times = euler_times(LEVELS, s.shift).to(run.device)
-    student, ema = ladd.start_student(run)
-    optimizers = make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
     teacher, uncond = ladd.load(run, "teacher", frozen=True), run.text([""])
+    student, ema, optimizers = ladd.start_student(run, teacher)
     samples = ladd.distillation_samples(run)
     networks = dict(student=student, ema=ema)
     loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers)
@@ -58,7 +57,6 @@ def distil(run):
         (norm,) = step_all((optimizers, student, s.clip, rate))
         update_ema(ema, student, s.student_ema, step)
         loop.log(loss=loss, grad_norm=norm)
-        loop.checkpoint()
     run.save("student", ema, s.iterations)
     loop.finish()
 

@@ -43,10 +43,9 @@ def matching_loss(x0_hat, gradient):
 
 def distil(run):
     s = run.settings
-    student, ema = ladd.start_student(run)
-    optimizers = make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
     teacher, uncond = ladd.load(run, "teacher", frozen=True), run.text([""])
-    fake_score = ladd.load(run, "teacher").requires_grad_(True)
+    student, ema, optimizers = ladd.start_student(run, teacher)
+    fake_score = ladd.start_as_teacher(run, teacher)
     score_optimizers = make_optimizers(fake_score, s.student_lr, 0.0, s.beta1, s.adam_eps)
     samples = ladd.distillation_samples(run)
     networks = dict(student=student, ema=ema, score=fake_score)
@@ -75,7 +74,6 @@ def distil(run):
         )
         update_ema(ema, student, s.student_ema, step)
         loop.log(loss=loss, grad_norm=norm, loss_score=loss_score, grad_norm_score=norm_score)
-        loop.checkpoint()
     run.save("student", ema, s.iterations)
     loop.finish()
 

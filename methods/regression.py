@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import ladd
 from ladd import draw_batch, student_predict
-from lib.optim import make_optimizers, step_all, update_ema
+from lib.optim import step_all, update_ema
 from lib.parallel import leave
 
 UNITS = 3  # forwards of the network, an update: student 1 + 2
@@ -22,8 +22,7 @@ UNITS = 3  # forwards of the network, an update: student 1 + 2
 
 def distil(run):
     s = run.settings
-    student, ema = ladd.start_student(run)
-    optimizers = make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
+    student, ema, optimizers = ladd.start_student(run)
     samples = ladd.distillation_samples(run)
     networks = dict(student=student, ema=ema)
     loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers)
@@ -37,7 +36,6 @@ def distil(run):
         (norm,) = step_all((optimizers, student, s.clip, rate))
         update_ema(ema, student, s.student_ema, step)
         loop.log(loss=loss, grad_norm=norm)
-        loop.checkpoint()
     run.save("student", ema, s.iterations)
     loop.finish()
 

@@ -148,8 +148,7 @@ class Shards(Buckets):
             raise DataError(f"--data {s.data}: {few}.")
         if not self.channels and needs_images:
             raise DataError(
-                f"--data {s.data}: has no images, prompts alone: that takes --teacher, "
-                "and --targets synthetic."
+                f"--data {s.data}: has prompts alone: that takes --teacher and --targets synthetic."
             )
 
     def open(self, i):

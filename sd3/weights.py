@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from lib.checkpoints import check_weights
-from lib.errors import CheckpointError, UsageError, pass_on, reason
+from lib.errors import CheckpointError, UsageError, pass_on, reason, some
 from lib.files import read, read_object, replacing
 from lib.kinds import kind_of
+from lib.lora import adapter_of, merged
 from mmdit import MMDiT
 
 PREFIX = "model.diffusion_model."  # of the network's tensors inside released single files
@@ -145,16 +146,10 @@ def meta_sd3(shapes, heads=None):
         surplus=[f"{k!r:.90}" for k in shapes if k not in both],
         misshapen=[f"{k} {shapes[k]} for {wanted[k]}" for k in both if wanted[k] != shapes[k]],
     )
-    told = [listed(kind, sorted(names)) for kind, names in wrong.items() if names]
+    told = [f"{len(k)} {kind}: {some(sorted(k), 12)}" for kind, k in wrong.items() if k]
     if told:
         raise CheckpointError(f"not an SD3 checkpoint: {'; '.join(told)}")
     return model
-
-
-def listed(kind, names, most=12):
-    """How many there are of a kind, and the first of them."""
-    more = ", …" if len(names) > most else ""
-    return f"{len(names)} {kind}: {', '.join(names[:most])}{more}"
 
 
 def from_sd3(state_dict):
@@ -184,6 +179,25 @@ def from_diffusers(tensors):
     return {name: [parts[i] for i in sorted(parts)] for name, parts in found.items()}
 
 
+def to_diffusers(adapter):
+    """Our {name: tensor} of an adapter as diffusers' pipelines load it. Where one layer of ours is
+    several of theirs (q, k, v), each of them has all of A and its own rows of B."""
+    places, found = {ours: theirs.split() for theirs, ours in DIFFUSERS.items()}, {}
+    for name, B in adapter.items():
+        layer, kind = name.rsplit(".", 1)
+        if kind != "lora_B":
+            continue
+        A = adapter[f"{layer}.lora_A"]
+        _, block, layer = layer.split(".", 2)
+        parts = B.chunk(len(places[layer]))
+        if "adaLN" in layer and len(B) == 2 * A.shape[1]:  # theirs is (scale, shift)
+            parts = [torch.cat(B.chunk(2)[::-1])]
+        for theirs, part in zip(places[layer], parts, strict=True):
+            full = f"transformer.transformer_blocks.{block}.{theirs}"
+            found |= {f"{full}.lora_A.weight": A.clone(), f"{full}.lora_B.weight": part.clone()}
+    return found
+
+
 def folder_within(path):
     """Where a folder's weights are: in a whole SD3 folder its transformer/, in one of the hub's
     cache its snapshot, else in itself."""
@@ -209,8 +223,8 @@ def files_of(path):
             return alike or whole[:1], heads
     others = sorted(path.glob("*.safetensors"))
     if len(others) > 1:
-        few = ", ".join(file.name for file in others[:3])
-        raise ValueError(f"several networks may be in it ({few} …); give one of these files")
+        few = some([file.name for file in others])
+        raise ValueError(f"several networks may be in it ({few}); give one of these files")
     if not others:
         raise ValueError(
             "a folder without weights: neither a run's teacher.pt, nor SD3's transformer/, nor "
@@ -275,7 +289,13 @@ def released_checkpoint(path, settings):
 
 
 def write_sd3(path, weights, heads, dtype):
-    """Writes {official name: tensor} as safetensors, whole or not at all.
+    """Writes {official name: tensor} as the released files have them."""
+    named = {PREFIX + name: weights[name] for name in weights}
+    write_tensors(path, named, dtype, heads=str(heads))
+
+
+def write_tensors(path, weights, dtype, **notes):
+    """Writes {name: tensor} as safetensors, with notes, whole or not at all.
 
     `dtype` is a key of DTYPES. ValueError if a number is not finite in it."""
     try:
@@ -290,19 +310,27 @@ def write_sd3(path, weights, heads, dtype):
             wider = weights[name].isfinite().all()
             advice = f"that {dtype} can't; choose a wider type" if wider else "that are not finite"
             raise ValueError(f"{name} holds numbers {advice}")
-        tensors[PREFIX + name] = tensor
+        tensors[name] = tensor
     with replacing(path) as file:
         try:
-            save_file(tensors, file.name, metadata={"format": "pt", "heads": str(heads)})
+            save_file(tensors, file.name, metadata=notes | {"format": "pt"})
         except SafetensorError as error:  # a full disk
             raise OSError(f"{path}: {error}") from None
 
 
-def export(checkpoint, out, dtype="bf16"):
-    """Writes a checkpoint of ours for other programs, under the released files' names."""
+def export(checkpoint, out, dtype="bf16", merge=False):
+    """Writes a checkpoint of ours for other programs, under the released files' names; an adapter,
+    if not merged with its network's weights, under diffusers' names."""
     if Path(out).exists():
         raise UsageError(f"--export {out}: exists; choose another name")
     if Path(out).suffix != ".safetensors":
         raise UsageError(f"--export {out}: is written as .safetensors; let it end so")
-    write_sd3(out, checkpoint["weights"], checkpoint["model"]["heads"], EXPORTS[dtype])
-    print(f"{checkpoint['kind']}, {dtype}: {out}")
+    kind = checkpoint["kind"]
+    if checkpoint.get("lora") and not merge:
+        kind += "'s adapter"
+        adapter = to_diffusers(adapter_of(checkpoint["weights"]))
+        write_tensors(out, adapter, EXPORTS[dtype])
+    else:
+        weights = merged(checkpoint)["weights"]
+        write_sd3(out, weights, checkpoint["model"]["heads"], EXPORTS[dtype])
+    print(f"{kind}, {dtype}: {out}")

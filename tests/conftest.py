@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import signal
 import struct
 import tarfile
 import zipfile
@@ -26,6 +27,11 @@ import sample
 from lib.loop import Loop
 from lib.run import Run
 from mmdit import MMDiT
+
+# nohup and "&" have signals ignored, in all programs that the tests start, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 SMALL = "--size 12 --width 16 --depth 3 --heads 2 --text-dim 10 --head-width 8 --judge-width 8 "
 SMALL += "--precision fp32 --device cpu "

@@ -21,7 +21,6 @@ DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 NOW = [path for path in DOCUMENTS if path.name != "log.md"]  # which tells what was, not what is
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 TORCHRUN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"}
-GONE = {"--conditional", "--shared-pass", "--student-depth", "--student-init"}  # with an ablation
 PROGRAMS = [
     "ladd", "ladd --sweep=a", "ladd --dry-run", "sample", "sample --evaluate", "sd3.encode",
     "tools.architecture", "tools.benchmark", "tools.pictures", "tools.trajectory",
@@ -46,16 +45,7 @@ def test_every_flag_that_the_documents_name_exists(flags):
     for path in NOW:
         text = re.sub("```diff.*?```", "", path.read_text("utf-8"), flags=re.S)
         named = set(FLAG.findall(text))
-        if path.name == "ablations.md":
-            named -= GONE
         assert named <= flags, (path.name, named - flags)
-
-
-def test_a_flag_that_is_gone_is_said_to_be_where_its_ablation_is(flags):
-    text = (ROOT / "docs" / "ablations.md").read_text("utf-8")
-    for flag in GONE:
-        assert flag not in flags
-        assert f"The flag `{flag}` was removed after this ablation; at commit 3816901" in text
 
 
 def slug(heading):

@@ -22,8 +22,9 @@ MAY["tools"] = MAY["ladd"] | {"ladd", "tools"}
 # What it may import besides, in the moment that it is needed. A star stands for a computed name.
 LATER = {
     "data": {"sd3.shards"},
-    "sample": {"sd3.encoders", "sd3.weights", "tools.score"},
+    "sample": {"tools.*"},
     "ladd": {"tools.train", "tools.*"},
+    "tools.draw": {"sd3.encoders", "sd3.weights"},
     "tools.report": {"sd3.weights"},
     "tools.train": {"sd3.weights"},
     "tools.sweep": {"methods.*"},

@@ -101,12 +101,11 @@ class Setting:
         )
 
     def loss_d(self, real, fake, gamma=0.0):
-        return ladd.discriminator_loss(
-            self.heads, real, fake, self.t_hat, self.text.pooled, GRID, gamma
-        )[0]
+        s = SimpleNamespace(patch=2, r1=gamma)
+        return ladd.heads_loss(self.heads, fake, real, self.batch(), s)[0]
 
     def loss_g(self, fake):
-        return ladd.generator_loss(self.heads, fake, self.t_hat, self.text.pooled, GRID)
+        return ladd.student_losses(self.heads, fake, fake, self.batch(), self.settings)[0]
 
 
 class Plain(Setting):
@@ -258,9 +257,7 @@ def test_the_discriminators_loss_is_the_hinge_on_both_kinds():
     s = Setting()
     real, fake = s.real(), s.fake(s.x0.flip(0))
     pooled = s.text.pooled
-    loss, on_real, on_fake = ladd.discriminator_loss(
-        s.heads, real, fake, s.t_hat, pooled, GRID, 0.0
-    )
+    loss, on_real, on_fake = ladd.heads_loss(s.heads, fake, real, s.batch(), s.settings)
     want_real = s.heads(real, s.t_hat, pooled, *GRID)
     want_fake = s.heads(fake, s.t_hat, pooled, *GRID)
     torch.testing.assert_close(on_real.double(), want_real, rtol=1e-5, atol=1e-5)
@@ -329,15 +326,16 @@ def test_a_trainers_update_costs_six_forwards_and_nine_in_parts(train, teacher, 
     """The loop itself, heads taken off; in several parts the fakes pass for each player."""
     flags = f"--heads-warmup 0 --taps 0,1,2 --accumulate {parts} --teacher-batch {parts}"
     cost, forward = update_cost(train, teacher, flags)
-    t, pooled = torch.rand(4), torch.randn(4, 10)
-    heads = Discriminator(width=16, taps=(0, 1, 2), pooled_dim=10, hidden=8)
+    heads, t = Discriminator(width=16, taps=(0, 1, 2), pooled_dim=10, hidden=8), torch.rand(4)
+    b = SimpleNamespace(x0=torch.zeros(4, 3, 12, 12), t_hat=t, paired=t < 1)
+    b.text, s = SimpleNamespace(pooled=torch.randn(4, 10)), SimpleNamespace(patch=2, r1=0.0)
+    s.distill_weight = 0.0
     tokens = [torch.randn(4, 36, 16) for _ in range(3)]
 
     def heads_alone():
-        arguments = (t, pooled, (6, 6))
-        ladd.discriminator_loss(heads, tokens, tokens, *arguments, 0.0)[0].backward()
+        ladd.heads_loss(heads, tokens, tokens, b, s)[0].backward()
         fake = [f.clone().requires_grad_() for f in tokens]
-        ladd.generator_loss(heads, fake, *arguments).backward()
+        ladd.student_losses(heads, fake, tokens, b, s)[0].backward()
 
     # A narrow network spends much in attention, whose backward costs 2 and not 1 for activations:
     # two products of 2·L²·D in three blocks of the teacher, for 4 fakes of L = 36 + 8 tokens.

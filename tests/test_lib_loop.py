@@ -32,7 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def make_loop(out, total=6, watch=None, **options):
     """A loop of a stage that has one network and no optimiser."""
     settings = dict(log_every=1, save_every=99, save_minutes=0) | options
-    run = SimpleNamespace(out=out, device=torch.device("cpu"), divided=False, log=Log(out))
+    run = SimpleNamespace(
+        out=out, device=torch.device("cpu"), divided=False, log=Log(out), earlier=0.0
+    )
     run.watch, run.settings = watch or Watch(0, "test"), SimpleNamespace(**settings)
     return Loop(run, "teacher", total, 4, dict(model=torch.nn.Linear(1, 1)), [])
 
@@ -121,7 +123,6 @@ def test_a_state_is_saved_on_the_first_log_line_from_which_it_is_due(tmp_path, l
     loop = make_loop(tmp_path, total=8, log_every=log, save_every=every)
     for _ in loop:
         loop.log(loss=torch.tensor(1.0))
-        loop.checkpoint()
     assert [int(p.name[-8:]) for p in state_folders(tmp_path, "teacher")] == states
     loop.finish()
     assert not list(tmp_path.glob("*-state-*"))
@@ -133,7 +134,6 @@ def test_states_are_also_saved_by_the_clock(tmp_path, minutes, states):
     loop = make_loop(tmp_path, total=6, log_every=2, save_minutes=minutes)
     for _ in loop:
         loop.log(loss=torch.tensor(1.0))
-        loop.checkpoint()
     assert [int(p.name[-8:]) for p in state_folders(tmp_path, "teacher")] == states
 
 
@@ -145,13 +145,12 @@ def test_a_loop_goes_on_where_its_newest_state_was_and_forgets_later_rows(tmp_pa
     for step in loop:
         norm = torch.tensor(math.nan if step == 1 else 1.0)
         loop.log(loss=torch.tensor(1.0), grad_norm=norm)
-        loop.checkpoint()
         if step == 4:
             break
     again = make_loop(tmp_path)
     assert "teacher: going on from update 4 of 6" in capsys.readouterr().out
     assert again.networks["model"].weight.item() == 7.0
-    assert again.earlier > 0 and again.skipped == 1
+    assert again.run.earlier > 0 and again.skipped == 1
     assert list(numbers(tmp_path)) == [1, 2, 3, 4]
     assert list(again) == [4, 5]
 
@@ -178,7 +177,7 @@ def test_a_signal_ends_a_run_saved_with_the_command_to_go_on(
     rest, and the end is the same bit for bit. The caller's handlers are as they were."""
     monkeypatch.setattr(ladd, "FILE", 3)
     handler = signal.getsignal(number)
-    places = dict(teacher=(ladd, "teacher_loss"), distillation=(ladd, "discriminator_loss"))
+    places = dict(teacher=(ladd, "teacher_loss"), distillation=(ladd, "heads_loss"))
     places |= dict(synthesis=(lib.samples, "save"), report=(sample, "evaluate"))
     module, name = places[stage]
     function, calls = getattr(module, name), itertools.count()
@@ -313,8 +312,8 @@ def contents(launch, monkeypatch, flags, stage):
     ("stage", "name", "value"),
     [
         ("teacher", "teacher_loss", math.inf),
-        ("distillation", "discriminator_loss", math.nan),
-        ("distillation", "generator_loss", math.inf),
+        ("distillation", "heads_loss", math.nan),
+        ("distillation", "student_losses", math.inf),
         ("distillation", "distillation_loss", math.nan),
     ],
 )
@@ -324,7 +323,7 @@ def test_an_update_that_is_not_finite_is_not_applied_but_counted(
     """Who has the bad loss does not move, nor does its optimiser, nor does the student learn from
     heads that could not; the log has the update's number and its names."""
     out = train("run", "", MAKING[: MAKING.index(stage)])
-    of_student = name in ("generator_loss", "distillation_loss")
+    of_student = name in ("student_losses", "distillation_loss")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         poison(patch, name, {2} if of_student else {3}, value)  # the first is of the heads alone
         cut_at(patch, stage, 3)
@@ -339,9 +338,9 @@ def test_an_update_that_is_not_finite_is_not_applied_but_counted(
     assert all(key.startswith(free) for key in moved)
     row = next(row for row in lines(out) if "skipped" in row)
     assert (row["stage"], row["step"], row["skipped"]) == (stage, 3, 1)
-    logged = dict(teacher_loss="loss", discriminator_loss="loss_d", generator_loss="loss_g")
+    logged = dict(teacher_loss="loss", heads_loss="loss_d", student_losses="loss_g")
     assert logged.get(name, "loss_distill") in row["not_finite"]
-    norm = "grad_norm_heads" if name == "discriminator_loss" else "grad_norm"
+    norm = "grad_norm_heads" if name == "heads_loss" else "grad_norm"
     assert norm in row["not_finite"]
     assert not [r for r in updates(out) if (r["stage"], r["step"]) == (stage, 3) and r != row]
     assert launch("run", f"{FEW} --save-every 1 --stage {stage}") == 0

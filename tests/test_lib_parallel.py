@@ -221,8 +221,10 @@ def test_losses_are_those_of_one_process(runs, name):
     one, many = updates(runs / "one"), updates(runs / name)
     assert [(r["stage"], r["step"]) for r in many] == [(r["stage"], r["step"]) for r in one]
     for a, b in zip(one, many, strict=True):
-        for key in {"loss", "loss_d", "loss_g", "grad_norm", "ranked", "d_real"} & a.keys():
+        for key in {"loss", "loss_d", "loss_g", "grad_norm", "d_real"} & a.keys():
             assert abs(a[key] - b[key]) < 1e-5
+        # under the same noise the logits of one of the 8 pairs can be as near as rounding
+        assert abs(a.get("ranked", 0) - b.get("ranked", 0)) <= 1 / 8
 
 
 @pytest.mark.parametrize(("cut", "whole"), [("two-cut", "two"), ("two-parts", "two-parts-whole")])

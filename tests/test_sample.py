@@ -663,7 +663,7 @@ def test_ctrl_c_is_one_line_and_status_130(tmp_path, monkeypatch, capsys):
     def interrupted(*_, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample.Generator, "sample", interrupted)
+    monkeypatch.setattr(sample.Generator, "batches", interrupted)
     assert cpu(made, "--prompt", "x", "--out", tmp_path / "a.png") == 130
     assert capsys.readouterr().err == "sample.py: interrupted\n"
     assert not (tmp_path / "a.png").exists()

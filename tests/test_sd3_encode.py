@@ -410,7 +410,7 @@ def test_features_of_another_width_are_refused(sd3, prompts, tmp_path):
         dataset.check(network(pooled_dim=0), 1, False)
     with pytest.raises(DataError, match="40 prompts are fewer than the 41 processes"):
         dataset.check(network(), 41, False)
-    with pytest.raises(DataError, match="no images, prompts alone"):
+    with pytest.raises(DataError, match="has prompts alone"):
         dataset.check(network(), 1, True)
 
 

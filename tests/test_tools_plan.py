@@ -51,7 +51,7 @@ def measured(words, out, monkeypatch):
     return s, peak_bytes(lambda: ladd.distil(run))
 
 
-@pytest.mark.parametrize("words", ["", "--taps 0,1,2,3 --batch 16"])
+@pytest.mark.parametrize("words", ["", "--taps 0,1,2,3 --batch 16", "--lora 8"])
 def test_the_plan_of_memory_agrees_with_real_updates(words, tmp_path, monkeypatch):
     """nano in float32: weights, gradients, optimiser and what is kept for backward, within 10 %."""
     s, real = measured(f"--precision fp32 {words}", tmp_path, monkeypatch)
@@ -75,6 +75,19 @@ def test_the_plan_counts_the_state_of_every_weight():
     assert share["tables"] == 3 * 4 * 32 * 32**2
 
 
+def test_the_plan_with_adapters_counts_the_base_once():
+    """bf16: 2 bytes of the teacher's weights for all; 20 of an adapter's, and of the heads' 16."""
+    words = f"{SHORT} --batch 1 --precision bf16 --lora 64"
+    p, whole = plan_of(words), plan_of(words.replace("64", "0"))
+    A, K, share = p["parameters"]["student"], p["parameters"]["heads"], p["share"]
+    T = whole["parameters"]["student"]
+    assert p["parameters"]["teacher"] == whole["parameters"]["teacher"] == T and A < T / 20
+    assert sum(share.values()) - share["tables"] == 2 * T + 20 * A + 16 * K
+    assert share["tables"] == whole["share"]["tables"] / 5
+    saved = whole["ways"][False]["forwards"] - p["ways"][False]["forwards"]
+    assert 0.8 < saved < 1  # the gradients of W; those of A and B, of rank 64, are there
+
+
 # A run of nano by one process of two, which keeps the most bytes that it held in `distil`.
 MEASURE = """
 import sys
@@ -93,11 +106,12 @@ sys.exit(ladd.main(sys.argv[1:], distil=measured))
 """
 
 
-def test_the_plan_of_memory_agrees_with_two_processes(tmp_path):
+@pytest.mark.parametrize("more", ["", " --lora 8"])
+def test_the_plan_of_memory_agrees_with_two_processes(more, tmp_path):
     """nano, divided in two: what either process holds at the most, within 10 %."""
     words = "--iterations 2 --heads-warmup 0 --synthetic 64 --device cpu --precision fp32 --shard"
     words += " --muon-lr 0 --teacher-iterations 1 --teacher-batch 2 --synthetic-steps 1"
-    words += " --sample-every 1000"
+    words += " --sample-every 1000" + more
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = f"{free.getsockname()[1]}"
     env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)

@@ -41,17 +41,16 @@ def explain(s, watch, given):
     run = Run(s, dataset, data.text_features(dataset, s.text_dim, s.text_length), watch)
     taught = run.path("teacher").exists()
     teacher = ladd.load(run, "teacher") if taught else run.make(MMDiT, **s.model())
-    student = copy.deepcopy(teacher).requires_grad_(True)
+    student = run.adapted(teacher) if s.lora else copy.deepcopy(teacher).requires_grad_(True)
     heads, _ = ladd.start_heads(run)
     networks = dict(student=student, teacher=teacher.requires_grad_(False), heads=heads)
     images = ladd.Samples(run.dataset, run.text.ids(run.dataset.captions), None)
     step = s.heads_warmup + s.warmup_iterations  # the first that is like most
     b = ladd.draw_batch(run, images, step, s.heads_warmup)
-    condition = b.t_hat, b.text.pooled, ladd.grid_of(b, s)
     with run.autocast():
         x0_hat = ladd.student_predict(student, b.x0, b.text, b.t, b.noise)
         fake, real = ladd.features_of_both(student, teacher, b, s)
-        loss_d, on_real, on_fake = ladd.discriminator_loss(heads, real, fake, *condition, s.r1)
+        loss_d, on_real, on_fake = ladd.heads_loss(heads, fake, real, b, s)
         loss_g, distill = ladd.student_losses(heads, fake, real, b, s)
 
     print(f"{'quantity':12}{'shape':18}{'from':>8}{'to':>8}{'mean':>8}  what it is")
@@ -61,11 +60,8 @@ def explain(s, watch, given):
     show("t", b.t, f"the student's noise levels, of {s.levels}")
     show("x_t", add_noise(b.x0, b.noise, b.t), "1  what the student sees: (1 - t)·x_0 + t·ε")
     show("x̂_0", x0_hat, "2  what it makes of it: x_t - t·v")
-    show(
-        "t̂",
-        b.t_hat,
-        f"3  the level of the re-noising, logit-normal({s.t_hat_mean:g}, {s.t_hat_std})",
-    )
+    law = f"logit-normal({s.t_hat_mean:g}, {s.t_hat_std})"
+    show("t̂", b.t_hat, f"3  the level of the re-noising, {law}")
     show("x̂_t̂", add_noise(x0_hat, b.noise_hat, b.t_hat), "   what the frozen teacher sees")
     for block, f, r in zip(s.tapped, fake, real, strict=True):
         show(f"f, block {block}", f, "4  image tokens of the fakes after this block")

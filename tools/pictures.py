@@ -12,9 +12,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import ladd
-from discriminator import Discriminator
 from lib.errors import Parser, UsageError, exit_status
-from mmdit import MMDiT
+from tools.plan import meta_networks, random_batch
 
 NUMBERS = {"loss_d": (2.0, "chance"), "ranked": (0.5, "chance"), "diversity": (0.7, "too alike")}
 
@@ -25,10 +24,8 @@ def subplots(rows):
         from matplotlib.figure import Figure
     except ImportError:
         raise UsageError("matplotlib is missing: pip install matplotlib") from None
-    size = (8, 1.1 + 1.8 * rows)
-    return Figure(figsize=size, layout="constrained").subplots(rows, sharex=True, squeeze=False)[
-        :, 0
-    ]
+    figure = Figure(figsize=(8, 1.1 + 1.8 * rows), layout="constrained")
+    return figure.subplots(rows, sharex=True, squeeze=False)[:, 0]
 
 
 def draw_levels():
@@ -59,24 +56,20 @@ def flops(function, *arguments):
 def pass_table():
     """The passes of an update of nano, in forwards of its whole network, as a Markdown table."""
     s = ladd.Settings().scaled()
-    with torch.device("meta"):  # tensors without data: what is computed is only counted
-        student, teacher = MMDiT(**s.model()), MMDiT(**s.model()).requires_grad_(False)
-        heads, t = Discriminator(**s.head_sizes()), torch.zeros(s.batch)
-        x0, noise = torch.zeros(2, s.batch, s.channels, *s.size)
-        text = torch.zeros(s.batch, s.text_length, s.text_dim), torch.zeros(s.batch, s.text_dim)
-    at_t_hat = text, t, noise, s.tapped
-    x0_hat = x0.clone().requires_grad_()
-    real = ladd.teacher_features(teacher, x0, *at_t_hat)
+    student, teacher, heads, _ = meta_networks(s)  # what is computed is only counted
+    b = random_batch(s, s.batch, "meta")
+    at_t, at_t_hat = (b.text, b.t, b.noise), (b.text, b.t_hat, b.noise_hat, s.tapped)
+    x0_hat = b.x0.clone().requires_grad_()
+    real = ladd.teacher_features(teacher, b.x0, *at_t_hat)
     fake = [f.clone().requires_grad_() for f in real]
-    told = t, text[1], [side // s.patch for side in s.size]
     passes = [
-        ("student on x_t | student | learn", ladd.student_predict, student, x0, text, t, noise),
+        ("student on x_t | student | learn", ladd.student_predict, student, b.x0, *at_t),
         ("teacher on fakes | student | frozen", ladd.teacher_features, teacher, x0_hat, *at_t_hat),
-        ("teacher on reals | nobody | frozen", ladd.teacher_features, teacher, x0, *at_t_hat),
-        ("heads, for L_D | heads | learn", ladd.discriminator_loss, heads, real, fake, *told, s.r1),
-        ("heads, for L_G | student | held", ladd.generator_loss, heads, fake, *told),
+        ("teacher on reals | nobody | frozen", ladd.teacher_features, teacher, b.x0, *at_t_hat),
+        ("heads, for L_D | heads | learn", ladd.heads_loss, heads, fake, real, b, s),
+        ("heads, for L_G | student | held", ladd.student_losses, heads, fake, real, b, s),
     ]
-    whole, _ = flops(teacher, x0, t, *text)
+    whole, _ = flops(teacher, b.x0, b.t, *b.text)
     costs = {name: flops(*words) / whole for name, *words in passes}
     costs["all | |"] = sum(costs.values())
     lines = ["| pass | gradient to | its weights | forward | backward |", "|---|---|---|---|---|"]

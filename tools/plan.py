@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ladd
 from discriminator import Discriminator
 from lib.errors import Parser, UserError, exit_status
+from lib.lora import adapt
 from lib.memory import in_bytes, kept_by
 from mmdit import MMDiT
 
@@ -26,6 +27,8 @@ def meta_networks(s):
     dtype = torch.float32 if s.precision == "fp32" else torch.bfloat16
     with torch.device("meta"):
         student, teacher = MMDiT(**s.model()), MMDiT(**s.model()).requires_grad_(False)
+        if s.lora:
+            adapt(student, s.lora)
         return student, teacher, Discriminator(**s.head_sizes()), dtype
 
 
@@ -74,28 +77,36 @@ def meta_iteration(s, n, checkpointing):
     return most, forward.get_total_flops(), flops.get_total_flops()
 
 
+def numbers_of(network, frozen=False):
+    """How many weights of a network learn; frozen: or not."""
+    return sum(p.numel() for p in network.parameters() if frozen or p.requires_grad)
+
+
 def plan(s, gpus=1, tflops=989.0, utilisation=0.4):
     """What so many GPUs need for LADD: bytes of one GPU, FLOPs of all, seconds of an update.
 
     tflops: 10¹² FLOPs a second of one GPU, of which the share `utilisation` is reached. What learns
     is float32, as are gradients (there all the time, as when they are accumulated), AdamW's two
-    moments and the average; the teacher is as the arithmetic. FSDP's buffers are not counted."""
-    student, _, heads, dtype = meta_networks(s)
-    P, K = (sum(p.numel() for p in network.parameters()) for network in (student, heads))
-    block = max(sum(p.numel() for p in b.parameters()) for b in student.joint_blocks)
+    moments and the average; the teacher is as the arithmetic. With --lora the student has only its
+    adapter, and the teacher's weights. FSDP's buffers are not counted."""
+    student, teacher, heads, dtype = meta_networks(s)
+    P, T, K = numbers_of(student), numbers_of(teacher, frozen=True), numbers_of(heads)
+    block = max(numbers_of(b, frozen=True) for b in student.joint_blocks)
+    learning = max(map(numbers_of, student.joint_blocks))
     width, images = dtype.itemsize, math.ceil(s.batch / gpus)
     parts = max(1, gpus // s.replicas) if s.shard else 1  # that all but the heads is divided into
     each = dict(weights=4, gradients=4, optimiser=8)  # bytes, of a weight that learns
     share = {name: n * (P / parts + K) for name, n in each.items()}
-    share["weights"] += (4 + width) * P / parts  # the average and the teacher
-    share["tables"] = tables = (4 + 4 + width) * student.pos_embed.numel()
-    gather = block * (2 * width + 4)  # two blocks, and the gradients of one in float32
+    share["weights"] += (4 * P + width * T) / parts  # the average and the teacher
+    copies = width if s.lora else 4 + 4 + width
+    share["tables"] = tables = copies * student.pos_embed.numel()
+    gather = 2 * width * block + 4 * learning  # two blocks, and the gradients of one in float32
     share["gathered"] = gather if parts > 1 else 0
     # The student is gathered twice and its gradients reduced in float32, the teacher is gathered
     # for fakes, for reals and for the way back; with --accumulate both once more for the fakes.
     # Traffic and arithmetic overlap.
     gathers = 7 if s.accumulate > 1 else 5
-    traffic = P * (gathers * width + 4) * (1 - 1 / parts) * s.accumulate
+    traffic = (gathers * width * T + 4 * P) * (1 - 1 / parts) * s.accumulate
     rows = gpus // parts  # that hold the same, and have gradients to exchange
     traffic += 8 * P / parts * (1 - 1 / rows)
     ways, part = {}, math.ceil(images / s.accumulate)
@@ -107,10 +118,10 @@ def plan(s, gpus=1, tflops=989.0, utilisation=0.4):
         ways[again] = way | dict(hours=seconds * s.iterations / 3600)
     one_image = tables + gather + 16 * K + ways[True]["activations"] / part
     room = {gb: 0.9e9 * gb - one_image for gb in (80, 141)}  # a tenth for what is not counted
-    smallest = {gb: math.ceil((20 + width) * P / r) for gb, r in room.items() if r > 0}
+    smallest = {gb: math.ceil((20 * P + width * T) / r) for gb, r in room.items() if r > 0}
     text = s.text_length * s.text_dim + (s.pooled_dim or s.text_dim) if s.is_latent else 0
     disk = s.synthetic * 2 * (s.channels * s.positions + text)
-    result = dict(parameters=dict(student=P, teacher=P, heads=K), images=images, share=share)
+    result = dict(parameters=dict(student=P, teacher=T, heads=K), images=images, share=share)
     return result | dict(ways=ways, smallest=smallest, traffic=traffic, disk=disk)
 
 

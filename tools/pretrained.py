@@ -6,6 +6,7 @@ Weights are rounded to bf16, and the heads lose their optimiser's moments, so th
 small. Then the table of scores is made again, of what the folder holds.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import ladd
 import sample
 from lib.errors import Parser, UsageError, UserError, exit_status
 from lib.files import read_object, save, write_json
+from lib.lora import merged
 from lib.report import fingerprints, read_metrics
 from tools import score
 
@@ -24,10 +26,9 @@ PROMPT = "a large red circle on a plain blue background"
 
 def rounded(path, kinds):
     """A checkpoint as it is published, as a dict."""
-    checkpoint = sample.read_checkpoint(path, kinds)
-    weights = {
-        k: w.bfloat16() if w.is_floating_point() else w for k, w in checkpoint["weights"].items()
-    }
+    checkpoint = merged(sample.read_checkpoint(path, kinds))
+    exact = checkpoint["weights"].items()
+    weights = {k: w.bfloat16() if w.is_floating_point() else w for k, w in exact}
     checkpoint.pop("optimizer", None)
     settings = vars(checkpoint["settings"])
     for name in ("out", "data_dir", "source"):  # paths of the machine, in an older version's
@@ -64,6 +65,8 @@ def publish(run, out, data_dir="data"):
     for kind in ("teacher", "student", "heads"):
         save(rounded(run / f"{kind}.pt", [kind]), out / f"{kind}.pt")
     write_json(read_object(run / "config.json"), out / "config.json")
+    if (run / "words.txt").exists():
+        shutil.copy(run / "words.txt", out)
     known = known_numbers(out, data_dir)
     write_json(metrics | dict(checkpoints=fingerprints(out), known=known), out / "metrics.json")
 

@@ -21,7 +21,7 @@ def report(run):
     if s.is_latent:
         from sd3.weights import export  # its packages are optional
 
-        out = run.out / "student.safetensors"
+        out = run.out / ("lora.safetensors" if s.lora else "student.safetensors")
         if not out.exists():
             export(sample.read_checkpoint(run.path("student")), out)
         command = f"`python sample.py {run.out} --decode SD3_DIR --prompt TEXT`"

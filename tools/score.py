@@ -22,6 +22,7 @@ from lib.errors import (
 from lib.files import read_object, write_json
 from lib.report import accuracy_line, fingerprints, markdown_table, read_metrics
 from lib.scores import held_out, judge_accuracy
+from tools.draw import data_of
 
 MOST = dict(evaluation=10**6, judge_steps=10**6, judge_width=1024)  # of a stranger's settings
 
@@ -69,7 +70,7 @@ def score(args):
     asked |= dict(teacher_steps=args.steps, cfg=args.cfg)
     other = {k: value for k, value in asked.items() if value is not None and value != s[k]}
     vars(teacher.settings).update(other)
-    dataset, config = sample.data_of(student, args), folder / "config.json"
+    dataset, config = data_of(student, args), folder / "config.json"
     made_from = read_object(config).get("dataset") if config.exists() else None
     if made_from == dataset.name:  # which may lie elsewhere now
         other.pop("data", None)

@@ -19,6 +19,7 @@ from lib.checks import check_for_method
 from lib.errors import NotFetched, RunError, Stop, UsageError, UserError, exit_status
 from lib.files import link, save, write_text
 from lib.loop import Watch
+from lib.lora import merged
 from lib.machine import check_compiler, device_of, keep_memory
 from lib.parallel import barrier, broadcast, processes, rank, world
 from lib.pictures import refuse_strangers
@@ -32,7 +33,7 @@ from tools import report
 def given_teacher(s):
     """The checkpoint of --teacher, ours or released, if its network is that of the settings."""
     if is_ours(Path(s.teacher)):
-        checkpoint = sample.read_checkpoint(s.teacher)
+        checkpoint = merged(sample.read_checkpoint(s.teacher))
         checkpoint["settings"] = vars(checkpoint["settings"])  # as they are saved
     else:
         from sd3.weights import released_checkpoint
