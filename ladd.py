@@ -637,9 +637,9 @@ def given_heads(s):
 TOOLS = "Also: --explain, --dry-run and --sweep, which are tools/explain.py, plan.py and sweep.py."
 
 
-def parse(argv, program="ladd.py"):
-    """The command line -> Settings, and whether --data was given."""
-    s, given = parse_settings(Settings, PRESETS, argv, program, __doc__.splitlines()[0], TOOLS)
+def parse(argv, program="ladd.py", kind=Settings):
+    """The command line -> settings of that kind, and whether --data was given."""
+    s, given = parse_settings(kind, PRESETS, argv, program, __doc__.splitlines()[0], TOOLS)
     method = "" if program == "ladd.py" else "-" + program.split(".")[-1]
     out = f"runs/{s.preset}{method}"
     if s.data != PRESETS[s.preset].get("data", "shapes"):
@@ -647,14 +647,15 @@ def parse(argv, program="ladd.py"):
     return dataclasses.replace(s, out=s.out or out).scaled(), "data" in given
 
 
-def main(argv=None, distil=distil, method="ladd"):
-    """The program, which is tools/train.py; a method of methods/ brings its own stage `distil`."""
+def main(argv=None, distil=distil, method="ladd", kind=Settings):
+    """The program, which is tools/train.py; a method of methods/ brings its own stage `distil`, and
+    with `kind` settings of its own, a dataclass that adds to Settings."""
     argv = sys.argv[1:] if argv is None else argv
     flags = {"--explain": "explain", "--dry-run": "plan", "--sweep": "sweep"}
     tools = [tool for flag, tool in flags.items() if any(w.split("=")[0] == flag for w in argv)]
     if tools:
         return importlib.import_module(f"tools.{tools[0]}").main(argv)
-    return importlib.import_module("tools.train").main(argv, distil, method)
+    return importlib.import_module("tools.train").main(argv, distil, method, kind)
 
 
 if __name__ == "__main__":

@@ -48,11 +48,11 @@ class Member(NamedTuple):
 
 
 def method_of(name):
-    """A method's stage of distillation, and its forwards of the network in an update."""
+    """A method's stage of distillation, its forwards of the network in an update, its settings."""
     if name == "ladd":
-        return ladd.distil, UNITS
+        return ladd.distil, UNITS, ladd.Settings
     module = importlib.import_module(f"methods.{name}")
-    return module.distil, module.UNITS
+    return module.distil, module.UNITS, getattr(module, "Settings", ladd.Settings)
 
 
 def parse(argv, program):
@@ -86,12 +86,13 @@ def members_of(args, words):
     for values in map(dict, itertools.product(*axes)):
         settings = dict(values)
         method, units = settings.pop("method", "ladd"), settings.pop("units", args.units)
+        _, cost, kind = method_of(method)
         if units and "iterations" in settings:
             raise UsageError("--sweep iterations: --units decides them")
         if units:
-            settings["iterations"] = round(int(units) / method_of(method)[1])
+            settings["iterations"] = round(int(units) / cost)
         own = [*words, *map(word_of, settings.items())]
-        runs = {int(seed): ladd.parse([*own, f"--seed={seed}"])[0] for seed in seeds}
+        runs = {int(seed): ladd.parse([*own, f"--seed={seed}"], kind=kind)[0] for seed in seeds}
         for s in runs.values():
             check_for_method(s, method)
         members.append(Member(values, method, runs))
@@ -127,7 +128,7 @@ def word_of(item):
 
 def base_of(s):
     """The settings of the preset alone."""
-    return ladd.Settings(**ladd.PRESETS[s.preset]).scaled()
+    return type(s)(**ladd.PRESETS[s.preset]).scaled()
 
 
 def name_of(s, method="ladd"):
@@ -150,6 +151,7 @@ def samples_for(s, seed, out, watch):
     """The run with the teacher and the samples that a student learns from: those stages are run
     where no other student has needed them yet, with this seed for all."""
     names = [field.name for field in dataclasses.fields(ladd.Settings)]
+    s = ladd.Settings(**{name: getattr(s, name) for name in names})  # without a method's own
     base, source = base_of(s), ""
     for stage, later in (("teacher", "synthetic"), ("synthesis", "iterations")):
         unread = {name: getattr(base, name) for name in names[names.index(later) :]}
@@ -168,7 +170,7 @@ def student(member, seed, teacher_seed, out, watch):
     if not read_metrics(folder):
         source = samples_for(s, teacher_seed, out, watch).out
         own = dict(stage="distillation", out=str(folder), source=str(source))
-        distil, _ = method_of(member.method)
+        distil, *_ = method_of(member.method)
         run = train(dataclasses.replace(s, **own), watch, distil, member.method)
         watch.patient = False  # scoring saves nothing on its way
         watch.check()

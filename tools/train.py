@@ -131,7 +131,7 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
     text = data.text_features(dataset, s.text_dim, s.text_length)
     if text is not dataset:  # which brings features of its own
         note = " ".join(filter(None, [note, unread_words(dataset.captions, s.text_length)])) or None
-    base = ladd.Settings(**ladd.PRESETS[s.preset]).scaled()
+    base = type(s)(**ladd.PRESETS[s.preset]).scaled()
     run = Run(s, dataset, text, watch, method, base)
     taken = {}
     if rank() == 0:  # all that can be refused is refused before the folder is the run's
@@ -175,9 +175,12 @@ def run_program(argv, program, parse, work):
     return 0
 
 
-def main(argv, distil=ladd.distil, method="ladd"):
+def main(argv, distil=ladd.distil, method="ladd", kind=ladd.Settings):
     """The command line of ladd.py and of methods/."""
     program = "ladd.py" if method == "ladd" else f"-m methods.{method}"
     return run_program(
-        argv, program, ladd.parse, lambda s, watch, given: train(s, watch, distil, method, given)
+        argv,
+        program,
+        lambda argv, program: ladd.parse(argv, program, kind),
+        lambda s, watch, given: train(s, watch, distil, method, given),
     )
