@@ -1,0 +1,209 @@
+"""DPO-LoRA: an adapter of the teacher learns preferences, for the teacher and for its student.
+
+Diffusion-DPO is arXiv 2311.12908; the paper of LADD (2403.12015) has it in low-rank adapters. One
+update of the adapter:
+
+    1  w, l     = two samples of one caption, of which w is the better
+    2  w_t, l_t = both noised to the same level t, with the same noise ε
+    3  e(x)     = mean‖v(x_t, t, c) - (ε - x)‖²       e_θ with the adapter, e_ref without
+    4  Δ        = (e_θ(w) - e_θ(l)) - (e_ref(w) - e_ref(l))
+    5  L        = -log σ(-½·β·Δ)
+
+The papers': these lines, then LADD from the tuned teacher, then the same adapter once more, on the
+student. Ours: t as the teacher was trained; that the samples are the teacher's own, ranked by a
+classifier which is not the judge that scores; all numbers.
+
+    python -m methods.dpo --preset nano --from runs/nano
+    python -m methods.dpo --preset nano --from runs/nano --pairs FOLDER      your own preferences
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import ladd
+import sample
+from lib.errors import UsageError
+from lib.machine import moved
+from lib.optim import learning_rate, make_optimizers, step_all, update_ema
+from lib.pairs import LIST, best_and_worst, read_list, read_pairs, rewards, tensors_of, write_pairs
+from lib.parallel import barrier, leave, my_share, rank
+from lib.run import Run
+from lib.settings import setting
+from lib.states import forget_states
+from lib.streams import normal, rng
+from mmdit import MMDiT
+from sample import add_noise, logit_normal
+
+UNITS = 6  # forwards of the network, an update of LADD; what the adapter costs comes on top
+PAIR_INDEX = 3 << 35  # from here on captions are drawn whose samples are ranked
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(ladd.Settings):
+    lora: int = setting(16, "rank of the adapter that learns preferences", low=1)
+    pairs: str = setting("", "a folder of your pairs; its pairs.jsonl names winners and losers")
+    candidates: int = setting(4, "samples of a caption; the best and the worst are a pair", low=2)
+    tie: float = setting(0.5, "pairs whose rewards differ by no more are left out", low=0)
+    beta: float = setting(230.0, "β: the smaller, the farther the adapter may go", above=0)
+    tuning_iterations: int = setting(600, "updates of the adapter, of --batch pairs", low=1)
+    tuning_lr: float = setting(2e-4, "AdamW, the adapter", above=0)
+    adapter_scale: float = setting(1.0, "times which the student gets the adapter again")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.pairs:
+            read_list(self.pairs)  # what is wrong with it is said before anything is made
+
+    def scaled(self):
+        n = max(1, round(self.tuning_iterations * self.steps_scale))
+        own = dict(tuning_iterations=2, tie=0.0) if self.smoke else dict(tuning_iterations=n)
+        return dataclasses.replace(super().scaled(), **own)
+
+
+def errors(network, winner, loser, text, t, noise):
+    """Lines 2 and 3, of winners and losers in one forward. -> e(w), e(l), (B,) each"""
+    x0, noise, t = torch.cat([winner, loser]), torch.cat([noise, noise]), torch.cat([t, t])
+    text = [torch.cat([features, features]) for features in text]
+    v, _ = network(add_noise(x0, noise, t), t, *text)
+    return (v.float() - (noise - x0)).square().mean((1, 2, 3)).chunk(2)
+
+
+def difference(network, reference, *pairs):
+    """Line 4; a pair is ranked right where it is negative. -> Δ (B,)"""
+    e_winner, e_loser = errors(network, *pairs)
+    with torch.no_grad():
+        ref_winner, ref_loser = errors(reference, *pairs)
+    return (e_winner - e_loser) - (ref_winner - ref_loser)
+
+
+def preference_loss(delta, beta):
+    """Line 5. Δ (B,) -> scalar"""
+    return -F.logsigmoid(-0.5 * beta * delta).mean()
+
+
+def make_pairs(run):
+    """Line 1: the teacher's samples of every caption are ranked. -> pairs as in lib/pairs.py"""
+    s, dataset, pairs = run.settings, run.dataset, []
+    if not dataset.attributes:
+        raise UsageError("these captions ask nothing that samples are ranked by; give --pairs")
+    judge = sample.judge_of(
+        dataset, s, run.device, s.data_dir, s.precision, seed=1, kernel=5
+    )  # not the one that scores
+    shares = data.shares(dataset, max(2, s.synthetic // s.candidates))
+    rows = [bucket.batch(np.arange(n) + PAIR_INDEX)[1] for bucket, n in shares]
+    rows = [caption.repeat_interleave(s.candidates) for caption in rows]
+    texts = [[dataset.captions[i] for i in caption] for caption in rows]
+    parts = [(own, bucket.size) for own, (bucket, _) in zip(texts, shares, strict=True)]
+    options = dict(seed=s.seed, stream="pairs", steps=s.synthetic_steps, cfg=s.synthetic_cfg)
+    made = ladd.generator(run, "teacher").sample_parts(parts, **options)
+    for x0, caption, own in zip(made, rows, texts, strict=True):
+        images = data.to_uint8(x0)
+        reward = rewards(judge, images, dataset.labels[caption])
+        found = best_and_worst(images, reward, s.candidates, s.tie)
+        pairs += [(pair, own[i]) for pair, i in found]
+    if len(pairs) < 2:
+        raise UsageError(f"--tie {s.tie:g}: leaves {len(pairs)} pairs of {s.synthetic} samples")
+    return pairs
+
+
+def take_pairs(run):
+    """The pairs, kept in the run's folder: those to learn from, and a tenth that is held out."""
+    s, folder = run.settings, run.out / "pairs"
+    if rank() == 0 and not (folder / LIST).exists():
+        run.watch.patient = False  # there is nothing to save on the way
+        write_pairs(read_pairs(s.pairs, s.sizes) if s.pairs else make_pairs(run), folder)
+        run.watch.patient = True
+    barrier()
+    pairs, samples = read_pairs(folder, s.sizes), []
+    for part in ([pair for i, pair in enumerate(pairs) if i % 10], pairs[::10]):
+        parts, captions = tensors_of(part)  # a pair is an image of twice the channels
+        sets = [data.ImageSet("pairs", own, seed=s.seed, flip=False) for own in parts]
+        samples.append(ladd.Samples(data.Buckets(sets), run.text.ids(captions), None))
+    return samples
+
+
+def draw_pairs(run, samples, step, drop=0.0):
+    """What an update starts from, drawn from (seed, step) alone; this process's share of it.
+
+    drop: share of captions left out, so that the adapter learns both halves of guidance.
+    -> winner, loser, text, t, noise"""
+    s, random = run.settings, rng(run.settings.seed, "tuning", step)
+    bucket = data.draw_bucket(samples.dataset, s.seed, "tuning", step)
+    index = my_share(np.arange(step * s.batch, (step + 1) * s.batch))
+    images, caption = bucket.batch(index)
+    kept = torch.from_numpy(my_share(random.random(s.batch)) >= drop)
+    text = run.text.features(samples.words[caption] * kept[:, None])
+    winner, loser = data.to_float(moved(images, run.device)).chunk(2, dim=1)
+    mean = s.t_mean + s.logit_shift(winner.shape[2:])
+    t = moved(my_share(logit_normal(s.batch, mean, s.t_std, random)), run.device)
+    noise = normal(s.seed, "tuning, noise", index, winner.shape[1:], run.device)
+    return winner, loser, text, t, noise
+
+
+def tune(run, samples):
+    """The teacher learns the preferences: adapter.pt."""
+    s = run.settings
+    teacher = ladd.load(run, "teacher", frozen=True)
+    tuned, ema = run.adapted(teacher), run.adapted(teacher).requires_grad_(False)
+    tuned.checkpointing = s.checkpointing
+    optimizers = make_optimizers(tuned, s.tuning_lr, 0.0, 0.9, s.adam_eps)
+    networks = dict(tuned=tuned, ema=ema)
+    loop = run.loop("tuning", s.tuning_iterations, s.batch, networks, optimizers)
+    for step in loop:
+        with run.autocast():
+            delta = difference(tuned, teacher, *draw_pairs(run, samples, step, s.drop))
+        loss = preference_loss(delta, s.beta)
+        loss.backward()
+        rate = learning_rate(step, loop.total, 0.3)
+        (norm,) = step_all((optimizers, tuned, s.clip, rate))
+        update_ema(ema, tuned, s.student_ema, step)
+        loop.log(loss=loss, ranked=(delta < 0).float().mean(), grad_norm=norm)
+    run.save("adapter", ema, loop.total)
+    loop.finish()
+
+
+@torch.no_grad()
+def share_ranked_right(run, network, samples):
+    """Of pairs, at 16 batches of levels and noise, by a network against the run's teacher."""
+    teacher = ladd.load(run, "teacher")
+    found = [difference(network, teacher, *draw_pairs(run, samples, step)) for step in range(16)]
+    return (torch.cat(found) < 0).float().mean().item()
+
+
+def distil(run):
+    s = run.settings
+    learned, held_out = take_pairs(run)
+    if not run.path("adapter").exists():
+        tune(run, learned)
+    forget_states(run.out, "tuning")
+    own = {field.name: getattr(s, field.name) for field in dataclasses.fields(ladd.Settings)}
+    own |= dict(lora=0, out=str(run.out / "tuned"), source="", stage="all")
+    inner = Run(ladd.Settings(**own), run.dataset, run.text, run.watch)  # of a folder of its own
+
+    def with_adapter(folder, teacher, scale):
+        checkpoint = sample.read_network(folder, teacher, run.path("adapter"), scale)
+        return run.load(checkpoint, MMDiT)
+
+    with inner.opened(None):
+        if not inner.path("teacher").exists():
+            inner.save("teacher", with_adapter(run.out, True, 1.0), s.tuning_iterations)
+        barrier()
+        if not inner.path("student").exists():
+            ladd.synthesise(inner)
+            barrier()
+            ladd.distil(inner)
+        barrier()
+        tuned, student = ladd.load(inner, "teacher"), ladd.load(inner, "student")
+    again = with_adapter(inner.out, False, s.adapter_scale)
+    networks = {"tuned teacher": tuned, "LADD student": student, "with the adapter again": again}
+    shares = {name: share_ranked_right(run, x, held_out) for name, x in networks.items()}
+    run.log.write(ranked_right=shares)
+    run.save("student", again, s.iterations)
+
+
+if __name__ == "__main__":
+    leave(ladd.main(distil=distil, method="dpo", kind=Settings))
