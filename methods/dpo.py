@@ -17,6 +17,7 @@ classifier which is not the judge that scores; all numbers.
     python -m methods.dpo --preset nano --from runs/nano --pairs FOLDER      your own preferences
 """
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -27,16 +28,14 @@ import data
 import ladd
 import sample
 from lib.errors import UsageError
-from lib.machine import moved
 from lib.optim import learning_rate, make_optimizers, step_all, update_ema
 from lib.pairs import LIST, best_and_worst, read_list, read_pairs, rewards, tensors_of, write_pairs
-from lib.parallel import barrier, leave, my_share, rank
+from lib.parallel import barrier, leave, rank
 from lib.run import Run
 from lib.settings import setting
 from lib.states import forget_states
-from lib.streams import normal, rng
 from mmdit import MMDiT
-from sample import add_noise, logit_normal
+from sample import add_noise
 
 UNITS = 6  # forwards of the network, an update of LADD; what the adapter costs comes on top
 PAIR_INDEX = 3 << 35  # from here on captions are drawn whose samples are ranked
@@ -53,12 +52,9 @@ class Settings(ladd.Settings):
     tuning_lr: float = setting(5e-4, "AdamW, the adapter", above=0)
     adapter_scale: float = setting(1.0, "times which the student gets the adapter again")
 
-    def __post_init__(self):
-        super().__post_init__()
+    def scaled(self):
         if self.pairs:
             read_list(self.pairs)  # what is wrong with it is said before anything is made
-
-    def scaled(self):
         n = max(1, round(self.tuning_iterations * self.steps_scale))
         own = dict(tuning_iterations=2, tie=0.0) if self.smoke else dict(tuning_iterations=n)
         return dataclasses.replace(super().scaled(), **own)
@@ -86,67 +82,58 @@ def preference_loss(delta, beta):
 
 
 def make_pairs(run):
-    """Line 1: the teacher's samples of every caption are ranked. -> pairs as in lib/pairs.py"""
+    """Line 1: samples by the teacher, ranked. -> pairs as lib/pairs.py has them"""
     s, dataset, pairs = run.settings, run.dataset, []
     if not dataset.attributes:
-        raise UsageError("these captions ask nothing that samples are ranked by; give --pairs")
-    judge = sample.judge_of(
-        dataset, s, run.device, s.data_dir, s.precision, seed=1, kernel=5
-    )  # not the one that scores
-    shares = data.shares(dataset, max(2, s.synthetic // s.candidates))
-    rows = [bucket.batch(np.arange(n) + PAIR_INDEX)[1] for bucket, n in shares]
-    rows = [caption.repeat_interleave(s.candidates) for caption in rows]
-    texts = [[dataset.captions[i] for i in caption] for caption in rows]
-    parts = [(own, bucket.size) for own, (bucket, _) in zip(texts, shares, strict=True)]
-    options = dict(seed=s.seed, stream="pairs", steps=s.synthetic_steps, cfg=s.synthetic_cfg)
-    made = ladd.generator(run, "teacher").sample_parts(parts, **options)
-    for x0, caption, own in zip(made, rows, texts, strict=True):
-        images = data.to_uint8(x0)
+        raise UsageError("--pairs: is needed, as these captions ask nothing to rank samples by")
+    own = dict(seed=1, kernel=5)  # not the judge that scores
+    judge = sample.judge_of(dataset, s, run.device, s.data_dir, s.precision, **own)
+    teacher = ladd.generator(run, "teacher")
+    options = dict(seed=s.seed, steps=s.synthetic_steps, cfg=s.synthetic_cfg)
+    for bucket, n in data.shares(dataset, max(2, s.synthetic // s.candidates)):
+        _, caption = bucket.batch(np.arange(n) + PAIR_INDEX)
+        caption = caption.repeat_interleave(s.candidates)
+        texts, stream = [dataset.captions[i] for i in caption], f"pairs of {bucket.size}"
+        images = data.to_uint8(teacher.sample(texts, size=bucket.size, stream=stream, **options))
         reward = rewards(judge, images, dataset.labels[caption])
         found = best_and_worst(images, reward, s.candidates, s.tie)
-        pairs += [(pair, own[i]) for pair, i in found]
+        pairs += [(pair, texts[i]) for pair, i in found]
     if len(pairs) < 2:
         raise UsageError(f"--tie {s.tie:g}: leaves {len(pairs)} pairs of {s.synthetic} samples")
     return pairs
 
 
 def take_pairs(run):
-    """The pairs, kept in the run's folder: those to learn from, and a tenth that is held out."""
+    """The pairs, kept in the run's folder. -> those to learn from, a tenth that is held out"""
     s, folder = run.settings, run.out / "pairs"
     if rank() == 0 and not (folder / LIST).exists():
         run.watch.patient = False  # there is nothing to save on the way
         write_pairs(read_pairs(s.pairs, s.sizes) if s.pairs else make_pairs(run), folder)
         run.watch.patient = True
     barrier()
-    pairs, samples = read_pairs(folder, s.sizes), []
-    for part in ([pair for i, pair in enumerate(pairs) if i % 10], pairs[::10]):
-        parts, captions = tensors_of(part)  # a pair is an image of twice the channels
-        sets = [data.ImageSet("pairs", own, seed=s.seed, flip=False) for own in parts]
-        samples.append(ladd.Samples(data.Buckets(sets), run.text.ids(captions), None))
-    return samples
+    pairs = read_pairs(folder, s.sizes)
+    return [pair for i, pair in enumerate(pairs) if i % 10], pairs[::10]
 
 
-def draw_pairs(run, samples, step, drop=0.0):
-    """What an update starts from, drawn from (seed, step) alone; this process's share of it.
+def batches(run, pairs):
+    """A function step -> winner, loser, text, t, noise: what an update starts from, drawn as the
+    teacher's batches are, of images that are the winner over the loser."""
+    s, other, (parts, captions) = run.settings, copy.copy(run), tensors_of(pairs)
+    options = dict(captions=captions, seed=s.seed, flip=False)
+    sets = [data.ImageSet("pairs", own, **options) for own in parts]
+    other.settings = dataclasses.replace(s, teacher_batch=s.batch)
+    other.dataset, words = data.Buckets(sets), run.text.ids(captions)
 
-    drop: share of captions left out, so that the adapter learns both halves of guidance.
-    -> winner, loser, text, t, noise"""
-    s, random = run.settings, rng(run.settings.seed, "tuning", step)
-    bucket = data.draw_bucket(samples.dataset, s.seed, "tuning", step)
-    index = my_share(np.arange(step * s.batch, (step + 1) * s.batch))
-    images, caption = bucket.batch(index)
-    kept = torch.from_numpy(my_share(random.random(s.batch)) >= drop)
-    text = run.text.features(samples.words[caption] * kept[:, None])
-    winner, loser = data.to_float(moved(images, run.device)).chunk(2, dim=1)
-    mean = s.t_mean + s.logit_shift(winner.shape[2:])
-    t = moved(my_share(logit_normal(s.batch, mean, s.t_std, random)), run.device)
-    noise = normal(s.seed, "tuning, noise", index, winner.shape[1:], run.device)
-    return winner, loser, text, t, noise
+    def draw(step):
+        images, text, t, noise = ladd.draw_teacher_batch(other, step, words)
+        return *images.chunk(2, dim=1), text, t, noise.chunk(2, dim=1)[0]
+
+    return draw
 
 
-def tune(run, samples):
+def tune(run, pairs):
     """The teacher learns the preferences: adapter.pt."""
-    s = run.settings
+    s, draw = run.settings, batches(run, pairs)
     teacher = ladd.load(run, "teacher", frozen=True)
     tuned, ema = run.adapted(teacher), run.adapted(teacher).requires_grad_(False)
     tuned.checkpointing = s.checkpointing
@@ -155,7 +142,7 @@ def tune(run, samples):
     loop = run.loop("tuning", s.tuning_iterations, s.batch, networks, optimizers)
     for step in loop:
         with run.autocast():
-            delta = difference(tuned, teacher, *draw_pairs(run, samples, step, s.drop))
+            delta = difference(tuned, teacher, *draw(step))
         loss = preference_loss(delta, s.beta)
         loss.backward()
         rate = learning_rate(step, loop.total, 0.3)
@@ -167,10 +154,10 @@ def tune(run, samples):
 
 
 @torch.no_grad()
-def share_ranked_right(run, network, samples):
-    """Of pairs, at 16 batches of levels and noise, by a network against the run's teacher."""
-    teacher = ladd.load(run, "teacher")
-    found = [difference(network, teacher, *draw_pairs(run, samples, step)) for step in range(16)]
+def share_ranked_right(run, network, pairs):
+    """By a network against the run's teacher, of 16 batches."""
+    teacher, draw = ladd.load(run, "teacher"), batches(run, pairs)
+    found = [difference(network, teacher, *draw(step)) for step in range(16)]
     return (torch.cat(found) < 0).float().mean().item()
 
 
