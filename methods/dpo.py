@@ -180,7 +180,8 @@ def distil(run):
             inner.save("teacher", with_adapter(run.out, True, 1.0), s.tuning_iterations)
         barrier()
         if not inner.path("student").exists():
-            ladd.synthesise(inner)
+            if s.targets == "synthetic":
+                ladd.synthesise(inner)
             barrier()
             ladd.distil(inner)
         barrier()
