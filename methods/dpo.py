@@ -52,12 +52,15 @@ class Settings(ladd.Settings):
     tuning_lr: float = setting(5e-4, "AdamW, the adapter", above=0)
     adapter_scale: float = setting(1.0, "times which the student gets the adapter again")
 
-    def scaled(self):
+    def __post_init__(self):
+        super().__post_init__()
         if self.pairs:
             read_list(self.pairs)  # what is wrong with it is said before anything is made
-        n = max(1, round(self.tuning_iterations * self.steps_scale))
-        own = dict(tuning_iterations=2, tie=0.0) if self.smoke else dict(tuning_iterations=n)
-        return dataclasses.replace(super().scaled(), **own)
+
+    @property
+    def tuning(self):
+        """The updates of the adapter, with --smoke and --steps-scale worked in."""
+        return 2 if self.smoke else max(1, round(self.tuning_iterations * self.steps_scale))
 
 
 def errors(network, winner, loser, text, t, noise):
@@ -96,7 +99,7 @@ def make_pairs(run):
         texts, stream = [dataset.captions[i] for i in caption], f"pairs of {bucket.size}"
         images = data.to_uint8(teacher.sample(texts, size=bucket.size, stream=stream, **options))
         reward = rewards(judge, images, dataset.labels[caption])
-        found = best_and_worst(images, reward, s.candidates, s.tie)
+        found = best_and_worst(images, reward, s.candidates, 0 if s.smoke else s.tie)
         pairs += [(pair, texts[i]) for pair, i in found]
     if len(pairs) < 2:
         raise UsageError(f"--tie {s.tie:g}: leaves {len(pairs)} pairs of {s.synthetic} samples")
@@ -139,7 +142,7 @@ def tune(run, pairs):
     tuned.checkpointing = s.checkpointing
     optimizers = make_optimizers(tuned, s.tuning_lr, 0.0, 0.9, s.adam_eps)
     networks = dict(tuned=tuned, ema=ema)
-    loop = run.loop("tuning", s.tuning_iterations, s.batch, networks, optimizers)
+    loop = run.loop("tuning", s.tuning, s.batch, networks, optimizers)
     for step in loop:
         with run.autocast():
             delta = difference(tuned, teacher, *draw(step))
@@ -177,7 +180,7 @@ def distil(run):
 
     with inner.opened(None):
         if not inner.path("teacher").exists():
-            inner.save("teacher", with_adapter(run.out, True, 1.0), s.tuning_iterations)
+            inner.save("teacher", with_adapter(run.out, True, 1.0), s.tuning)
         barrier()
         if not inner.path("student").exists():
             if s.targets == "synthetic":

@@ -17,6 +17,8 @@ from lib.pairs import best_and_worst, read_pairs, rewards, tensors_of, write_pai
 from lib.run import Run
 from lib.scores import Judge
 from methods import dpo
+from tools import sweep
+from tools.command import settings_of
 
 HOW = dict(distil=dpo.distil, method="dpo", kind=dpo.Settings)
 BOTH = "--judge-steps 5 --evaluation 8 --save-every 2"
@@ -25,7 +27,7 @@ CUTS = ["tuning", "distillation"]
 
 
 def run_of(words):
-    s, _ = ladd.parse([*FEW.split(), *OWN.split(), *map(str, words)], kind=dpo.Settings)
+    s, _ = settings_of([*FEW.split(), *OWN.split(), *map(str, words)], kind=dpo.Settings)
     dataset = data.load(s.data, s.sizes, seed=s.seed)
     return Run(s, dataset, data.text_features(dataset, s.text_dim, s.text_length), watch=None)
 
@@ -258,3 +260,9 @@ def test_a_users_pairs_train_without_a_judge_and_are_kept(train, monkeypatch, wh
     winner, loser = kept[0][0].chunk(2)
     assert np.unique(winner[0]) == [1] and np.unique(loser[0]) == [2]
     assert (out / "student.pt").exists()
+
+
+def test_a_smoke_and_a_scale_shorten_the_tuning_and_a_sweep_knows_the_method():
+    assert dpo.Settings(smoke=True).tuning == 2
+    assert dpo.Settings(tuning_iterations=200, steps_scale=0.1).tuning == 20
+    assert sweep.method_of("dpo") == (dpo.distil, dpo.UNITS, dpo.Settings)
