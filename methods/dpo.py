@@ -48,8 +48,8 @@ class Settings(ladd.Settings):
     candidates: int = setting(4, "samples of a caption; the best and the worst are a pair", low=2)
     tie: float = setting(0.5, "pairs whose rewards differ by no more are left out", low=0)
     beta: float = setting(230.0, "β: the smaller, the farther the adapter may go", above=0)
-    tuning_iterations: int = setting(600, "updates of the adapter, of --batch pairs", low=1)
-    tuning_lr: float = setting(5e-4, "AdamW, the adapter", above=0)
+    tuning_iterations: int = setting(200, "updates of the adapter, of --batch pairs", low=1)
+    tuning_lr: float = setting(2e-4, "AdamW, the adapter", above=0)
     adapter_scale: float = setting(1.0, "times which the student gets the adapter again")
 
     def __post_init__(self):
