@@ -34,7 +34,7 @@ from discriminator import Discriminator
 from lib.loop import Loop
 from lib.streams import rng
 from mmdit import MMDiT
-from tools.command import scaled, settings_of
+from tools.command import settings_of
 
 EXACT = dict(rtol=1e-10, atol=1e-12)
 
@@ -367,7 +367,7 @@ def test_the_run_folder_is_named_after_preset_and_data():
 
 def test_the_default_probabilities_are_as_many_as_the_levels():
     for levels in ((1.0,), (1.0, 0.5), (1.0, 0.7, 0.4, 0.2)):
-        p = scaled(ladd.Settings(levels=levels)).level_p
+        p = ladd.Settings(levels=levels).scaled().level_p
         assert len(p) == len(levels) and p[0] == 0.4
         assert p[1:] == pytest.approx([0.6 / max(1, len(levels) - 1)] * (len(levels) - 1))
 

@@ -311,7 +311,7 @@ def test_a_folder_is_bound_to_the_settings_that_change_results():
     """As JSON has them; those that say how to run are free, but precision and deterministic."""
     values = bound(Own(seed=3, out="x", names=("a",)))
     assert values == dict(
-        precision="auto", deterministic=False, seed=3, side=4, decay=0.5, rates=[0.1, 0.2],
+        precision="auto", deterministic=False, smoke=False, seed=3, side=4, decay=0.5, rates=[0.1, 0.2],
         names=["a"], colour="red", mean=None, pair=[1, 2],
     )  # fmt: skip
     assert json.loads(json.dumps(values)) == values

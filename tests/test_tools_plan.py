@@ -38,14 +38,13 @@ def forward_of(p):
 # ---------------------------------------------------------------------------------------------
 
 
-def measured(words, out, monkeypatch):
+def measured(words, out):
     """Two real updates of `distil` -> the most bytes that PyTorch's allocator held at a time."""
     words = f"{words} --iterations 2 --heads-warmup 0 --synthetic 64 --device cpu --out {out}"
     s, _ = settings_of(words.split())
     dataset = data.load("shapes", s.sizes)
     text = data.text_features(dataset, s.text_dim, s.text_length)
     run = Run(s, dataset, text, Watch(0, "test"))
-    monkeypatch.setattr(ladd, "show", lambda *_: None)
     run.save("teacher", run.make(MMDiT, **s.model()), 0)
     samples = dict(x0=randn(64, 3, 16, 16).half(), captions=dataset.captions[:64], seed=2)
     save(samples | dict(index=list(range(64)), noise=RULE), out / "synthetic" / "00000.pt")
@@ -53,15 +52,15 @@ def measured(words, out, monkeypatch):
 
 
 @pytest.mark.parametrize("words", ["", "--taps 0,1,2,3 --batch 16", "--lora 8"])
-def test_the_plan_of_memory_agrees_with_real_updates(words, tmp_path, monkeypatch):
+def test_the_plan_of_memory_agrees_with_real_updates(words, tmp_path):
     """nano in float32: weights, gradients, optimiser and what is kept for backward, within 10 %."""
-    s, real = measured(f"--precision fp32 {words}", tmp_path, monkeypatch)
+    s, real = measured(f"--precision fp32 {words}", tmp_path)
     assert plan(s)["ways"][False]["total"] == pytest.approx(real, rel=0.1)
 
 
-def test_the_plan_with_checkpointing_is_not_below_real_updates(tmp_path, monkeypatch):
+def test_the_plan_with_checkpointing_is_not_below_real_updates(tmp_path):
     """It has the gradients all the time, as accumulation does: up to an eighth too much here."""
-    s, real = measured("--precision fp32 --checkpointing", tmp_path, monkeypatch)
+    s, real = measured("--precision fp32 --checkpointing", tmp_path)
     p = plan(s)
     assert real <= p["ways"][True]["total"] < 1.13 * real
     assert p["ways"][True]["activations"] < p["ways"][False]["activations"] / 3

@@ -33,6 +33,7 @@ from lib.pictures import panels, save_png, stack
 from lib.report import read_metrics, write_metrics
 from lib.settings import bound, command_of, locked
 from tools.command import base_of, settings_of
+from tools.report import pictures_of
 from tools.table import STEPS, sweep_table
 from tools.train import run_program, train
 
@@ -209,7 +210,7 @@ def picture(members, seed, teacher_seed, out, path):
         generator = sample.load_generator(folder, device=s.device, precision=s.precision)
         for n in (n for n in STEPS if n <= len(s.levels)):
             made = generator.sample_parts(parts, seed=seed, stream="pictures", steps=n)
-            titled.append((f"{told(member)}: {plural(n, 'step')}", ladd.pictures_of(made)))
+            titled.append((f"{told(member)}: {plural(n, 'step')}", pictures_of(made)))
         rows.append(panels(titled, 8))
     save_png(stack(rows), path, captions="; ".join(captions))
 

@@ -139,7 +139,7 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
     text = data.text_features(dataset, s.text_dim, s.text_length)
     if text is not dataset:  # which brings features of its own
         note = " ".join(filter(None, [note, unread_words(dataset.captions, s.text_length)])) or None
-    run = Run(s, dataset, text, watch, method, base_of(s))
+    run = Run(s, dataset, text, watch, method, base_of(s), report.show)
     taken = {}
     if rank() == 0:  # all that can be refused is refused before the folder is the run's
         taken = to_take(run) if s.source else {}
