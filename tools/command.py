@@ -19,7 +19,7 @@ def base_of(s):
     return type(s)(**ladd.PRESETS[s.preset]).scaled()
 
 
-def settings_of(argv, program="ladd.py", kind=ladd.Settings):
+def given_settings(argv, program="ladd.py", kind=ladd.Settings):
     """The command line -> settings of that kind, and whether --data was given."""
     about = ladd.__doc__.splitlines()[0]
     s, given = parse_settings(kind, ladd.PRESETS, argv, program, about, EPILOG)

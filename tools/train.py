@@ -28,7 +28,7 @@ from lib.run import Run
 from lib.settings import lasting, refuse
 from mmdit import MMDiT
 from tools import report
-from tools.command import base_of, settings_of
+from tools.command import base_of, given_settings
 
 
 def given_teacher(s):
@@ -188,6 +188,6 @@ def main(argv, distil, method, kind):
     return run_program(
         argv,
         program,
-        lambda argv, program: settings_of(argv, program, kind),
+        lambda argv, program: given_settings(argv, program, kind),
         lambda s, watch, given: train(s, watch, distil, method, given),
     )
