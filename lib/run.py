@@ -7,6 +7,7 @@ finished network, and the states of the stage at work.
 import contextlib
 import copy
 import dataclasses
+import functools
 import sys
 import time
 from pathlib import Path
@@ -44,14 +45,18 @@ def compile_blocks(network):
 
 class Run:
     """settings: a HowToRun with a `seed`; dataset, text: what the stages read; watch: see Watch.
-    method: the name of what is trained; base: the settings that it is named against, a preset's."""
+    method: the name of what is trained; base: the settings that it is named against, a preset's.
+    show: a function run, kind, step, network that draws how far the training has come."""
 
-    def __init__(self, settings, dataset, text, watch, method="ladd", base=None):
+    def __init__(
+        self, settings, dataset, text, watch, method="ladd", base=None, show=lambda *_: None
+    ):
         self.settings, self.dataset, self.watch = settings, dataset, watch
         self.out = Path(settings.out)
         self.device = device_of(settings.device)
         self.text = text.to(self.device)
         self.method, self.base = method, base or settings
+        self.show = functools.partial(show, self)
         self.divided = settings.shard and world() > 1
         self.log = Log(self.out, settings.tensorboard)
         self.notes = []  # lines that the report must repeat

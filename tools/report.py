@@ -1,4 +1,4 @@
-"""Stage 4: the report on a finished run, in scores and in pictures."""
+"""Stage 4: the report on a finished run, in scores and in pictures; and the pictures before it."""
 
 import time
 
@@ -9,9 +9,28 @@ import ladd
 import sample
 from lib.curves import save_curves
 from lib.files import write_text
-from lib.pictures import panels, save_gif, save_png
+from lib.parallel import rank
+from lib.pictures import grid, panels, save_gif, save_png
 from lib.report import write_report
 from lib.scores import held_out, judge_accuracy
+
+
+def pictures_of(parts):
+    return [picture for x0 in parts for picture in data.to_picture(x0)]
+
+
+def show(run, kind, step, model):
+    """Draws curves.png anew; a grid from fixed noise and captions into samples/, if of pixels."""
+    save_curves(run)
+    s = run.settings
+    if s.is_latent:
+        return
+    parts = data.held_out_captions(run.dataset, 32)
+    made = ladd.generator(run, kind, model).sample_parts(parts, seed=s.seed, stream="pictures")
+    path = run.out / "samples" / f"{kind}-{step:06d}.png"
+    if rank() == 0:
+        captions = "; ".join(caption for own, _ in parts for caption in own)
+        save_png(grid(pictures_of(made), 8), path, step=step, captions=captions)
 
 
 def report(run):
@@ -37,7 +56,7 @@ def report(run):
     for title, who, options in sample.compared(teacher, student):
         if title not in ("untrained, 4 steps", "untrained, 2 steps"):
             images = who.sample_parts(parts, seed=s.seed, stream="pictures", **options)
-            titled.append((title, ladd.pictures_of(images)))
+            titled.append((title, pictures_of(images)))
     titled.sort(key=lambda pair: pair[0].startswith("untrained"))  # it stands last
     captions = "; ".join(caption for own, _ in parts for caption in own)
     save_png(panels(titled, 4), run.out / "samples.png", captions=captions)
