@@ -47,10 +47,10 @@ class Run:
     method: the name of what is trained; base: the settings that it is named against, a preset's."""
 
     def __init__(self, settings, dataset, text, watch, method="ladd", base=None):
-        self.settings, self.dataset, self.watch = settings, dataset, watch
+        self.settings, self.watch = settings, watch
         self.out = Path(settings.out)
         self.device = device_of(settings.device)
-        self.text = text.to(self.device)
+        self.dataset, self.text = dataset.to(self.device), text.to(self.device)
         self.method, self.base = method, base or settings
         self.divided = settings.shard and world() > 1
         self.log = Log(self.out, settings.tensorboard)

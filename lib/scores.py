@@ -89,7 +89,7 @@ def get_judge(
     student learns from must be another one than that which scores it."""
     images, labels = draw(0, 64)
     key = hashlib.sha256(repr((attributes, size, steps, width, seed, kernel)).encode())
-    key.update(images.numpy().tobytes() + labels.numpy().tobytes())
+    key.update(images.cpu().numpy().tobytes() + labels.numpy().tobytes())
     path = Path(data_dir) / f"judge-{key.hexdigest()[:16]}.pt"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
