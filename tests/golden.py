@@ -52,12 +52,12 @@ class Encoders:
         rows = torch.stack(rows)
         return rows[:, :144].reshape(-1, 6, 24), rows[:, 144:]
 
-    def tell_cut(self):
-        pass
-
     def encode(self, images):
         small = torch.nn.functional.avg_pool2d(images.float() / 127.5 - 1, 8)
         return torch.cat([small, small[:, :1]], dim=1)
+
+    def tell_cut(self):
+        pass
 
 args = SimpleNamespace(images=sys.argv[2], out=sys.argv[3], shard=8, rank=0, world=1)
 encode(Encoders(), args, [(64, 64)])
