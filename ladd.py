@@ -593,12 +593,15 @@ def pictures_of(parts):
 
 def show(run, kind, step, model):
     """Draws curves.png anew; a grid from fixed noise and captions into samples/, if of pixels."""
+    s, who = run.settings, generator(run, kind, model)
+    if kind == "student" and run.dataset.attributes and not s.is_latent:
+        scores = sample.glance(run.dataset, who, s.data_dir)
+        run.log.write(stage="distillation", step=step, **scores)
     save_curves(run)
-    s = run.settings
     if s.is_latent:
         return
     parts = data.held_out_captions(run.dataset, 32)
-    made = generator(run, kind, model).sample_parts(parts, seed=s.seed, stream="pictures")
+    made = who.sample_parts(parts, seed=s.seed, stream="pictures")
     path = run.out / "samples" / f"{kind}-{step:06d}.png"
     if rank() == 0:
         captions = "; ".join(caption for own, _ in parts for caption in own)

@@ -283,6 +283,15 @@ def evaluate(dataset, judge, teacher, student, count, seed=0):
     return score_table(held, dataset.labels, judge, rows, seed, data.to_uint8)
 
 
+def glance(dataset, student, data_dir):
+    """Alignment and Fréchet distance of a few samples of a student in 1 step: while it learns."""
+    s, count = student.settings, min(250, student.settings.evaluation)
+    judge = judge_of(dataset, s, student.device, data_dir, student.precision)
+    held, rows = held_out(data.shares(dataset, count)), compared(None, student, few=(1,))
+    row = score_table(held, dataset.labels, judge, rows, s.seed, data.to_uint8)[-1]
+    return dict(alignment=row["alignment"], frechet=row["frechet"])
+
+
 def main(argv=None):
     """The command line, which is tools/draw.py, or with --evaluate tools/score.py."""
     argv = sys.argv[1:] if argv is None else argv
