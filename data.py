@@ -413,8 +413,8 @@ def load(name, sizes, *, data_dir="data", seed=0):
         from lib.cifar10 import read_cifar10
         from lib.images import nearest
 
-        train, test, *known = read_cifar10(Path(data_dir), *nearest(sizes, 1, 1))  # are square
-        return ImageSet("cifar10", train, test, *known, seed)
+        found = read_cifar10(Path(data_dir), *nearest(sizes, 1, 1))  # its images are square
+        return ImageSet(*found, seed)
     if not os.path.exists(name):
         raise DataError(f"--data {name}: no such folder or file, and not one of shapes, cifar10.")
     if os.path.exists(os.path.join(name, "shards.json")):
