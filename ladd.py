@@ -421,7 +421,7 @@ def distillation_samples(run):
         return Samples(run.dataset, run.text.ids(run.dataset.captions), None)
     parts, captions, seed = read_samples(run.out / "synthetic", s.channels, s.patch)
     sets = [data.ImageSet("synthetic", part, seed=s.seed, flip=False) for part in parts]
-    return Samples(data.Buckets(sets), run.text.ids(captions), seed)
+    return Samples(data.Buckets(sets).to(run.device), run.text.ids(captions), seed)
 
 
 def draw_levels(settings, n, step, random):

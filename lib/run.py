@@ -51,10 +51,10 @@ class Run:
     def __init__(
         self, settings, dataset, text, watch, method="ladd", base=None, show=lambda *_: None
     ):
-        self.settings, self.dataset, self.watch = settings, dataset, watch
+        self.settings, self.watch = settings, watch
         self.out = Path(settings.out)
         self.device = device_of(settings.device)
-        self.text = text.to(self.device)
+        self.dataset, self.text = dataset.to(self.device), text.to(self.device)
         self.method, self.base = method, base or settings
         self.show = functools.partial(show, self)
         self.divided = settings.shard and world() > 1

@@ -37,7 +37,8 @@ if hasattr(signal, "SIGHUP"):
 SMALL = "--size 12 --width 16 --depth 3 --heads 2 --text-dim 10 --head-width 8 --judge-width 8 "
 SMALL += "--precision fp32 --device cpu "
 FEW = SMALL + "--teacher-iterations 6 --teacher-batch 5 --iterations 6 --batch 4 --synthetic 7 "
-FEW += "--teacher-steps 2 --synthetic-steps 3 --log-every 1 --heads-warmup 1"
+FEW += "--teacher-steps 2 --synthetic-steps 3 --log-every 1 --heads-warmup 1 "
+FEW += "--evaluation 8 --judge-steps 2"
 MAKING = ("teacher", "synthesis", "distillation")
 
 
@@ -112,7 +113,8 @@ def whole(tmp_path_factory, cache):
     """A run that nobody cut."""
     out = tmp_path_factory.mktemp("whole") / "run"
     for stage in MAKING:
-        assert ladd.main([*FEW.split(), "--stage", stage, "--out", str(out)]) == 0
+        where = ["--out", f"{out}", "--data-dir", f"{cache}"]
+        assert ladd.main([*FEW.split(), "--stage", stage, *where]) == 0
     return out
 
 

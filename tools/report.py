@@ -12,7 +12,16 @@ from lib.files import write_text
 from lib.parallel import rank
 from lib.pictures import grid, panels, save_gif, save_png
 from lib.report import write_report
-from lib.scores import held_out, judge_accuracy
+from lib.scores import held_out, judge_accuracy, score_table
+
+
+def glance(dataset, student, data_dir):
+    """Alignment and Fréchet distance of a few samples of a student in 1 step: while it learns."""
+    s, count = student.settings, min(250, student.settings.evaluation)
+    judge = sample.judge_of(dataset, s, student.device, data_dir, student.precision)
+    held, rows = held_out(data.shares(dataset, count)), sample.compared(None, student, few=(1,))
+    row = score_table(held, dataset.labels, judge, rows, s.seed, data.to_uint8)[-1]
+    return dict(alignment=row["alignment"], frechet=row["frechet"])
 
 
 def pictures_of(parts):
@@ -21,12 +30,15 @@ def pictures_of(parts):
 
 def show(run, kind, step, model):
     """Draws curves.png anew; a grid from fixed noise and captions into samples/, if of pixels."""
+    s, who = run.settings, ladd.generator(run, kind, model)
+    if kind == "student" and run.dataset.attributes and not s.is_latent:
+        scores = glance(run.dataset, who, s.data_dir)
+        run.log.write(stage="distillation", step=step, **scores)
     save_curves(run)
-    s = run.settings
     if s.is_latent:
         return
     parts = data.held_out_captions(run.dataset, 32)
-    made = ladd.generator(run, kind, model).sample_parts(parts, seed=s.seed, stream="pictures")
+    made = who.sample_parts(parts, seed=s.seed, stream="pictures")
     path = run.out / "samples" / f"{kind}-{step:06d}.png"
     if rank() == 0:
         captions = "; ".join(caption for own, _ in parts for caption in own)

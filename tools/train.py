@@ -16,7 +16,7 @@ import sample
 from lib.captions import known_words, unread_words
 from lib.checkpoints import is_ours, not_finite, same_network
 from lib.checks import check_for_method
-from lib.errors import NotFetched, RunError, Stop, UsageError, UserError, exit_status
+from lib.errors import ENDS, NotFetched, Stop, UsageError, UserError, exit_status
 from lib.files import link, save, write_text
 from lib.loop import Watch
 from lib.lora import merged
@@ -175,7 +175,7 @@ def run_program(argv, program, parse, work):
             told = f"{program}: stopped, and saved what is done. To go on:"
             print(f"{told}\n    {again}", file=sys.stderr)
         return stop.args[0]
-    except (UserError, RunError, OSError) as error:
+    except ENDS as error:
         if rank() > 0 and isinstance(error, UserError):
             return 2  # rank 0 says it
         return exit_status(program, error)
