@@ -161,7 +161,7 @@ def compared(teacher, student):
         steps, cfg = teacher.settings.teacher_steps, teacher.settings.cfg
         rows.append((f"teacher, {steps} steps, CFG {cfg:g}", teacher, dict(steps=steps, cfg=cfg)))
     for name, generator in (("untrained", teacher), ("student", student)):
-        for steps in (4, 2, 1):
+        for steps in (8, 4, 2, 1):
             if generator is not None and steps <= len(levels):
                 options = dict(steps=steps, cfg=1.0, sampler="renoise")
                 rows.append((f"{name}, {plural(steps, 'step')}", generator, options))
