@@ -36,6 +36,12 @@ def consistency_loss(student, ema, velocity, b, t, t_next, end=0.0):
     return (((x0_hat - target).square() + 1e-6).sqrt() - 1e-3).mean()
 
 
+def draw_times(run, step):
+    """Which of the levels are t, the next one being t'. -> (B,)"""
+    i = rng(run.settings.seed, "consistency", step).integers(LEVELS, size=run.settings.batch)
+    return moved(torch.from_numpy(my_share(i)), run.device)
+
+
 def distil(run):
     s = run.settings
     times = euler_times(LEVELS, s.shift).to(run.device)
@@ -46,8 +52,7 @@ def distil(run):
     loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers)
     for step in loop:
         b = draw_batch(run, samples, step, own_noise="none")
-        i = rng(s.seed, "consistency", step).integers(LEVELS, size=s.batch)
-        i = moved(torch.from_numpy(my_share(i)), run.device)
+        i = draw_times(run, step)
 
         def guided(xt, t, text=b.text):
             return guided_velocity(teacher, xt, t, text, uncond, s.synthetic_cfg)

@@ -21,9 +21,7 @@ weight is 0, and the distance pseudo-Huber in place of squares; p is the classif
 methods/add.py, which scores nobody; the anchor λ, which holds the picture to what the student's
 average θ⁻ makes of the same noise; the score at all levels of the sampler, not in one step alone.
 
-The sampler is sample.renoise. The paper's goes to (1 - η)·t on the way to each next level t, and
-noises from there. That is the same at η = 0 and 1; between them its share of fresh noise depends on
-t: ours with η² = 1 - ((1 - η)·(1 - t) / (1 - (1 - η)·t))².
+The sampler is sample.renoise; docs/methods.md says where the paper's differs: at 0 < η < 1.
 
     python -m methods.hyper_sd --preset nano --from runs/nano
 """
@@ -42,8 +40,7 @@ from lib.machine import moved
 from lib.optim import make_optimizers, step_all, update_ema
 from lib.parallel import leave, my_share
 from lib.settings import refuse, setting
-from lib.streams import rng
-from methods.consistency import LEVELS, consistency_loss
+from methods.consistency import LEVELS, consistency_loss, draw_times
 from methods.dmd import matching_losses
 from sample import euler_times, guided_velocity
 
@@ -51,6 +48,7 @@ UNITS = 6  # forwards of the network, a mean update at nano: segments 6, feedbac
 SEGMENTS = (8, 4, 2, 1)
 FEEDBACK, SCORE = len(SEGMENTS), len(SEGMENTS) + 1  # the numbers of the parts after them
 EIGHTHS = tuple(1 - i / 8 for i in range(8))
+SHARES = (0.15, 0.15, 0.15, 0.15, 0.2, 0.2)
 KEPT = {FEEDBACK - 1: "student-segments", FEEDBACK: "student-segments+feedback"}
 
 
@@ -60,10 +58,7 @@ class Settings(ladd.Settings):
     lora: int = setting(16, "rank of the adapter that learns; 0: whole weights", low=0)
     student_lr: float = setting(1e-3, "AdamW: adapters take more than whole weights", above=0)
     student_ema: float = setting(0.98, "decay per update of its average", low=0, below=1)
-    shares: tuple = setting(
-        (0.15, 0.15, 0.15, 0.15, 0.2, 0.2),
-        "of the updates: for 8, 4, 2, 1 segments, feedback, score", low=0,
-    )  # fmt: skip
+    shares: tuple = setting(SHARES, "of the updates: 8, 4, 2, 1 segments, feedback, score", low=0)
     anchor: float = setting(10.0, "weight λ of the anchor of the feedback", low=0)
 
     def __post_init__(self):
@@ -127,6 +122,8 @@ def distil(run):
     score_optimizers = make_optimizers(fake_score, s.student_lr, 0.0, s.beta1, s.adam_eps)
     samples = ladd.distillation_samples(run)
     if s.shares[FEEDBACK]:
+        if not run.dataset.attributes:
+            refuse(s, "shares", "these captions ask a classifier nothing; the fifth must be 0")
         own = dict(seed=1, kernel=5)
         judge = sample.judge_of(run.dataset, s, run.device, s.data_dir, s.precision, **own)
         judge.requires_grad_(False)
@@ -137,6 +134,7 @@ def distil(run):
     for step in loop:
         part = s.part(step)
         b = draw_batch(run, samples, step, own_noise="none" if part < FEEDBACK else "low")
+        i = draw_times(run, step)
         told = draw_labels(run, samples, labels, step) if part == FEEDBACK else None
         players = [(optimizers, student, s.clip, ladd.student_rate(s, step))]
 
@@ -145,8 +143,6 @@ def distil(run):
 
         with run.autocast():
             if part < FEEDBACK:
-                i = rng(s.seed, "consistency", step).integers(LEVELS, size=s.batch)
-                i = moved(torch.from_numpy(my_share(i)), run.device)
                 loss = segment_loss(student, ema, guided, b, times, i, SEGMENTS[part])
             elif part == FEEDBACK:
                 x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)  # line 4

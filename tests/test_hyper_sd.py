@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MAKING, Constant, cut_at, lines, randn, same, updates, weights
+from conftest import FEW, MAKING, Constant, cut_at, lines, randn, same, updates, weights
 
 import sample
 from lib.lora import ENDS
@@ -174,13 +174,32 @@ def test_smoke_makes_one_update_of_every_part(launch, tmp_path, teacher):
 
 
 @pytest.mark.parametrize(("words", "named"), [
-    ("--shares 1,1", "six"), ("--shares 0,0,0,0,0,0", "above 0"), ("--shares 1,1,1,1,1,-1", "least"),
+    ("--shares 1,1", "six"), ("--shares 0,0,0,0,0,0", "above 0"),
+    ("--shares 1,1,1,1,1,-1", "at least"),
     ("--preset sd3-2b --level-p 1,0,0,0,0,0,0,0 --warmup-iterations 0", "fifth must be 0"),
 ])  # fmt: skip
 def test_shares_that_make_no_sense_are_refused(launch, capsys, words, named):
     assert launch("out", words, **HOW) == 2
     said = capsys.readouterr().err
     assert "--shares" in said and named in said
+
+
+def test_captions_that_ask_nothing_can_not_be_rewarded(launch, train, capsys, whole):
+    """As free captions do that have no word in common."""
+
+    def distil(run):
+        run.dataset.attributes = {}
+        return hyper_sd.distil(run)
+
+    flags = f"{FEW} {QUICK} --from {whole} --stage distillation"
+    assert launch("out", flags, **HOW | dict(distil=distil)) == 2
+    assert "the fifth must be 0" in capsys.readouterr().err
+    train(
+        "other",
+        f"--from {whole} {QUICK} --shares 1,1,1,1,0,1",
+        MAKING[2:],
+        **HOW | dict(distil=distil),
+    )
 
 
 def test_the_table_has_a_row_after_each_part_and_the_steps_that_there_are():
