@@ -111,6 +111,14 @@ def latent_size(pixels, s, unit):
     return pixels[0] // unit, pixels[1] // unit
 
 
+class Pixels:
+    """The way from pictures to x_0 and back of models on pixels. SD3's has the same names: the VAE
+    and the text encoders of sd3/encoders.py."""
+
+    unit = 1  # pixels per position of x_0
+    encode, decode = staticmethod(data.to_float), staticmethod(data.to_picture)
+
+
 def read_start(args, size, codec):
     """--init-image as x_0 (1, C, H, W), and its level."""
     try:
@@ -126,7 +134,7 @@ def make_pictures(args):
     generator = sample.load_generator(
         args.run, args.teacher, args.device, args.precision, **adapter
     )
-    codec = data.Pixels()
+    codec = Pixels()
     if args.decode:
         from sd3.encoders import codec_of
 
