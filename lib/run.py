@@ -119,8 +119,8 @@ class Run:
     def path(self, kind):
         return self.out / f"{kind}.pt"
 
-    def save(self, kind, network, step, optimizer=None):
-        """Writes KIND.pt: weights, and what is needed to rebuild the network."""
+    def save(self, kind, network, step, optimizer=None, name=""):
+        """Writes KIND.pt, or NAME.pt: weights, and what is needed to rebuild the network."""
         weights = dict(own_state(network))
         checkpoint = dict(format="ladd-1", kind=kind, model=network.config, weights=weights)
         if lora := getattr(network, "lora", 0):
@@ -130,7 +130,7 @@ class Run:
             checkpoint["optimizer"] = optimizer.state_dict()
         checkpoint = tree_map(to_rank0, checkpoint)
         if rank() == 0:
-            save(checkpoint, self.path(kind))
+            save(checkpoint, self.path(name or kind))
 
     def load(self, checkpoint, module, frozen=False):
         """The network module(**arguments) of a checkpoint, without gradient.

@@ -151,7 +151,7 @@ def score(images, labels, reference, judge):
     )
 
 
-def compared(teacher, student, few=(4, 2, 1)):
+def compared(teacher, student, few=(8, 4, 2, 1)):
     """(name, generator, options) of all that a run compares, of those of both that are there.
 
     *Untrained* is the teacher sampled as the student is: the student before distillation, the

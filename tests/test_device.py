@@ -57,11 +57,12 @@ def test_between_log_lines_an_update_never_waits_for_the_device(finished, waits)
             assert waits["run", stage, update] == []
 
 
-@pytest.mark.parametrize("method", ["regression", "consistency", "add", "dmd"])
+@pytest.mark.parametrize("method", ["regression", "consistency", "add", "dmd", "hyper_sd"])
 def test_every_method_runs_and_does_not_wait_either(finished, launch, waits, method):
     module = importlib.import_module(f"methods.{method}")
-    flags = f"{SMALL} --from {finished} --stage distillation --iterations 3"
-    assert launch(method, flags, distil=module.distil, method=method) == 0
+    flags = f"{SMALL} --from {finished} --stage distillation --iterations 5"
+    kind = getattr(module, "Settings", ladd.Settings)
+    assert launch(method, flags, distil=module.distil, method=method, kind=kind) == 0
     assert [waits[method, "distillation", update] for update in (1, 2)] == [[], []]
 
 

@@ -38,7 +38,7 @@ from tools.table import STEPS, sweep_table
 from tools.train import run_program, train
 
 UNITS = 6  # forwards of the network, an update of LADD; the other methods bring theirs
-METHODS = ("ladd", "regression", "consistency", "add", "dmd")
+METHODS = ("ladd", "regression", "consistency", "add", "dmd", "hyper_sd")
 
 
 class Member(NamedTuple):
@@ -172,6 +172,10 @@ def student(member, seed, teacher_seed, out, watch):
         watch.patient = False  # scoring saves nothing on its way
         watch.check()
         rows = scores(run, s, None, ladd.generator(run, "student"))
+        for path in run.out.glob("student-*.pt"):  # after a part of a method
+            part = sample.load_generator(path, device=s.device, precision=s.precision)
+            for row in scores(run, s, None, part)[1:]:
+                rows.append(row | dict(name=row["name"].replace("student", path.stem)))
         took = [row["seconds"] for row in run.log.rows() if row.get("finished")]
         took = took[-1] if took else None  # None: cut between the student and its row
         write_metrics(run, rows, dict(distillation=took))
