@@ -250,7 +250,8 @@ def read_network(run, teacher=False, adapter=None, scale=1.0):
     """The checkpoint of a run's student (or teacher), with another run's adapter added to it."""
     checkpoint = read_checkpoint(checkpoint_of(run, teacher))
     if adapter:
-        other = checkpoints.read_checkpoint(adapter, ("student", "teacher"), MMDiT, alone=True)
+        kinds = ("student", "teacher", "adapter")
+        other = checkpoints.read_checkpoint(adapter, kinds, MMDiT, alone=True)
         checkpoints.same_network("--adapter", adapter, other["model"], checkpoint["model"])
         if not other.get("lora"):
             raise UsageError(f"--adapter {adapter}: a whole network, not the adapter of --lora")

@@ -38,7 +38,7 @@ from tools.table import STEPS, sweep_table
 from tools.train import run_program, train
 
 UNITS = 6  # forwards of the network, an update of LADD; the other methods bring theirs
-METHODS = ("ladd", "regression", "consistency", "add", "dmd", "hyper_sd")
+METHODS = ("ladd", "regression", "consistency", "add", "dmd", "hyper_sd", "dpo")
 
 
 class Member(NamedTuple):
