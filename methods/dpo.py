@@ -48,7 +48,9 @@ class Settings(ladd.Settings):
     candidates: int = setting(4, "samples of a caption; the best and the worst are a pair", low=2)
     tie: float = setting(0.5, "pairs whose rewards differ by no more are left out", low=0)
     beta: float = setting(230.0, "β: the smaller, the farther the adapter may go", above=0)
-    tuning_iterations: int = setting(600, "updates of the adapter, of --batch pairs", low=1)
+    tuning_iterations: int = setting(
+        600, "updates of the adapter, of --batch pairs", low=1, scales=True, smoke=2
+    )
     tuning_lr: float = setting(5e-4, "AdamW, the adapter", above=0)
     adapter_scale: float = setting(1.0, "times which the student gets the adapter again")
 
@@ -56,11 +58,6 @@ class Settings(ladd.Settings):
         super().__post_init__()
         if self.pairs:
             read_list(self.pairs)  # what is wrong with it is said before anything is made
-
-    @property
-    def tuning(self):
-        """The updates of the adapter, with --smoke and --steps-scale worked in."""
-        return 2 if self.smoke else max(1, round(self.tuning_iterations * self.steps_scale))
 
 
 def errors(network, winner, loser, text, t, noise):
@@ -142,7 +139,7 @@ def tune(run, pairs):
     tuned.checkpointing = s.checkpointing
     optimizers = make_optimizers(tuned, s.tuning_lr, 0.0, 0.9, s.adam_eps)
     networks = dict(tuned=tuned, ema=ema)
-    loop = run.loop("tuning", s.tuning, s.batch, networks, optimizers)
+    loop = run.loop("tuning", s.tuning_iterations, s.batch, networks, optimizers)
     for step in loop:
         with run.autocast():
             delta = difference(tuned, teacher, *draw(step))
@@ -180,7 +177,7 @@ def distil(run):
 
     with inner.opened(None):
         if not inner.path("teacher").exists():
-            inner.save("teacher", with_adapter(run.out, True, 1.0), s.tuning)
+            inner.save("teacher", with_adapter(run.out, True, 1.0), s.tuning_iterations)
         barrier()
         if not inner.path("student").exists():
             if s.targets == "synthetic":

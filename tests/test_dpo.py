@@ -18,7 +18,7 @@ from lib.run import Run
 from lib.scores import Judge
 from methods import dpo
 from tools import sweep
-from tools.command import settings_of
+from tools.command import given_settings
 
 HOW = dict(distil=dpo.distil, method="dpo", kind=dpo.Settings)
 BOTH = "--judge-steps 5 --evaluation 8 --save-every 2"
@@ -27,7 +27,7 @@ CUTS = ["tuning", "distillation"]
 
 
 def run_of(words):
-    s, _ = settings_of([*FEW.split(), *OWN.split(), *map(str, words)], kind=dpo.Settings)
+    s, _ = given_settings([*FEW.split(), *OWN.split(), *map(str, words)], kind=dpo.Settings)
     dataset = data.load(s.data, s.sizes, seed=s.seed)
     return Run(s, dataset, data.text_features(dataset, s.text_dim, s.text_length), watch=None)
 
