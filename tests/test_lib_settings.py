@@ -348,3 +348,18 @@ def test_strange_and_damaged_folders_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(DataError, match=r"config\.json is damaged"):
         open_folder(tmp_path, {}, {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Work(HowToRun):
+    updates: int = setting(10, "of the network", scales=True, smoke=2)
+    warmup: int = setting(0, "of them", scales=True)
+    side: int = setting(4, "of a picture")
+
+
+def test_a_field_says_what_steps_scale_and_smoke_make_of_it():
+    """Work that there is stays at least 1, none stays none, and what does not scale stays."""
+    half, little = (Work(steps_scale=x).scaled() for x in (0.5, 0.01))
+    assert (half.updates, half.warmup, half.side) == (5, 0, 4) and little.updates == 1
+    smoke = Work(steps_scale=0.5, smoke=True).scaled()
+    assert (smoke.updates, smoke.log_every, smoke.side) == (2, 1, 4)
