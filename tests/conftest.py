@@ -205,9 +205,10 @@ def flops(function):
 def update_cost(train, teacher, flags, **method):
     """FLOPs of an update of the loop itself, and of a forward of the network on as many images.
 
-    Grids and diversity are made once in either run, so the difference has none of that."""
+    Grids, scores and diversity are made once in each run, so the difference has none of that; the
+    first run trains the judge."""
     flags, cost = f"--teacher {teacher} {flags} --sample-every 100 --log-every 100", {}
-    for n in (1, 3):
+    for n in (2, 1, 3):
         own = f"{flags} --iterations {n}"
         train(f"run{n}", own, ["synthesis"], **method)
         cost[n] = flops(lambda n=n, own=own: train(f"run{n}", own, ["distillation"], **method))

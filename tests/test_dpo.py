@@ -263,6 +263,6 @@ def test_a_users_pairs_train_without_a_judge_and_are_kept(train, monkeypatch, wh
 
 
 def test_a_smoke_and_a_scale_shorten_the_tuning_and_a_sweep_knows_the_method():
-    assert dpo.Settings(smoke=True).tuning == 2
-    assert dpo.Settings(tuning_iterations=200, steps_scale=0.1).tuning == 20
+    assert dpo.Settings(smoke=True).scaled().tuning_iterations == 2
+    assert dpo.Settings(tuning_iterations=200, steps_scale=0.1).scaled().tuning_iterations == 20
     assert sweep.method_of("dpo") == (dpo.distil, dpo.UNITS, dpo.Settings)
