@@ -89,7 +89,7 @@ def get_judge(
     student learns from must be another one than that which scores it."""
     images, labels = draw(0, 64)
     key = hashlib.sha256(repr((attributes, size, steps, width, seed, kernel)).encode())
-    key.update(images.numpy().tobytes() + labels.numpy().tobytes())
+    key.update(images.cpu().numpy().tobytes() + labels.numpy().tobytes())
     path = Path(data_dir) / f"judge-{key.hexdigest()[:16]}.pt"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -151,7 +151,7 @@ def score(images, labels, reference, judge):
     )
 
 
-def compared(teacher, student):
+def compared(teacher, student, few=(8, 4, 2, 1)):
     """(name, generator, options) of all that a run compares, of those of both that are there.
 
     *Untrained* is the teacher sampled as the student is: the student before distillation, the
@@ -161,7 +161,7 @@ def compared(teacher, student):
         steps, cfg = teacher.settings.teacher_steps, teacher.settings.cfg
         rows.append((f"teacher, {steps} steps, CFG {cfg:g}", teacher, dict(steps=steps, cfg=cfg)))
     for name, generator in (("untrained", teacher), ("student", student)):
-        for steps in (4, 2, 1):
+        for steps in few:
             if generator is not None and steps <= len(levels):
                 options = dict(steps=steps, cfg=1.0, sampler="renoise")
                 rows.append((f"{name}, {plural(steps, 'step')}", generator, options))

@@ -46,9 +46,13 @@ class Settings(ladd.Settings):
     lora: int = setting(16, "rank of the adapter that learns preferences", low=1)
     pairs: str = setting("", "a folder of your pairs; its pairs.jsonl names winners and losers")
     candidates: int = setting(4, "samples of a caption; the best and the worst are a pair", low=2)
-    tie: float = setting(0.5, "pairs whose rewards differ by no more are left out", low=0)
+    tie: float = setting(
+        0.5, "pairs whose rewards differ by no more are left out", low=0, smoke=0.0
+    )
     beta: float = setting(230.0, "β: the smaller, the farther the adapter may go", above=0)
-    tuning_iterations: int = setting(200, "updates of the adapter, of --batch pairs", low=1)
+    tuning_iterations: int = setting(
+        200, "updates of the adapter, of --batch pairs", low=1, scales=True, smoke=2
+    )
     tuning_lr: float = setting(2e-4, "AdamW, the adapter", above=0)
     adapter_scale: float = setting(1.0, "times which the student gets the adapter again")
 
@@ -56,11 +60,6 @@ class Settings(ladd.Settings):
         super().__post_init__()
         if self.pairs:
             read_list(self.pairs)  # what is wrong with it is said before anything is made
-
-    @property
-    def tuning(self):
-        """The updates of the adapter, with --smoke and --steps-scale worked in."""
-        return 2 if self.smoke else max(1, round(self.tuning_iterations * self.steps_scale))
 
 
 def errors(network, winner, loser, text, t, noise):
@@ -99,7 +98,7 @@ def make_pairs(run):
         texts, stream = [dataset.captions[i] for i in caption], f"pairs of {bucket.size}"
         images = data.to_uint8(teacher.sample(texts, size=bucket.size, stream=stream, **options))
         reward = rewards(judge, images, dataset.labels[caption])
-        found = best_and_worst(images, reward, s.candidates, 0 if s.smoke else s.tie)
+        found = best_and_worst(images, reward, s.candidates, s.tie)
         pairs += [(pair, texts[i]) for pair, i in found]
     if len(pairs) < 2:
         raise UsageError(f"--tie {s.tie:g}: leaves {len(pairs)} pairs of {s.synthetic} samples")
@@ -142,7 +141,7 @@ def tune(run, pairs):
     tuned.checkpointing = s.checkpointing
     optimizers = make_optimizers(tuned, s.tuning_lr, 0.0, 0.9, s.adam_eps)
     networks = dict(tuned=tuned, ema=ema)
-    loop = run.loop("tuning", s.tuning, s.batch, networks, optimizers)
+    loop = run.loop("tuning", s.tuning_iterations, s.batch, networks, optimizers)
     for step in loop:
         with run.autocast():
             delta = difference(tuned, teacher, *draw(step))
@@ -180,7 +179,7 @@ def distil(run):
 
     with inner.opened(None):
         if not inner.path("teacher").exists():
-            inner.save("teacher", with_adapter(run.out, True, 1.0), s.tuning)
+            inner.save("teacher", with_adapter(run.out, True, 1.0), s.tuning_iterations)
         barrier()
         if not inner.path("student").exists():
             if s.targets == "synthetic":

@@ -18,7 +18,7 @@ from lib.run import Run
 from lib.scores import Judge
 from methods import dpo
 from tools import sweep
-from tools.command import settings_of
+from tools.command import given_settings
 
 HOW = dict(distil=dpo.distil, method="dpo", kind=dpo.Settings)
 BOTH = "--judge-steps 5 --evaluation 8 --save-every 2"
@@ -27,7 +27,7 @@ CUTS = ["tuning", "distillation"]
 
 
 def run_of(words):
-    s, _ = settings_of([*FEW.split(), *OWN.split(), *map(str, words)], kind=dpo.Settings)
+    s, _ = given_settings([*FEW.split(), *OWN.split(), *map(str, words)], kind=dpo.Settings)
     dataset = data.load(s.data, s.sizes, seed=s.seed)
     return Run(s, dataset, data.text_features(dataset, s.text_dim, s.text_length), watch=None)
 
@@ -263,6 +263,6 @@ def test_a_users_pairs_train_without_a_judge_and_are_kept(train, monkeypatch, wh
 
 
 def test_a_smoke_and_a_scale_shorten_the_tuning_and_a_sweep_knows_the_method():
-    assert dpo.Settings(smoke=True).tuning == 2
-    assert dpo.Settings(tuning_iterations=200, steps_scale=0.1).tuning == 20
+    assert dpo.Settings(smoke=True).scaled().tuning_iterations == 2
+    assert dpo.Settings(tuning_iterations=200, steps_scale=0.1).scaled().tuning_iterations == 20
     assert sweep.method_of("dpo") == (dpo.distil, dpo.UNITS, dpo.Settings)
