@@ -46,12 +46,14 @@ class Settings(ladd.Settings):
     lora: int = setting(16, "rank of the adapter that learns preferences", low=1)
     pairs: str = setting("", "a folder of your pairs; its pairs.jsonl names winners and losers")
     candidates: int = setting(4, "samples of a caption; the best and the worst are a pair", low=2)
-    tie: float = setting(0.5, "pairs whose rewards differ by no more are left out", low=0)
+    tie: float = setting(
+        0.5, "pairs whose rewards differ by no more are left out", low=0, smoke=0.0
+    )
     beta: float = setting(230.0, "β: the smaller, the farther the adapter may go", above=0)
     tuning_iterations: int = setting(
-        600, "updates of the adapter, of --batch pairs", low=1, scales=True, smoke=2
+        200, "updates of the adapter, of --batch pairs", low=1, scales=True, smoke=2
     )
-    tuning_lr: float = setting(5e-4, "AdamW, the adapter", above=0)
+    tuning_lr: float = setting(2e-4, "AdamW, the adapter", above=0)
     adapter_scale: float = setting(1.0, "times which the student gets the adapter again")
 
     def __post_init__(self):
@@ -96,7 +98,7 @@ def make_pairs(run):
         texts, stream = [dataset.captions[i] for i in caption], f"pairs of {bucket.size}"
         images = data.to_uint8(teacher.sample(texts, size=bucket.size, stream=stream, **options))
         reward = rewards(judge, images, dataset.labels[caption])
-        found = best_and_worst(images, reward, s.candidates, 0 if s.smoke else s.tie)
+        found = best_and_worst(images, reward, s.candidates, s.tie)
         pairs += [(pair, texts[i]) for pair, i in found]
     if len(pairs) < 2:
         raise UsageError(f"--tie {s.tie:g}: leaves {len(pairs)} pairs of {s.synthetic} samples")
