@@ -154,6 +154,20 @@ def test_a_cut_run_goes_on_bit_for_bit_in_every_part(train, monkeypatch, whole):
     ]
 
 
+def test_every_part_starts_its_optimiser_anew(train, monkeypatch, whole):
+    """The feedback's gradients are ten times as large as the segments', and Adam would be slow to
+    notice: its first steps would be far too long."""
+    known, step_all = [], hyper_sd.step_all
+
+    def watched(*players):
+        known.append(len(players[0][0][0].state) > 0)
+        return step_all(*players)
+
+    monkeypatch.setattr(hyper_sd, "step_all", watched)
+    train("out", f"--from {whole} {QUICK} --iterations 4 --shares 0,0,0,1,0,1", MAKING[2:], **HOW)
+    assert known == [False, True, False, True]
+
+
 def test_all_parts_learn_in_one_adapter_and_the_teacher_stays(train, whole):
     out = train("out", f"--from {whole} {QUICK}", MAKING[2:], **HOW)
     assert same(out / "teacher.pt", whole / "teacher.pt")
