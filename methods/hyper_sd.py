@@ -48,13 +48,13 @@ UNITS = 6  # forwards of the network, a mean update at nano: segments 6, feedbac
 SEGMENTS = (8, 4, 2, 1)
 FEEDBACK, SCORE = len(SEGMENTS), len(SEGMENTS) + 1  # the numbers of the parts after them
 EIGHTHS = tuple(1 - i / 8 for i in range(8))
-SHARES = (0.15, 0.15, 0.15, 0.15, 0.2, 0.2)
+SHARES = (0.1, 0.1, 0.1, 0.3, 0.2, 0.2)  # k = 1 is the slowest: a level learns from the next
 KEPT = {FEEDBACK - 1: "student-segments", FEEDBACK: "student-segments+feedback"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(ladd.Settings):
-    iterations: int = setting(2200, "updates of all parts", low=1, scales=True, smoke=6)
+    iterations: int = setting(2200, "updates of all parts", low=1, scales=True, smoke=10)
     levels: tuple = setting(EIGHTHS, "noise levels t of the student", above=0)
     lora: int = setting(16, "rank of the adapter that learns; 0: whole weights", low=0)
     student_lr: float = setting(1e-3, "AdamW: adapters take more than whole weights", above=0)
