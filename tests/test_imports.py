@@ -16,7 +16,7 @@ MAY["discriminator"] = MAY["data"] = {"mmdit", "lib"}
 MAY["sd3"] = {"sd3", "data", "mmdit", "lib"}
 MAY["sample"] = {"data", "discriminator", "mmdit", "lib"}
 MAY["ladd"] = MAY["sample"] | {"sample"}
-MAY["methods"] = MAY["ladd"] | {"ladd"}
+MAY["methods"] = MAY["ladd"] | {"ladd", "methods"}
 MAY["tools"] = MAY["ladd"] | {"ladd", "tools"}
 
 # What it may import besides, in the moment that it is needed. A star stands for a computed name.

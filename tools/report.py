@@ -18,6 +18,7 @@ def report(run):
     """Scores everything; writes samples.png (same noise for all), metrics.json and report.md."""
     s, start = run.settings, time.perf_counter()
     run = run.alone()
+    run.dataset = s.told(run.dataset)
     if s.is_latent:
         from sd3.weights import export  # its packages are optional
 
@@ -39,6 +40,11 @@ def report(run):
             images = who.sample_parts(parts, seed=s.seed, stream="pictures", **options)
             titled.append((title, ladd.pictures_of(images)))
     titled.sort(key=lambda pair: pair[0].startswith("untrained"))  # it stands last
+    if s.condition_channels:
+        index = range(24)
+        given = run.dataset.condition(index, held_out=True)[:, : s.channels]
+        images, _ = run.dataset.batch(index, held_out=True)
+        titled = [("given", list(data.to_picture(given))), ("the truth", list(images)), *titled]
     captions = "; ".join(caption for own, _ in parts for caption in own)
     save_png(panels(titled, 4), run.out / "samples.png", captions=captions)
     grids = sorted((run.out / "samples").glob("student-*.png"))
