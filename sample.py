@@ -16,6 +16,7 @@ Rectified flow and its schedules: arXiv 2403.03206 (SD3). Few-step sampling: LAD
     python sample.py runs/nano --evaluate        the table again
 """
 
+import copy
 import importlib
 import math
 import sys
@@ -211,10 +212,7 @@ class Generator:
             text, uncond = data.Told(*text, told), data.Told(*uncond, told)
             known = told if told.shape[1] == shape[0] + 1 else None  # inpainting: with its mask
         elif "condition_channels" in self.model.config:
-            raise UsageError(
-                "this run fills or edits a picture: sample.py takes it with --init-image; the "
-                "run's scores are in its report.md"
-            )
+            raise UsageError("this network fills or edits a picture: sample.py's --init-image")
         if sampler == "euler":
             positions = s.size[0] * s.size[1] // s.downscale**2  # that it was trained at
             alpha = s.shift * math.sqrt(shape[1] * shape[2]) / math.sqrt(positions)
@@ -295,10 +293,12 @@ def judge_of(dataset, s, device, data_dir, precision, **other):
 
 def evaluate(dataset, judge, teacher, student, count, seed=0):
     """The table of a run, of those of both that are there: dicts, the real images first."""
-    held, rows = held_out(data.shares(dataset, count)), compared(teacher, student)
-    for _, who, _ in rows:
-        if held[0].condition is not None:
+    held = held_out(data.shares(dataset, count))
+    if held[0].condition is not None:  # of these images
+        teacher, student = (who and copy.copy(who) for who in (teacher, student))
+        for who in filter(None, (teacher, student)):
             who.condition = lambda index: held[0].condition[list(index)]
+    rows = compared(teacher, student)
     return score_table(held, dataset.labels, judge, rows, seed, data.to_uint8)
 
 
