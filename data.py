@@ -52,13 +52,6 @@ def to_picture(x0):
     return to_uint8(x0)
 
 
-class Pixels:
-    """The codec of models that work on pixels; that of latents is sd3/encoders.py."""
-
-    unit = 1  # pixels per position of x_0
-    encode, decode = staticmethod(to_float), staticmethod(to_picture)
-
-
 class DataSet:
     """What a data set says of itself, and gives.
 

@@ -1,4 +1,4 @@
-"""LADD, latent adversarial diffusion distillation: presets, the stages, command line.
+"""LADD, latent adversarial diffusion distillation: the method, its settings, the stages.
 
 "Fast High-Resolution Image Synthesis with Latent Adversarial Diffusion Distillation",
 arXiv 2403.12015.
@@ -15,14 +15,11 @@ whose numbers stand again at the functions:
              + λ·E[(LN(f) - LN(r))²]           where t < 1; ours, λ = 0 at the paper's sizes
 
 sg means stop-gradient, LN layer normalisation of a token. At t < 1 ε is the noise that the teacher
-made x_0 from, as in the student's sampler, which keeps the noise that it predicts; the last term,
-the distillation loss, holds x̂_0 to x_0 there, in the teacher's eyes. At t = 1 ε is new noise, which
-tells no x_0. There the heads alone say what a picture looks like, so that it is sharp, and not the
-mean of all that it could be. The heads step first, and L_G is of the new heads, on the same
-features f: so an update costs six forwards (a backward counts two, one through the frozen teacher):
-student 1 + 2, teacher on fakes 1 + 1, teacher on reals 1. The paper published neither code nor
-learning rates, batch size, optimiser or EMA: those are ours, chosen by the experiments in
-docs/log.md.
+made x_0 from, and the last term, the distillation loss, holds x̂_0 to x_0 in the teacher's eyes. At
+t = 1 ε is new noise, which tells no x_0: there the heads alone say what a picture looks like, so
+that it is sharp, and not the mean of all that it could be. The heads step first, and L_G is of the
+new heads, on the same features f; docs/passes.md says what an update costs. The paper published
+neither code nor learning rates, batch size, optimiser or EMA: those are ours (docs/log.md).
 
     python ladd.py --preset nano                  everything, on a laptop, with built-in data
     python ladd.py --preset tiny                  CIFAR-10 on one GPU
@@ -34,7 +31,6 @@ import importlib
 import math
 import sys
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -45,7 +41,6 @@ import data
 import sample
 from data import Text, parse_size
 from discriminator import Discriminator, hinge_d, hinge_g, r1
-from lib.checkpoints import same_network
 from lib.checks import check_together
 from lib.curves import save_curves
 from lib.health import commonest, diversity
@@ -55,7 +50,7 @@ from lib.parallel import fill, leave, my_share, rank, world
 from lib.pictures import grid, save_png
 from lib.report import SIGNS
 from lib.samples import read_samples, write_samples
-from lib.settings import HowToRun, check_fields, parse_settings, setting
+from lib.settings import HowToRun, check_fields, setting
 from lib.streams import normal, rng
 from mmdit import MMDiT
 from sample import add_noise, logit_normal, per_sample, predict_x0
@@ -275,23 +270,7 @@ class Settings(HowToRun):
         sizes = dict(width=self.width, taps=self.tapped, pooled_dim=pooled_dim)
         return sizes | dict(hidden=self.head_width)
 
-    def scaled(self):
-        """The settings with the levels' probabilities, --smoke and --steps-scale worked in."""
-        others = len(self.levels) - 1
-        changes = dict(level_p=self.level_p or (0.4, *[round(0.6 / max(1, others), 4)] * others))
-        if self.steps_scale != 1:
-            for name in SCALED:
-                value = getattr(self, name)
-                changes[name] = min(value, 1) and max(1, round(value * self.steps_scale))
-        if self.smoke:
-            changes |= dict(teacher_iterations=2, iterations=2, synthetic=32, evaluation=32)
-            changes |= dict(heads_warmup=0)
-            changes |= dict(judge_steps=20, teacher_batch=16, batch=16, log_every=1, sample_every=2)
-            changes |= dict(teacher_steps=4, synthetic_steps=4)
-        return dataclasses.replace(self, **changes)
 
-
-SCALED = ("teacher_iterations", "heads_warmup", "iterations", "synthetic", "evaluation")
 # What SD3-medium and SD3.5-large have in common. [P] stands in arXiv 2403.03206 (SD3) or in the
 # released files, [L] is reported of LADD (arXiv 2403.12015), all else is ours and not measured.
 SD3 = dict(
@@ -316,19 +295,18 @@ PRESETS = {
         taps=(), student_ema=0.999, evaluation=10_000, judge_steps=8_000, judge_width=64,
         log_every=50, save_every=2_000, sample_every=2_000,
     ),
-    "small": dict(  # ours, not run yet; folders of photographs take --data PATH
+    "small": dict(  # ours, not run yet
         size=(64, 64), aspects=("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16"), patch=4,
         width=512, depth=12, heads=8, text_length=16, teacher_iterations=40_000, teacher_batch=256,
         teacher_lr=1e-3, teacher_ema=0.999, synthetic=50_000, iterations=10_000,
         batch=256, taps=(), student_ema=0.999, evaluation=10_000, judge_steps=8_000,
         judge_width=64, log_every=50, save_every=2_000, sample_every=2_000,
     ),
-    # SD3-medium. SD3.5-medium is --qk-norm --attn2-blocks 13 --pos-size 384, as its weights say.
-    "sd3-2b": SD3 | dict(
+    "sd3-2b": SD3 | dict(  # SD3-medium; SD3.5-medium: docs/full-size.md
         depth=24, width=1536, heads=24, qk_norm=False,  # [P]
         teacher_steps=50, cfg=5.0, synthetic_steps=50, synthetic_cfg=5.0,  # [P] as released
     ),
-    "sd3-8b": SD3 | dict(
+    "sd3-8b": SD3 | dict(  # SD3.5-large
         depth=38, width=2432, heads=38, qk_norm=True,  # [P]
         teacher_steps=40, cfg=4.5, synthetic_steps=40, synthetic_cfg=4.5,  # [P] as released
     ),
@@ -508,7 +486,7 @@ def start_heads(run):
     heads = run.alone().make(Discriminator, **s.head_sizes())  # small: every process holds them
     optimizers = make_optimizers(heads, s.heads_lr, 0.0, s.beta1, s.adam_eps)
     if s.discriminator:
-        start = given_heads(s)
+        start = sample.read_checkpoint(s.discriminator, ["heads"])
         fill(heads, start["weights"])
         if "optimizer" in start:  # pretrained/ has none; the learning rate is the settings'
             moments = dict(state=start["optimizer"]["state"])
@@ -636,35 +614,11 @@ def show(run, kind, step, model):
         save_png(grid(pictures_of(made), 8), path, step=step, captions=captions)
 
 
-def given_heads(s):
-    """The checkpoint of --discriminator, if its heads are those of the settings."""
-    checkpoint = sample.read_checkpoint(s.discriminator, ["heads"])
-    same_network("--discriminator", s.discriminator, checkpoint["model"], s.head_sizes())
-    return checkpoint
-
-
-TOOLS = "Also: --explain, --dry-run and --sweep, which are tools/explain.py, plan.py and sweep.py."
-
-
-def parse(argv, program="ladd.py", kind=Settings):
-    """The command line -> settings of that kind, and whether --data was given."""
-    s, given = parse_settings(kind, PRESETS, argv, program, __doc__.splitlines()[0], TOOLS)
-    method = "" if program == "ladd.py" else "-" + program.split(".")[-1]
-    out = f"runs/{s.preset}{method}"
-    if s.data != PRESETS[s.preset].get("data", "shapes"):
-        out += "-" + Path(s.data).stem
-    return dataclasses.replace(s, out=s.out or out).scaled(), "data" in given
-
-
 def main(argv=None, distil=distil, method="ladd", kind=Settings):
-    """The program, which is tools/train.py; a method of methods/ brings its own stage `distil`, and
-    with `kind` settings of its own, a dataclass that adds to Settings."""
+    """The program, which is tools/command.py; a method of methods/ brings its own stage `distil`,
+    and with `kind` settings of its own, a dataclass that adds to Settings."""
     argv = sys.argv[1:] if argv is None else argv
-    flags = {"--explain": "explain", "--dry-run": "plan", "--sweep": "sweep"}
-    tools = [tool for flag, tool in flags.items() if any(w.split("=")[0] == flag for w in argv)]
-    if tools:
-        return importlib.import_module(f"tools.{tools[0]}").main(argv)
-    return importlib.import_module("tools.train").main(argv, distil, method, kind)
+    return importlib.import_module("tools.command").main(argv, distil, method, kind)
 
 
 if __name__ == "__main__":

@@ -169,20 +169,24 @@ class Stream(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.chunks * width))
 
     def modulation(self, cond):
-        """cond (B, D) -> tensors (B, 1, D): shift, scale, gate of attention, MLP, attn2."""
+        """cond (B, D) -> 2, 6 or 9 tensors (B, 1, D): shift, scale, gate of the attention, of the
+        MLP, of attn2, as far as the stream has them."""
         return self.adaLN_modulation(cond)[:, None, :].chunk(self.chunks, dim=2)
 
     def project(self, x, mod):
         """The stream's q, k, v for the joint attention, each (B, A, L, d)."""
-        return self.attn.project(modulate(layer_norm(x), mod[0], mod[1]))
+        shift, scale = mod[:2]
+        return self.attn.project(modulate(layer_norm(x), shift, scale))
 
     def update(self, x, attended, mod):
         """Adds what the heads read, (B, A, L, d), then the MLP, each through its gate."""
+        gate, mlp_shift, mlp_scale, mlp_gate = mod[2:6]
         if self.attn2 is not None:
-            own = attention(*self.attn2.project(modulate(layer_norm(x), mod[6], mod[7])))
-            x = torch.addcmul(x, mod[8], self.attn2.merge(own))
-        x = torch.addcmul(x, mod[2], self.attn.merge(attended))
-        return torch.addcmul(x, mod[5], self.mlp(modulate(layer_norm(x), mod[3], mod[4])))
+            shift2, scale2, gate2 = mod[6:]
+            own = attention(*self.attn2.project(modulate(layer_norm(x), shift2, scale2)))
+            x = torch.addcmul(x, gate2, self.attn2.merge(own))
+        x = torch.addcmul(x, gate, self.attn.merge(attended))
+        return torch.addcmul(x, mlp_gate, self.mlp(modulate(layer_norm(x), mlp_shift, mlp_scale)))
 
 
 class JointBlock(nn.Module):

@@ -66,11 +66,6 @@ class Settings(ladd.Settings):
         told.region, told.condition = region, condition
         return told
 
-    def scaled(self):
-        s = super().scaled()
-        n = 2 if s.smoke else max(1, round(s.tune_iterations * s.steps_scale))
-        return dataclasses.replace(s, tune_iterations=n)
-
 
 def conditioned(run, checkpoint):
     """The network of a teacher, which is told more: it starts with the same output."""

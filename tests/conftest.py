@@ -27,6 +27,7 @@ import sample
 from lib.loop import Loop
 from lib.run import Run
 from mmdit import MMDiT
+from tools.command import settings_of
 
 # nohup and "&" have signals ignored, in all programs that the tests start, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -117,7 +118,7 @@ def whole(tmp_path_factory, cache):
 
 def run_of(words):
     """The Run of a command line, whose folder may be that of a finished one."""
-    s, _ = ladd.parse([*FEW.split(), *map(str, words)])
+    s, _ = settings_of([*FEW.split(), *map(str, words)])
     dataset = data.load(s.data, s.sizes, data_dir=s.data_dir, seed=s.seed)
     return Run(s, dataset, data.text_features(dataset, s.text_dim, s.text_length), watch=None)
 

@@ -34,11 +34,9 @@ METHODS = ("regression", "consistency", "add", "dmd")
 
 SHARDS = """
 import hashlib, sys, torch
+from types import SimpleNamespace
 sys.path.insert(0, sys.argv[1])
-try:
-    from sd3.encode import encode
-except ImportError:
-    from data import encode
+from sd3.encode import encode
 
 class Encoders:
     t5, folder = True, "made up"
@@ -54,13 +52,15 @@ class Encoders:
         rows = torch.stack(rows)
         return rows[:, :144].reshape(-1, 6, 24), rows[:, 144:]
 
-    def latents(self, images):
+    def encode(self, images):
         small = torch.nn.functional.avg_pool2d(images.float() / 127.5 - 1, 8)
         return torch.cat([small, small[:, :1]], dim=1)
 
-    encode = latents  # its name since
+    def tell_cut(self):
+        pass
 
-encode(Encoders(), sys.argv[3], images=sys.argv[2], sizes=[(64, 64)], shard=8)
+args = SimpleNamespace(images=sys.argv[2], out=sys.argv[3], shard=8, rank=0, world=1)
+encode(Encoders(), args, [(64, 64)])
 """
 
 

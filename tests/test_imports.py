@@ -23,7 +23,8 @@ MAY["tools"] = MAY["ladd"] | {"ladd", "tools"}
 LATER = {
     "data": {"sd3.shards"},
     "sample": {"tools.*"},
-    "ladd": {"tools.train", "tools.*"},
+    "ladd": {"tools.command"},
+    "tools.command": {"tools.*", "tools.train"},
     "tools.draw": {"sd3.encoders", "sd3.weights"},
     "tools.report": {"sd3.weights"},
     "tools.train": {"sd3.weights"},

@@ -34,6 +34,7 @@ from discriminator import Discriminator
 from lib.loop import Loop
 from lib.streams import rng
 from mmdit import MMDiT
+from tools.command import scaled, settings_of
 
 EXACT = dict(rtol=1e-10, atol=1e-12)
 
@@ -353,34 +354,34 @@ def test_a_trainers_update_costs_six_forwards_and_nine_in_parts(train, teacher, 
 @pytest.mark.parametrize("preset", ladd.PRESETS)
 def test_a_preset_sets_its_row_and_a_flag_replaces_one_field(preset):
     row = ladd.PRESETS[preset]
-    settings, _ = ladd.parse(["--preset", preset, "--batch", "77"])
+    settings, _ = settings_of(["--preset", preset, "--batch", "77"])
     for name, value in {**row, "batch": 77, "preset": preset}.items():
         assert getattr(settings, name) == value
     assert settings.out == f"runs/{preset}"
 
 
 def test_the_run_folder_is_named_after_preset_and_data():
-    assert ladd.parse(["--data", "my/photos.zip"])[0].out == "runs/nano-photos"
-    assert ladd.parse(["--data", "my/photos.zip", "--out", "there"])[0].out == "there"
+    assert settings_of(["--data", "my/photos.zip"])[0].out == "runs/nano-photos"
+    assert settings_of(["--data", "my/photos.zip", "--out", "there"])[0].out == "there"
 
 
 def test_the_default_probabilities_are_as_many_as_the_levels():
     for levels in ((1.0,), (1.0, 0.5), (1.0, 0.7, 0.4, 0.2)):
-        p = ladd.Settings(levels=levels).scaled().level_p
+        p = scaled(ladd.Settings(levels=levels)).level_p
         assert len(p) == len(levels) and p[0] == 0.4
         assert p[1:] == pytest.approx([0.6 / max(1, len(levels) - 1)] * (len(levels) - 1))
 
 
 def test_steps_scale_multiplies_the_work_of_every_stage():
     """Updates of teacher and student, the synthetic set, the evaluation."""
-    half, _ = ladd.parse(["--steps-scale", "0.5"])
-    whole, _ = ladd.parse([])
+    half, _ = settings_of(["--steps-scale", "0.5"])
+    whole, _ = settings_of([])
     for name in ("teacher_iterations", "heads_warmup", "iterations", "synthetic", "evaluation"):
         assert getattr(half, name) == round(getattr(whole, name) / 2)
 
 
 def test_no_warm_up_of_the_heads_stays_none_at_any_scale():
-    assert ladd.parse(["--heads-warmup", "0", "--steps-scale", "0.5"])[0].heads_warmup == 0
+    assert settings_of(["--heads-warmup", "0", "--steps-scale", "0.5"])[0].heads_warmup == 0
 
 
 # ---------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from lib.settings import (
     text_of,
 )
 from mmdit import MMDiT
+from tools.command import base_of, settings_of
 from tools.score import MOST
 
 FIELDS = dataclasses.fields(ladd.Settings)
@@ -79,11 +80,11 @@ def test_every_setting_has_a_flag_that_sets_it(field):
     value = another(field)
     assert value != field.default
     beside = ["--shard"] if field.name == "offload" else []  # which is a part of it
-    settings, _ = ladd.parse([*words(field, value), *beside])
+    settings, _ = settings_of([*words(field, value), *beside])
     got = getattr(settings, field.name)
     assert got == value and type(got) is type(value)
     if field.name not in ("preset", "smoke", "steps_scale"):  # these change others by design
-        want = dataclasses.asdict(ladd.parse([])[0]) | {field.name: value}
+        want = dataclasses.asdict(settings_of([])[0]) | {field.name: value}
         want |= dict(out=settings.out, shard=settings.shard if beside else want["shard"])
         if field.name == "levels":
             want["level_p"] = settings.level_p
@@ -280,12 +281,12 @@ COMMANDS += ["--size 24x40 --aspects 1:1,3:2 --deterministic"]
 @pytest.mark.parametrize("flags", COMMANDS)
 def test_the_reported_command_gives_the_same_settings_again(flags):
     """Pasted into a shell it makes the same run, its seed and folder apart."""
-    settings, _ = ladd.parse([*shlex.split(flags), "--seed", "7"])
-    base = ladd.Settings(**ladd.PRESETS[settings.preset]).scaled()
+    settings, _ = settings_of([*shlex.split(flags), "--seed", "7"])
+    base = base_of(settings)
     command = command_of(settings, base, ["python", "ladd.py", "--preset", settings.preset])
     python, script, *words = shlex.split(command)
     assert (python, script) == ("python", "ladd.py") and "--seed" not in words
-    again, _ = ladd.parse([*words, "--out", settings.out, "--seed", "7"])
+    again, _ = settings_of([*words, "--out", settings.out, "--seed", "7"])
     # A scale may stand in the command as the numbers that it gave.
     assert dataclasses.replace(again, steps_scale=settings.steps_scale) == settings
 

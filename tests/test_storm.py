@@ -39,7 +39,6 @@ from conftest import (
 from PIL import Image
 
 import data
-import ladd
 import sample
 from discriminator import Discriminator
 from lib import cifar10
@@ -53,6 +52,8 @@ from lib.settings import bound, open_folder
 from lib.streams import RULE
 from mmdit import MMDiT
 from sd3.weights import open_sd3
+from tools import train
+from tools.command import settings_of
 
 ROUNDS = 700
 
@@ -83,7 +84,7 @@ def readers(path):
     """{kind of file: (its name, sound content, what reads it)}"""
     made = run_folder(path / "made")
     words = [*TINY.split(), "--out", f"{path}/run", "--discriminator", f"{path}/heads.pt"]
-    settings = ladd.parse(words)[0]
+    settings = settings_of(words)[0]
     for name in ("pictures", "list", "beside"):
         folder(path / name, {"a/0.png": PICTURE})
 
@@ -133,7 +134,7 @@ def readers(path):
         "an image to start from": ("i.png", PICTURE, draw("--prompt", "x", "--init-image",
             f"{path}/i.png")),
         "samples": ("samples/0.pt", saved(shard), samples),
-        "heads": ("heads.pt", saved(heads), lambda: ladd.given_heads(settings)),
+        "heads": ("heads.pt", saved(heads), lambda: train.given_heads(settings)),
         "judge": (f"judges/{judged.name}", judged.read_bytes(), judge),
         "config.json": ("run/config.json", config, lambda: open_folder(path / "run", sign, sign)),
         "log.jsonl": ("log.jsonl", log, lambda: list(Log(path).rows())),

@@ -17,13 +17,14 @@ from lib.memory import peak_bytes
 from lib.run import Run
 from lib.streams import RULE
 from mmdit import MMDiT
+from tools.command import settings_of
 from tools.plan import main, meta_networks, plan
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def plan_of(words, gpus=1):
-    return plan(ladd.parse(words.split())[0], gpus)
+    return plan(settings_of(words.split())[0], gpus)
 
 
 def forward_of(p):
@@ -40,7 +41,7 @@ def forward_of(p):
 def measured(words, out, monkeypatch):
     """Two real updates of `distil` -> the most bytes that PyTorch's allocator held at a time."""
     words = f"{words} --iterations 2 --heads-warmup 0 --synthetic 64 --device cpu --out {out}"
-    s, _ = ladd.parse(words.split())
+    s, _ = settings_of(words.split())
     dataset = data.load("shapes", s.sizes)
     text = data.text_features(dataset, s.text_dim, s.text_length)
     run = Run(s, dataset, text, Watch(0, "test"))
@@ -201,7 +202,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path, monkeypatch, ca
     words = f"{SHORT} --dry-run --gpus 4 --batch 4 --data nowhere"
     assert ladd.main(words.split()) == 0
     text = capsys.readouterr().out
-    student = meta_networks(ladd.parse(SHORT.split())[0])[0]
+    student = meta_networks(settings_of(SHORT.split())[0])[0]
     P = sum(p.numel() for p in student.parameters())
     assert f"{P:,}" in text and "80 GB" in text and "141 GB" in text
     assert not list(tmp_path.iterdir())

@@ -18,6 +18,7 @@ from PIL import Image, PngImagePlugin
 import ladd
 from lib.errors import Parser, UsageError, exit_status
 from lib.files import replacing
+from tools.command import settings_of
 from tools.plan import meta_networks, random_batch
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "architecture.png"
@@ -33,7 +34,7 @@ def shape_of(tensor):
 
 def read_code():
     """Follows a batch of nano through the code. -> {what: number, or words}"""
-    s = ladd.parse(["--preset", "nano", "--device", "cpu"])[0]
+    s = settings_of(["--preset", "nano", "--device", "cpu"])[0]
     student, teacher, heads, _ = meta_networks(s)
     b = random_batch(s, s.batch, "meta")
     first, last = student.joint_blocks[0].x_block, student.joint_blocks[-1].context_block

@@ -41,6 +41,7 @@ from lib.samples import Joined
 from lib.states import Saver
 from lib.streams import normal
 from mmdit import MMDiT
+from tools.command import settings_of
 from tools.plan import plan, random_batch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +68,7 @@ def rounds(contestants, n):
 
 
 def settings(preset, *flags):
-    return ladd.parse(["--preset", preset, "--data", "shapes", *flags])[0]
+    return settings_of(["--preset", preset, "--data", "shapes", *flags])[0]
 
 
 def awake(model):

@@ -117,6 +117,14 @@ def latent_size(pixels, s, unit):
     return pixels[0] // unit, pixels[1] // unit
 
 
+class Pixels:
+    """The way from pictures to x_0 and back of models on pixels. SD3's has the same names: the VAE
+    and the text encoders of sd3/encoders.py."""
+
+    unit = 1  # pixels per position of x_0
+    encode, decode = staticmethod(data.to_float), staticmethod(data.to_picture)
+
+
 def read_picture(flag, path, height, width):
     """A picture in the size of the samples -> (1, 3, H, W) uint8, the file's own (H, W)"""
     try:
@@ -165,7 +173,7 @@ def make_pictures(args):
     generator = sample.load_generator(
         args.run, args.teacher, args.device, args.precision, **adapter
     )
-    codec = data.Pixels()
+    codec = Pixels()
     if args.decode:
         from sd3.encoders import codec_of
 

@@ -15,7 +15,8 @@ import ladd
 from lib.run import Run
 from mmdit import MMDiT
 from sample import add_noise
-from tools.train import open_data, run_program
+from tools.command import settings_of
+from tools.train import given_heads, open_data, run_program
 
 
 def show(symbol, value, what):
@@ -42,6 +43,8 @@ def explain(s, watch, given):
     taught = run.path("teacher").exists()
     teacher = ladd.load(run, "teacher") if taught else run.make(MMDiT, **s.model())
     student = run.adapted(teacher) if s.lora else copy.deepcopy(teacher).requires_grad_(True)
+    if s.discriminator:
+        given_heads(s)
     heads, _ = ladd.start_heads(run)
     networks = dict(student=student, teacher=teacher.requires_grad_(False), heads=heads)
     images = ladd.Samples(run.dataset, run.text.ids(run.dataset.captions), None)
@@ -79,4 +82,4 @@ def explain(s, watch, given):
 
 def main(argv):
     words = [word for word in argv if word != "--explain"]
-    return run_program(words, "ladd.py", ladd.parse, explain)
+    return run_program(words, "ladd.py", settings_of, explain)

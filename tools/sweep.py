@@ -32,6 +32,7 @@ from lib.parallel import world
 from lib.pictures import panels, save_png, stack
 from lib.report import read_metrics, write_metrics
 from lib.settings import bound, command_of, locked
+from tools.command import base_of, settings_of
 from tools.table import STEPS, sweep_table
 from tools.train import run_program, train
 
@@ -64,12 +65,12 @@ def parse(argv, program):
     add("--units", type=int, help="instead of --iterations: a student's work, in forwards")
     args, words = parser.parse_known_args(argv)
     if not any(word.split("=")[0] == "--out" for word in words):
-        words += ["--out", ladd.parse(words)[0].out + "-sweep"]
-    s = ladd.parse(words)[0]
+        words += ["--out", settings_of(words)[0].out + "-sweep"]
+    s = settings_of(words)[0]
     if s.is_latent or world() > 1 or s.source:
         raise UsageError("--sweep scores images, takes one process, and no --from")
     members = members_of(args, words)
-    unscaled = ladd.parse([*words, "--steps-scale=1"])[0]  # what is swept is scaled, too
+    unscaled = settings_of([*words, "--steps-scale=1"])[0]  # what is swept is scaled, too
     command = command_of(unscaled, base_of(s), ["python", program, "--preset", s.preset], ())
     command += f" --steps-scale {s.steps_scale:g}" if s.steps_scale != 1 else ""
     command += f" --units {args.units}" if args.units else ""
@@ -92,7 +93,7 @@ def members_of(args, words):
         if units:
             settings["iterations"] = round(int(units) / cost)
         own = [*words, *map(word_of, settings.items())]
-        runs = {int(seed): ladd.parse([*own, f"--seed={seed}"], kind=kind)[0] for seed in seeds}
+        runs = {int(seed): settings_of([*own, f"--seed={seed}"], kind=kind)[0] for seed in seeds}
         for s in runs.values():
             check_for_method(s, method)
         members.append(Member(values, method, runs))
@@ -124,11 +125,6 @@ def word_of(item):
     if value in ("true", "false"):
         return f"--{flag}" if value == "true" else f"--no-{flag}"
     return f"--{flag}={value}"
-
-
-def base_of(s):
-    """The settings of the preset alone."""
-    return type(s)(**ladd.PRESETS[s.preset]).scaled()
 
 
 def name_of(s, method="ladd"):

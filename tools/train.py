@@ -28,6 +28,7 @@ from lib.run import Run
 from lib.settings import lasting, refuse
 from mmdit import MMDiT
 from tools import report
+from tools.command import base_of, settings_of
 
 
 def given_teacher(s):
@@ -42,6 +43,13 @@ def given_teacher(s):
     with torch.device("meta"):
         same_network("--teacher", s.teacher, checkpoint["model"], MMDiT(**s.model()).config)
     return checkpoint | dict(kind="teacher")
+
+
+def given_heads(s):
+    """The checkpoint of --discriminator, if its heads are those of the settings."""
+    checkpoint = sample.read_checkpoint(s.discriminator, ["heads"])
+    same_network("--discriminator", s.discriminator, checkpoint["model"], s.head_sizes())
+    return checkpoint
 
 
 def open_data(s, given):
@@ -119,7 +127,7 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
     if s.compile:
         check_compiler(device_of(s.device))
     start = given_teacher(s) if s.teacher else None  # its tensors are views of the file
-    heads = ladd.given_heads(s) if s.discriminator else None
+    heads = given_heads(s) if s.discriminator else None
     if (Path(s.out) / "teacher.pt").exists():
         start = None  # taken over before
     for name, checkpoint in dict(teacher=start, discriminator=heads).items():
@@ -133,8 +141,7 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
     text = data.text_features(dataset, s.text_dim, s.text_length)
     if text is not dataset:  # which brings features of its own
         note = " ".join(filter(None, [note, unread_words(dataset.captions, s.text_length)])) or None
-    base = type(s)(**ladd.PRESETS[s.preset]).scaled()
-    run = Run(s, dataset, text, watch, method, base)
+    run = Run(s, dataset, text, watch, method, base_of(s))
     taken = {}
     if rank() == 0:  # all that can be refused is refused before the folder is the run's
         taken = to_take(run) if s.source else {}
@@ -177,12 +184,12 @@ def run_program(argv, program, parse, work):
     return 0
 
 
-def main(argv, distil=ladd.distil, method="ladd", kind=ladd.Settings):
-    """The command line of ladd.py and of methods/."""
+def main(argv, distil, method, kind):
+    """The program of ladd.py and of methods/, after its command line."""
     program = "ladd.py" if method == "ladd" else f"-m methods.{method}"
     return run_program(
         argv,
         program,
-        lambda argv, program: ladd.parse(argv, program, kind),
+        lambda argv, program: settings_of(argv, program, kind),
         lambda s, watch, given: train(s, watch, distil, method, given),
     )
