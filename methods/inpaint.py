@@ -34,8 +34,8 @@ from mmdit import MMDiT
 @dataclasses.dataclass(frozen=True)
 class Settings(ladd.Settings):
     tune_iterations: int = setting(600, "updates that tune the teacher to its condition", low=1)
-    tune_lr: float = setting(5e-4, "AdamW, for what Muon does not train", above=0)
-    tune_muon_lr: float = setting(5e-3, "Muon, for the blocks' matrices; 0: AdamW for all", low=0)
+    tune_lr: float = setting(2e-3, "AdamW, for what Muon does not train", above=0)
+    tune_muon_lr: float = setting(0.02, "Muon, for the blocks' matrices; 0: AdamW for all", low=0)
     targets: str = setting("real", "what is real to the heads", choices=("real",))
     cfg: float = setting(2.0, "guidance scale w of the teacher's samples", low=-1e3, high=1e3)
 
