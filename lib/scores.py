@@ -196,7 +196,7 @@ def score_table(held, labels, judge, candidates, seed, to_uint8):
             if one.region is not None:
                 row |= distances(images[0], one.images, one.region)
             rows.append(dict(name=name, **row))
-    if one.condition is not None:
+    if one.region is not None:
         given = to_uint8(one.condition[:, : one.images.shape[1]])
         row = score(given, labels, reference, judge)
         row |= distances(given, one.images, one.region)

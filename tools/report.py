@@ -40,7 +40,7 @@ def report(run):
             images = who.sample_parts(parts, seed=s.seed, stream="pictures", **options)
             titled.append((title, ladd.pictures_of(images)))
     titled.sort(key=lambda pair: pair[0].startswith("untrained"))  # it stands last
-    if s.condition_channels:
+    if getattr(run.dataset, "condition", None):
         index = range(24)
         given = run.dataset.condition(index, held_out=True)[:, : s.channels]
         images, _ = run.dataset.batch(index, held_out=True)
