@@ -103,10 +103,8 @@ def tune(run):
 
 
 def distil(run):
-    run = copy.copy(run)
     run.dataset = run.settings.told(run.dataset)
     tune(run)
-    run.earlier = 0.0
     ladd.distil(run)
 
 

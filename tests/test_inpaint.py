@@ -1,15 +1,15 @@
 """methods/inpaint.py: what the network is told, masks, and runs that fill pictures."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, FEW, NETWORK, PICTURE, cut_at, everything, randn, same, updates
+from conftest import CPU, FEW, NETWORK, PICTURE, SETTINGS, cut_at, everything, randn, same, updates
 from PIL import Image
 from test_sample import randomise
 
-import data
 import ladd
 import sample
 from lib.errors import UsageError
@@ -85,19 +85,21 @@ def test_a_condition_is_embedded_as_more_channels_of_the_latent():
 
 
 def test_guidance_takes_away_the_text_alone():
-    """Both halves are told the same of the picture."""
-    asked = []
+    """Both halves are told the same of every picture, in its own place."""
+    asked, told = [], randn(3, 4, 8, 8).float()
 
     def network(x, t, context, pooled, condition):
         asked.append((context, condition))
         return x, []
 
-    text = data.Told(torch.ones(2, 4, 6), torch.ones(2, 6), randn(2, 4, 8, 8))
-    none = data.Told(torch.zeros(1, 4, 6), torch.zeros(1, 6), text.condition)
-    sample.guided_velocity(network, randn(2, 3, 8, 8), torch.tensor(0.5), text, none, 3.0)
-    ((context, condition),) = asked
-    assert torch.equal(condition, text.condition.repeat(2, 1, 1, 1))
-    assert context[:2].all() and not context[2:].any()
+    network.config = dict(channels=3, condition_channels=4)
+    s = SimpleNamespace(**SETTINGS | dict(size=(8, 8), downscale=1, pooled_dim=0, aspects=()))
+    own = dict(precision="fp32", condition=lambda index: told[list(index)])
+    generator = sample.Generator(network, s, "teacher", **own)
+    generator.sample(["red", "blue", "a"], batch=2, steps=1, cfg=3.0)
+    for (context, condition), own in zip(asked, (told[:2], told[2:]), strict=True):
+        assert torch.equal(condition, own.repeat(2, 1, 1, 1))
+        assert context[: len(own)].any() and not context[len(own) :].any()
 
 
 # ---------------------------------------------------------------------------------------------
