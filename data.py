@@ -34,6 +34,7 @@ from lib.streams import rng, uniform
 # Training reads images from index 0 on; what must not meet the same images has its own stretch.
 SYNTHETIC_INDEX = 1 << 35  # captions of the synthetic set
 JUDGE_INDEX = 1 << 36  # images that the judge learns from
+RESIDENT = 1 << 30  # bytes of images that are kept on the device: CIFAR-10 has 150 MB
 
 
 def to_float(images):
@@ -75,6 +76,10 @@ class DataSet:
         the teacher's samples); caption (B,) int64, rows of `captions`."""
         raise NotImplementedError
 
+    def to(self, device):
+        """Where the images are in memory, keeps them on the device; batches then come from it."""
+        return self
+
 
 # ---------------------------------------------------------------------------------------------
 # Buckets: one size each, all of the same area
@@ -106,6 +111,11 @@ class Buckets:
         self.sets = sets
         self.name, self.channels, self.captions = sets[0].name, sets[0].channels, sets[0].captions
         self.attributes, self.labels = sets[0].attributes, sets[0].labels
+
+    def to(self, device):
+        for bucket in self.sets:
+            bucket.to(device)
+        return self
 
 
 def one_or_buckets(sets):
@@ -344,6 +354,12 @@ class ImageSet(DataSet):
         self.train_size, self.size = len(self.images), tuple(self.images.shape[2:])
         self.held_out_size = 0 if held_out[0] is None else len(held_out[0])
         self.orders = {}  # epoch -> its order; the last few are kept
+        self.device = torch.device("cpu")  # of the images that are trained on
+
+    def to(self, device):
+        if self.images.nbytes <= RESIDENT:
+            self.images, self.device = self.images.to(device), torch.device(device)
+        return self
 
     def order(self, epoch):
         if epoch not in self.orders:
@@ -362,10 +378,11 @@ class ImageSet(DataSet):
         rows = np.empty_like(place)
         for e in np.unique(epoch):
             rows[epoch == e] = self.order(int(e))[place[epoch == e]]
-        images = self.images[rows]
+        images = self.images[moved(torch.from_numpy(rows), self.device)]
         if self.flip:
-            mirrored = torch.from_numpy(uniform(self.seed, "mirrored", index, 1)[:, 0] < 0.5)
-            images[mirrored] = images[mirrored].flip(3)
+            mirrored = torch.from_numpy(uniform(self.seed, "mirrored", index, 1) < 0.5)
+            mirrored = moved(mirrored, self.device)[..., None, None]
+            images = torch.where(mirrored, images.flip(3), images)
         return images, self.caption[rows]
 
 
@@ -425,8 +442,8 @@ def load(name, sizes, *, data_dir="data", seed=0):
         from lib.cifar10 import read_cifar10
         from lib.images import nearest
 
-        train, test, *known = read_cifar10(Path(data_dir), *nearest(sizes, 1, 1))  # are square
-        return ImageSet("cifar10", train, test, *known, seed)
+        found = read_cifar10(Path(data_dir), *nearest(sizes, 1, 1))  # its images are square
+        return ImageSet(*found, seed)
     if not os.path.exists(name):
         raise DataError(f"--data {name}: no such folder or file, and not one of shapes, cifar10.")
     if os.path.exists(os.path.join(name, "shards.json")):

@@ -42,12 +42,10 @@ import sample
 from data import Text, parse_size
 from discriminator import Discriminator, hinge_d, hinge_g, r1
 from lib.checks import check_together
-from lib.curves import save_curves
 from lib.health import commonest, diversity
 from lib.machine import moved
 from lib.optim import learning_rate, make_optimizers, split, step_all, update_ema
 from lib.parallel import fill, leave, my_share, rank, world
-from lib.pictures import grid, save_png
 from lib.report import SIGNS
 from lib.samples import read_samples, write_samples
 from lib.settings import HowToRun, check_fields, setting
@@ -160,7 +158,6 @@ class Settings(HowToRun):
     seed: int = setting(0, "of all randomness")
     size: tuple = setting((16, 16), "of the images, pixels: 16 or 24x40", parse=parse_size)
     aspects: tuple = setting((), "width:height of more sizes of the same area", kind=str)
-    smoke: bool = setting(False, "two updates of every stage, to see that all of it runs")
     # the network: teacher and student
     channels: int = setting(3, "of x_0: 3 for pixels", low=1)
     downscale: int = setting(1, "pixels per position of x_0: 8 for SD3's latents", low=1)
@@ -178,8 +175,8 @@ class Settings(HowToRun):
     adam_eps: float = setting(1e-8, "AdamW's ε (SD3: 1e-15)", above=0)
     # teacher (rectified flow, arXiv 2403.03206)
     teacher: str = setting("", "use this one: a run folder, our .pt, or SD3's weights")
-    teacher_iterations: int = setting(2400, "updates of the teacher", low=1)
-    teacher_batch: int = setting(64, "images per update", low=1)
+    teacher_iterations: int = setting(2400, "updates of the teacher", low=1, scales=True, smoke=2)
+    teacher_batch: int = setting(64, "images per update", low=1, smoke=16)
     teacher_lr: float = setting(2e-3, "AdamW, for what Muon does not train", above=0)
     muon_lr: float = setting(0.02, "Muon, for the blocks' matrices; 0: AdamW for all", low=0)
     t_mean: float = setting(0.0, "logit-normal mean of t in training")
@@ -187,13 +184,13 @@ class Settings(HowToRun):
     drop: float = setting(0.1, "share of captions dropped, for guidance", low=0, below=1)
     teacher_ema: float = setting(0.995, "decay per update of its average", low=0, below=1)
     # synthesis
-    synthetic: int = setting(4096, "samples the teacher makes for the student to learn from", low=1)
+    synthetic: int = setting(4096, "samples that the teacher makes", low=1, scales=True, smoke=32)
     synthetic_cfg: float = setting(4.0, "their constant guidance scale w", low=-1e3, high=1e3)
-    synthetic_steps: int = setting(16, "their Euler steps", low=1, high=10_000)
+    synthetic_steps: int = setting(16, "their Euler steps", low=1, high=10_000, smoke=4)
     shift: float = setting(1.0, "timestep shift α of Euler sampling", above=0)
     # distillation (LADD)
-    iterations: int = setting(2200, "updates of the student and the heads", low=1)
-    batch: int = setting(32, "images per update", low=1)
+    iterations: int = setting(2200, "updates of the student", low=1, scales=True, smoke=2)
+    batch: int = setting(32, "images per update", low=1, smoke=16)
     targets: str = setting("synthetic", "what is real to the heads", choices=("synthetic", "real"))
     levels: tuple = setting((1.0, 0.75, 0.5, 0.25), "noise levels t of the student", above=0)
     level_p: tuple = setting((), "their probabilities; default: .4, and equal parts", low=0)
@@ -202,7 +199,7 @@ class Settings(HowToRun):
     t_hat_mean: float = setting(1.0, "m of t̂, the mean of its logit")
     t_hat_std: float = setting(1.0, "σ of t̂", above=0)
     distill_weight: float = setting(10.0, "weight λ of the distillation loss at t < 1", low=0)
-    heads_warmup: int = setting(100, "first updates, of the heads alone", low=0)
+    heads_warmup: int = setting(100, "first updates: heads alone", low=0, scales=True, smoke=0)
     taps: tuple = setting((1, 2), "blocks whose tokens the heads see; empty: all", kind=int)
     head_width: int = setting(64, "channels of a head", low=1)
     lora: int = setting(0, "rank of adapters that learn in the student's place; 0: none", low=0)
@@ -213,13 +210,14 @@ class Settings(HowToRun):
     student_ema: float = setting(0.995, "decay per update of its average", low=0, below=1)
     discriminator: str = setting("", "another run's heads.pt for the heads to start from")
     # report
-    evaluation: int = setting(1000, "samples per row of the table", low=8, high=10**6)
-    teacher_steps: int = setting(32, "Euler steps of the teacher's samples", low=1, high=10_000)
+    evaluation: int = setting(
+        1000, "samples per table row", low=8, high=10**6, scales=True, smoke=32
+    )
+    teacher_steps: int = setting(32, "Euler steps of the teacher", low=1, high=10_000, smoke=4)
     cfg: float = setting(4.0, "guidance scale w of the teacher's samples", low=-1e3, high=1e3)
     eta: float = setting(0.0, "share of fresh noise between the student's steps", low=0, high=1)
-    judge_steps: int = setting(700, "updates of the judge", low=1, high=10**6)
+    judge_steps: int = setting(700, "updates of the judge", low=1, high=10**6, smoke=20)
     judge_width: int = setting(32, "its channels", low=4, high=1024)
-    steps_scale: float = setting(1.0, "factor of updates and samples", above=0, high=1e3, free=True)
     stage: str = setting("all", "run one of STAGES alone", choices=("all", *STAGES), free=True)
     source: str = setting("", "a run whose teacher and samples to use", flag="--from", free=True)
 
@@ -269,6 +267,12 @@ class Settings(HowToRun):
         pooled_dim = self.pooled_dim or self.text_dim
         sizes = dict(width=self.width, taps=self.tapped, pooled_dim=pooled_dim)
         return sizes | dict(hidden=self.head_width)
+
+    def scaled(self):
+        """With the levels' probabilities worked in, too."""
+        others = len(self.levels) - 1
+        level_p = self.level_p or (0.4, *[round(0.6 / max(1, others), 4)] * others)
+        return dataclasses.replace(super().scaled(), level_p=level_p)
 
 
 # What SD3-medium and SD3.5-large have in common. [P] stands in arXiv 2403.03206 (SD3) or in the
@@ -363,7 +367,7 @@ def train_teacher(run):
         update_ema(ema, model, s.teacher_ema, step)
         loop.log(grad_norm=norm)
         if loop.due(s.sample_every):
-            show(run, "teacher", step + 1, ema)
+            run.show("teacher", step + 1, ema)
     run.save("teacher", ema, s.teacher_iterations)
     loop.finish()
 
@@ -424,7 +428,7 @@ def distillation_samples(run):
         return Samples(run.dataset, run.text.ids(run.dataset.captions), None)
     parts, captions, seed = read_samples(run.out / "synthetic", s.channels, s.patch)
     sets = [data.ImageSet("synthetic", part, seed=s.seed, flip=False) for part in parts]
-    return Samples(data.Buckets(sets), run.text.ids(captions), seed)
+    return Samples(data.Buckets(sets).to(run.device), run.text.ids(captions), seed)
 
 
 def draw_levels(settings, n, step, random):
@@ -541,7 +545,7 @@ def distil(run):
             loop.add(diversity=probe(student))
         loop.log(grad_norm_heads=norm_d)
         if loop.due(s.sample_every):
-            show(run, "student", step + 1, ema)
+            run.show("student", step + 1, ema)
     run.save("heads", heads, s.iterations, optimizer=heads_optimizers[0])
     run.save("student", ema, s.iterations)
     loop.finish()
@@ -594,24 +598,6 @@ def generator(run, kind, model=None):
     s, condition = run.settings, getattr(run.dataset, "condition", None)
     told = condition and partial(condition, held_out=True)
     return sample.Generator(model, s, kind, run.device, s.precision, run.text, told)
-
-
-def pictures_of(parts):
-    return [picture for x0 in parts for picture in data.to_picture(x0)]
-
-
-def show(run, kind, step, model):
-    """Draws curves.png anew; a grid from fixed noise and captions into samples/, if of pixels."""
-    save_curves(run)
-    s = run.settings
-    if s.is_latent:
-        return
-    parts = data.held_out_captions(run.dataset, 32)
-    made = generator(run, kind, model).sample_parts(parts, seed=s.seed, stream="pictures")
-    path = run.out / "samples" / f"{kind}-{step:06d}.png"
-    if rank() == 0:
-        captions = "; ".join(caption for own, _ in parts for caption in own)
-        save_png(grid(pictures_of(made), 8), path, step=step, captions=captions)
 
 
 def main(argv=None, distil=distil, method="ladd", kind=Settings):

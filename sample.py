@@ -16,7 +16,6 @@ Rectified flow and its schedules: arXiv 2403.03206 (SD3). Few-step sampling: LAD
     python sample.py runs/nano --evaluate        the table again
 """
 
-import copy
 import importlib
 import math
 import sys
@@ -264,7 +263,8 @@ def read_network(run, teacher=False, adapter=None, scale=1.0):
     """The checkpoint of a run's student (or teacher), with another run's adapter added to it."""
     checkpoint = read_checkpoint(checkpoint_of(run, teacher))
     if adapter:
-        other = checkpoints.read_checkpoint(adapter, ("student", "teacher"), MMDiT, alone=True)
+        kinds = ("student", "teacher", "adapter")
+        other = checkpoints.read_checkpoint(adapter, kinds, MMDiT, alone=True)
         checkpoints.same_network("--adapter", adapter, other["model"], checkpoint["model"])
         if not other.get("lora"):
             raise UsageError(f"--adapter {adapter}: a whole network, not the adapter of --lora")
@@ -293,12 +293,7 @@ def judge_of(dataset, s, device, data_dir, precision, **other):
 
 def evaluate(dataset, judge, teacher, student, count, seed=0):
     """The table of a run, of those of both that are there: dicts, the real images first."""
-    held = held_out(data.shares(dataset, count))
-    if held[0].condition is not None:  # of these images
-        teacher, student = (who and copy.copy(who) for who in (teacher, student))
-        for who in filter(None, (teacher, student)):
-            who.condition = lambda index: held[0].condition[list(index)]
-    rows = compared(teacher, student)
+    held, rows = held_out(data.shares(dataset, count)), compared(teacher, student)
     return score_table(held, dataset.labels, judge, rows, seed, data.to_uint8)
 
 

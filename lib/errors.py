@@ -11,6 +11,10 @@ import sys
 import traceback
 
 MOST_CHARACTERS = 1 << 17
+LESS = (
+    "A smaller --batch or --teacher-batch needs less. In training so do --checkpointing and "
+    "--accumulate, which go on in the same folder; --dry-run tells how much."
+)
 
 
 class UserError(Exception):
@@ -35,6 +39,9 @@ class UsageError(UserError):
 
 class RunError(Exception):
     """The run can't go on; the message says why and what to do."""
+
+
+ENDS = (UserError, RunError, OSError, MemoryError, RuntimeError)  # what a program catches
 
 
 class Stop(BaseException):
@@ -63,6 +70,13 @@ def some(names, most=3):
     return ", ".join([*names[:most], "…"] if len(names) > most else names)
 
 
+def no_memory(error):
+    """Whether an error says that memory, the machine's or a GPU's, was not enough."""
+    words = "(out of|enough|allocate) memory|ALLOC_FAILED"
+    said = re.search(words, str(error), re.IGNORECASE)
+    return bool(said) or isinstance(error, MemoryError)
+
+
 def pass_on(error, path):
     """Raises an error of reading a file again where it tells nothing of the file's content, so that
     a sound file is not called damaged: no permission, a failing disk, no memory."""
@@ -70,8 +84,7 @@ def pass_on(error, path):
     system = isinstance(error, OSError) and error.errno not in of_content
     if system or isinstance(error, RunError):
         raise error
-    full = re.search("(out of|enough|allocate) memory", str(error), re.IGNORECASE)
-    if full or isinstance(error, MemoryError):
+    if no_memory(error):
         raise RunError(f"{path}: {reason(error, 1000)}") from None
 
 
@@ -82,6 +95,8 @@ def exit_status(program, error):
         return 130  # 128 + SIGINT
     if isinstance(error, (UserError, RunError, OSError)):
         print(f"{program}: {clean(error, 4000)}", file=sys.stderr)
+    elif no_memory(error):
+        print(f"{program}: no memory is left ({clean(reason(error))}). {LESS}", file=sys.stderr)
     else:
         traceback.print_exception(error)
     return 2 if isinstance(error, UserError) else 1

@@ -7,6 +7,7 @@ finished network, and the states of the stage at work.
 import contextlib
 import copy
 import dataclasses
+import functools
 import sys
 import time
 from pathlib import Path
@@ -44,14 +45,18 @@ def compile_blocks(network):
 
 class Run:
     """settings: a HowToRun with a `seed`; dataset, text: what the stages read; watch: see Watch.
-    method: the name of what is trained; base: the settings that it is named against, a preset's."""
+    method: the name of what is trained; base: the settings that it is named against, a preset's.
+    show: a function run, kind, step, network that draws how far the training has come."""
 
-    def __init__(self, settings, dataset, text, watch, method="ladd", base=None):
-        self.settings, self.dataset, self.watch = settings, dataset, watch
+    def __init__(
+        self, settings, dataset, text, watch, method="ladd", base=None, show=lambda *_: None
+    ):
+        self.settings, self.watch = settings, watch
         self.out = Path(settings.out)
         self.device = device_of(settings.device)
-        self.text = text.to(self.device)
+        self.dataset, self.text = dataset.to(self.device), text.to(self.device)
         self.method, self.base = method, base or settings
+        self.show = functools.partial(show, self)
         self.divided = settings.shard and world() > 1
         self.log = Log(self.out, settings.tensorboard)
         self.notes = []  # lines that the report must repeat
@@ -114,8 +119,8 @@ class Run:
     def path(self, kind):
         return self.out / f"{kind}.pt"
 
-    def save(self, kind, network, step, optimizer=None):
-        """Writes KIND.pt: weights, and what is needed to rebuild the network."""
+    def save(self, kind, network, step, optimizer=None, name=""):
+        """Writes KIND.pt, or NAME.pt: weights, and what is needed to rebuild the network."""
         weights = dict(own_state(network))
         checkpoint = dict(format="ladd-1", kind=kind, model=network.config, weights=weights)
         if lora := getattr(network, "lora", 0):
@@ -125,7 +130,7 @@ class Run:
             checkpoint["optimizer"] = optimizer.state_dict()
         checkpoint = tree_map(to_rank0, checkpoint)
         if rank() == 0:
-            save(checkpoint, self.path(kind))
+            save(checkpoint, self.path(name or kind))
 
     def load(self, checkpoint, module, frozen=False):
         """The network module(**arguments) of a checkpoint, without gradient.

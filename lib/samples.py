@@ -17,13 +17,19 @@ class Joined:
     def __init__(self, tensors):
         self.tensors, self.ends = tensors, np.cumsum([len(t) for t in tensors])
         self.shape = (int(self.ends[-1]), *tensors[0].shape[1:])
+        self.nbytes = sum(t.nbytes for t in tensors)
 
     def __len__(self):
         return self.shape[0]
 
+    def to(self, device):
+        """All of them, read into memory."""
+        return torch.cat(self.tensors).to(device)
+
     def __getitem__(self, rows):
+        rows = np.asarray(rows)
         which = np.searchsorted(self.ends, rows, side="right").tolist()
-        behind = (np.asarray(rows) - self.ends[which]).tolist()  # counted from its tensor's end
+        behind = (rows - self.ends[which]).tolist()  # counted from its tensor's end
         return torch.stack([self.tensors[i][k] for i, k in zip(which, behind, strict=True)])
 
 

@@ -4,6 +4,7 @@ Alignment is the share of pictures of which every attribute is read right. Fréc
 (arXiv 1706.08500), precision and recall (arXiv 1904.06991) are taken in the judge's features.
 """
 
+import copy
 import hashlib
 import time
 from pathlib import Path
@@ -89,7 +90,7 @@ def get_judge(
     student learns from must be another one than that which scores it."""
     images, labels = draw(0, 64)
     key = hashlib.sha256(repr((attributes, size, steps, width, seed, kernel)).encode())
-    key.update(images.numpy().tobytes() + labels.numpy().tobytes())
+    key.update(images.cpu().numpy().tobytes() + labels.numpy().tobytes())
     path = Path(data_dir) / f"judge-{key.hexdigest()[:16]}.pt"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -151,7 +152,7 @@ def score(images, labels, reference, judge):
     )
 
 
-def compared(teacher, student):
+def compared(teacher, student, few=(8, 4, 2, 1)):
     """(name, generator, options) of all that a run compares, of those of both that are there.
 
     *Untrained* is the teacher sampled as the student is: the student before distillation, the
@@ -161,7 +162,7 @@ def compared(teacher, student):
         steps, cfg = teacher.settings.teacher_steps, teacher.settings.cfg
         rows.append((f"teacher, {steps} steps, CFG {cfg:g}", teacher, dict(steps=steps, cfg=cfg)))
     for name, generator in (("untrained", teacher), ("student", student)):
-        for steps in (4, 2, 1):
+        for steps in few:
             if generator is not None and steps <= len(levels):
                 options = dict(steps=steps, cfg=1.0, sampler="renoise")
                 rows.append((f"{name}, {plural(steps, 'step')}", generator, options))
@@ -185,6 +186,9 @@ def score_table(held, labels, judge, candidates, seed, to_uint8):
     with tqdm(total=total, desc="evaluation", leave=False, disable=None) as bar:
         for name, who, options in candidates:
             start = time.perf_counter()
+            if one.condition is not None:
+                who = copy.copy(who)
+                who.condition = lambda index: one.condition[list(index)]
             made = who.sample_parts(parts, seed=seed, stream="evaluation", progress=bar, **options)
             if not all(x.isfinite().all() for x in made):
                 raise RunError(f"{name}: its samples are not finite; try --precision fp32")

@@ -22,14 +22,16 @@ from lib.parallel import rank
 
 def setting(
     default, help, *, low=None, high=None, above=None, below=None, choices=None, kind=None,
-    parse=None, free=False, flag="",
+    parse=None, free=False, flag="", scales=False, smoke=None,
 ):  # fmt: skip
     """A field with its meaning and bounds, for every value of a tuple.
 
     low ≤ value ≤ high; above < value < below. kind: of a tuple's values, or where the default is
-    None. parse: text -> value, in place of kind."""
+    None. parse: text -> value, in place of kind. scales: with --steps-scale. smoke: the value for
+    --smoke."""
     rules = dict(help=help, low=low, high=high, above=above, below=below)
     rules |= dict(choices=choices, kind=kind, parse=parse, free=free, flag=flag)
+    rules |= dict(scales=scales, smoke=smoke)
     return dataclasses.field(default=default, metadata=rules)
 
 
@@ -82,7 +84,7 @@ free = functools.partial(setting, free=True)
 @dataclasses.dataclass(frozen=True)
 class HowToRun:
     """Settings of any training program; none of them changes a result on the same machine, but
-    `precision` and `deterministic`, which say so."""
+    `precision` and `deterministic`, which say so, and the last two, which change other fields."""
 
     out: str = free("", "run folder (default: runs/PRESET)")
     data_dir: str = free("data", "where downloads and judges are kept")
@@ -101,9 +103,22 @@ class HowToRun:
     save_every: int = free(500, "updates between states from which a cut run goes on", low=1)
     save_minutes: float = free(10.0, "minutes after which a state is due anyway; 0: never", low=0)
     stop_after: float = free(0.0, "minutes after which to save and exit with 75; 0: never", low=0)
-    sample_every: int = free(250, "updates between sample grids and curves", low=1)
-    log_every: int = free(20, "updates between lines of log.jsonl", low=1)
+    sample_every: int = free(250, "updates between sample grids and curves", low=1, smoke=2)
+    log_every: int = free(20, "updates between lines of log.jsonl", low=1, smoke=1)
     tensorboard: bool = free(False, "also write logs for tensorboard")
+    steps_scale: float = free(1.0, "factor of updates and samples", above=0, high=1e3)
+    smoke: bool = setting(False, "two updates of every stage, to see that all of it runs")
+
+    def scaled(self):
+        """The settings with --steps-scale and --smoke worked in, as their fields say."""
+        changes = {}
+        for field in dataclasses.fields(self):
+            value, rule = getattr(self, field.name), field.metadata
+            if rule["scales"] and value > 0:
+                changes[field.name] = max(1, round(value * self.steps_scale))
+            if self.smoke and rule["smoke"] is not None:
+                changes[field.name] = rule["smoke"]
+        return dataclasses.replace(self, **changes)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -24,14 +24,22 @@ UNITS = 6  # forwards of the network, an update: student 1 + 2, teacher with gui
 LEVELS = 32
 
 
-def consistency_loss(student, ema, velocity, b, t, t_next):
-    """Lines 1 to 3; velocity(x_t, t) -> v is the guided teacher's. t' < t (B,) -> scalar"""
+def consistency_loss(student, ema, velocity, b, t, t_next, end=0.0):
+    """Lines 1 to 3; velocity(x_t, t) -> v is the guided teacher's. t' < t (B,) -> scalar
+
+    end: s ≤ t', for a prediction of x_s, which is x_t - (t - s)·v, in place of x̂_0."""
     xt = add_noise(b.x0, b.noise, t)
     with torch.no_grad():
         x_next = xt + per_sample(t_next - t, xt) * velocity(xt, t)
-        target = predict_x0(x_next, ema(x_next, t_next, *b.text)[0], t_next)
-    x0_hat = predict_x0(xt, student(xt, t, *b.text)[0], t)
+        target = predict_x0(x_next, ema(x_next, t_next, *b.text)[0], t_next - end)
+    x0_hat = predict_x0(xt, student(xt, t, *b.text)[0], t - end)
     return (((x0_hat - target).square() + 1e-6).sqrt() - 1e-3).mean()
+
+
+def draw_times(run, step):
+    """Which of the levels are t, the next one being t'. -> (B,)"""
+    i = rng(run.settings.seed, "consistency", step).integers(LEVELS, size=run.settings.batch)
+    return moved(torch.from_numpy(my_share(i)), run.device)
 
 
 def distil(run):
@@ -44,8 +52,7 @@ def distil(run):
     loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers)
     for step in loop:
         b = draw_batch(run, samples, step, own_noise="none")
-        i = rng(s.seed, "consistency", step).integers(LEVELS, size=s.batch)
-        i = moved(torch.from_numpy(my_share(i)), run.device)
+        i = draw_times(run, step)
 
         def guided(xt, t, text=b.text):
             return guided_velocity(teacher, xt, t, text, uncond, s.synthetic_cfg)

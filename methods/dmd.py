@@ -41,6 +41,21 @@ def matching_loss(x0_hat, gradient):
     return 0.5 * (x0_hat - (x0_hat - gradient).detach()).square().mean()
 
 
+def matching_losses(run, student, fake_score, b, velocity, step):
+    """Lines 1 to 5. -> the student's loss, the fake score's"""
+    n = run.settings.batch
+    levels = rng(run.settings.seed, "dmd", step).uniform(0.02, 0.98, (n, 2)).astype(np.float32)
+    t, t_score = moved(torch.from_numpy(my_share(levels)), run.device).unbind(dim=1)
+
+    def fakes(xt, t):
+        return fake_score(xt, t, *b.text)[0]
+
+    x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
+    gradient = matching_gradient(x0_hat, b.noise_hat, t, velocity, fakes)
+    loss_score = teacher_loss(fake_score, x0_hat.detach(), b.text, t_score, b.noise_hat)
+    return matching_loss(x0_hat, gradient), loss_score
+
+
 def distil(run):
     s = run.settings
     teacher, uncond = ladd.load(run, "teacher", frozen=True), run.text([""])
@@ -53,20 +68,12 @@ def distil(run):
     loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers_of_both)
     for step in loop:
         b = draw_batch(run, samples, step, own_noise="none")
-        levels = rng(s.seed, "dmd", step).uniform(0.02, 0.98, (s.batch, 2)).astype(np.float32)
-        t, t_score = moved(torch.from_numpy(my_share(levels)), run.device).unbind(dim=1)
 
         def guided(xt, t, text=b.text):
             return guided_velocity(teacher, xt, t, text, uncond, s.synthetic_cfg)
 
-        def fakes(xt, t, text=b.text):
-            return fake_score(xt, t, *text)[0]
-
         with run.autocast():
-            x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
-            gradient = matching_gradient(x0_hat, b.noise_hat, t, guided, fakes)
-            loss_score = teacher_loss(fake_score, x0_hat.detach(), b.text, t_score, b.noise_hat)
-        loss = matching_loss(x0_hat, gradient)
+            loss, loss_score = matching_losses(run, student, fake_score, b, guided, step)
         (loss + loss_score).backward()
         norm, norm_score = step_all(
             (optimizers, student, s.clip, ladd.student_rate(s, step)),

@@ -33,7 +33,7 @@ from mmdit import MMDiT
 
 @dataclasses.dataclass(frozen=True)
 class Settings(ladd.Settings):
-    tune_iterations: int = setting(600, "updates that tune the teacher to its condition", low=1)
+    tune_iterations: int = setting(600, "updates of the teacher", low=1, scales=True, smoke=2)
     tune_lr: float = setting(2e-3, "AdamW, for what Muon does not train", above=0)
     tune_muon_lr: float = setting(0.02, "Muon, for the blocks' matrices; 0: AdamW for all", low=0)
     targets: str = setting("real", "what is real to the heads", choices=("real",))
@@ -61,7 +61,7 @@ class Settings(ladd.Settings):
 
         def condition(index, held_out=False):
             x0 = data.to_float(dataset.batch(index, held_out)[0])
-            return hide(x0, region(index, held_out))
+            return hide(x0, region(index, held_out).to(x0.device))
 
         told.region, told.condition = region, condition
         return told
@@ -97,7 +97,7 @@ def tune(run):
         update_ema(ema, model, s.teacher_ema, step)
         loop.log(loss=loss, grad_norm=norm)
         if loop.due(s.sample_every):
-            ladd.show(run, "tuned", step + 1, ema)
+            run.show("tuned", step + 1, ema)
     run.save("teacher", ema, s.tune_iterations)
     loop.finish()
 

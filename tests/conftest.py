@@ -27,7 +27,7 @@ import sample
 from lib.loop import Loop
 from lib.run import Run
 from mmdit import MMDiT
-from tools.command import settings_of
+from tools.command import given_settings
 
 # nohup and "&" have signals ignored, in all programs that the tests start, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -37,7 +37,8 @@ if hasattr(signal, "SIGHUP"):
 SMALL = "--size 12 --width 16 --depth 3 --heads 2 --text-dim 10 --head-width 8 --judge-width 8 "
 SMALL += "--precision fp32 --device cpu "
 FEW = SMALL + "--teacher-iterations 6 --teacher-batch 5 --iterations 6 --batch 4 --synthetic 7 "
-FEW += "--teacher-steps 2 --synthetic-steps 3 --log-every 1 --heads-warmup 1"
+FEW += "--teacher-steps 2 --synthetic-steps 3 --log-every 1 --heads-warmup 1 "
+FEW += "--evaluation 8 --judge-steps 2"
 MAKING = ("teacher", "synthesis", "distillation")
 
 
@@ -112,13 +113,14 @@ def whole(tmp_path_factory, cache):
     """A run that nobody cut."""
     out = tmp_path_factory.mktemp("whole") / "run"
     for stage in MAKING:
-        assert ladd.main([*FEW.split(), "--stage", stage, "--out", str(out)]) == 0
+        where = ["--out", f"{out}", "--data-dir", f"{cache}"]
+        assert ladd.main([*FEW.split(), "--stage", stage, *where]) == 0
     return out
 
 
 def run_of(words):
     """The Run of a command line, whose folder may be that of a finished one."""
-    s, _ = settings_of([*FEW.split(), *map(str, words)])
+    s, _ = given_settings([*FEW.split(), *map(str, words)])
     dataset = data.load(s.data, s.sizes, data_dir=s.data_dir, seed=s.seed)
     return Run(s, dataset, data.text_features(dataset, s.text_dim, s.text_length), watch=None)
 
@@ -203,9 +205,10 @@ def flops(function):
 def update_cost(train, teacher, flags, **method):
     """FLOPs of an update of the loop itself, and of a forward of the network on as many images.
 
-    Grids and diversity are made once in either run, so the difference has none of that."""
+    Grids, scores and diversity are made once in each run, so the difference has none of that; the
+    first run trains the judge."""
     flags, cost = f"--teacher {teacher} {flags} --sample-every 100 --log-every 100", {}
-    for n in (1, 3):
+    for n in (2, 1, 3):
         own = f"{flags} --iterations {n}"
         train(f"run{n}", own, ["synthesis"], **method)
         cost[n] = flops(lambda n=n, own=own: train(f"run{n}", own, ["distillation"], **method))

@@ -7,9 +7,10 @@ import numpy as np
 import pretend
 import pytest
 import torch
-from conftest import FEW, cut_at, same
+from conftest import FEW, cut_at, run_of, same
 from PIL import Image
 
+import data
 import ladd
 import sample
 from lib.loop import Loop
@@ -56,11 +57,12 @@ def test_between_log_lines_an_update_never_waits_for_the_device(finished, waits)
             assert waits["run", stage, update] == []
 
 
-@pytest.mark.parametrize("method", ["regression", "consistency", "add", "dmd"])
+@pytest.mark.parametrize("method", ["regression", "consistency", "add", "dmd", "hyper_sd"])
 def test_every_method_runs_and_does_not_wait_either(finished, launch, waits, method):
     module = importlib.import_module(f"methods.{method}")
-    flags = f"{SMALL} --from {finished} --stage distillation --iterations 3"
-    assert launch(method, flags, distil=module.distil, method=method) == 0
+    flags = f"{SMALL} --from {finished} --stage distillation --iterations 5"
+    kind = getattr(module, "Settings", ladd.Settings)
+    assert launch(method, flags, distil=module.distil, method=method, kind=kind) == 0
     assert [waits[method, "distillation", update] for update in (1, 2)] == [[], []]
 
 
@@ -102,13 +104,40 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(finished, launch, tmp_path, monk
         assert same(tmp_path / "run" / f"{kind}.pt", finished / f"{kind}.pt")
 
 
-def test_photographs_are_learned_from(launch, tmp_path, waits):
-    """Of two shapes, as what is real to the heads."""
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of photographs of two shapes."""
+    folder = tmp_path_factory.mktemp("photos")
     for i in range(100):
-        path = tmp_path / "photos" / ("fox" if i % 2 else "owl") / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = folder / ("fox" if i % 2 else "owl") / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
         picture(i).resize((8, 8 + 8 * (i % 3 > 0))).save(path)
-    flags = f"{SMALL} --data photos --targets real --aspects 1:1,1:2 --accumulate 2 "
+    return folder
+
+
+def test_images_are_kept_on_the_device_where_they_fit(finished, photos, monkeypatch):
+    """A folder's and the teacher's samples. Batches are drawn there, the same ones as elsewhere,
+    and nothing waits."""
+
+    def sets():
+        run = run_of([*SMALL.split(), "--data", photos, "--aspects", "1:1,1:2", "--out", finished])
+        samples = ladd.distillation_samples(run).dataset
+        return [*data.buckets_of(run.dataset), *data.buckets_of(samples)]
+
+    kept = sets()
+    monkeypatch.setattr(data, "RESIDENT", 0)
+    for there, here in zip(kept, sets(), strict=True):
+        waited = len(pretend.WAITS)
+        images, caption = there.batch(np.arange(9))
+        assert len(pretend.WAITS) == waited and images.device.type == "pretend"
+        wanted, wanted_caption = here.batch(np.arange(9))
+        assert wanted.device.type == "cpu" and torch.equal(images.cpu(), wanted)
+        assert torch.equal(caption, wanted_caption)
+
+
+def test_photographs_are_learned_from(launch, photos, waits):
+    """Of two shapes, as what is real to the heads."""
+    flags = f"{SMALL} --data {photos} --targets real --aspects 1:1,1:2 --accumulate 2 "
     flags += "--teacher-batch 4 --checkpointing --teacher-iterations 3 --iterations 3"
     assert launch("photos-run", flags) == 0
     for stage in ("teacher", "distillation"):

@@ -1,5 +1,6 @@
 """The documents say what the runs say."""
 
+import json
 import re
 import runpy
 import sys
@@ -23,7 +24,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 TORCHRUN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"}
 PROGRAMS = [
     "ladd", "ladd --sweep=a", "ladd --dry-run", "sample", "sample --evaluate", "sd3.encode",
-    "tools.architecture", "tools.benchmark", "tools.pictures", "tools.trajectory",
+    "tools.architecture", "tools.benchmark", "tools.pictures", "methods.hyper_sd", "methods.dpo",
     "methods.inpaint",
 ]  # fmt: skip
 
@@ -93,6 +94,15 @@ def test_the_warning_of_a_bad_sign_names_a_section_that_exists():
 def test_the_table_of_passes_is_that_of_the_code():
     text = (ROOT / "docs" / "passes.md").read_text("utf-8")
     assert f"<!-- passes -->\n{pictures.pass_table()}\n<!-- end -->" in text
+
+
+def test_the_page_on_gpus_has_the_figures_of_its_run():
+    rows = json.loads((ROOT / "docs" / "results" / "gpu-nano.json").read_text("utf-8"))["rows"]
+    rows = {row["name"]: row for row in rows}
+    student, teacher = rows["student, 1 step"], rows["teacher, 32 steps, CFG 4"]
+    told = f"aligned {student['alignment']:.3f} with Fréchet distance {student['frechet']:.1f}"
+    told += f", its teacher in 32 steps {teacher['alignment']:.3f} and {teacher['frechet']:.1f} "
+    assert told.replace(" 0.", " .") in (ROOT / "docs" / "gpu.md").read_text("utf-8")
 
 
 def test_the_page_on_fid_writes_the_training_set_as_pictures(tmp_path, monkeypatch):

@@ -63,7 +63,7 @@ def answers(tmp_path_factory):
             assert (folder / name).read_bytes() != (ROOT / name).read_bytes()
     words = [sys.executable, "-c", FORK, json.dumps([f"{f}" for f in folders.values()])]
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=root, timeout=300)
+    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=root, timeout=3600)
     status = json.loads(done.stdout.splitlines()[-1])
     return {name: (folder, status[f"{folder}"]) for name, folder in folders.items()}
 

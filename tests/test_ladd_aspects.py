@@ -15,13 +15,13 @@ import sample
 from lib import pictures
 from lib.run import Run
 from lib.scores import Judge
-from tools.command import settings_of
+from tools.command import given_settings
 
 SMALL = "--width 32 --depth 2 --heads 2 --taps 0,1 --precision fp32 --device cpu --smoke"
 
 
 def parse(words):
-    return settings_of(words.split())[0]
+    return given_settings(words.split())[0]
 
 
 def test_at_full_size_the_sides_are_multiples_of_64_pixels():

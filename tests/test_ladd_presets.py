@@ -5,7 +5,7 @@ import torch
 
 import ladd
 from lib.optim import make_optimizers
-from tools.command import settings_of
+from tools.command import given_settings
 from tools.plan import meta_networks
 
 SIZES = {  # of the released networks, position tables apart
@@ -16,7 +16,7 @@ SIZES = {  # of the released networks, position tables apart
 
 
 def parse(words):
-    return settings_of(words.split())[0]
+    return given_settings(words.split())[0]
 
 
 @pytest.mark.parametrize("words", SIZES)

@@ -65,11 +65,12 @@ def test_the_logs_first_row_says_what_ran_where(smoke):
     assert first["settings"]["preset"] == "nano" and first["settings"]["iterations"] == 2
     assert first["torch"] == torch.__version__ and first["method"] == "ladd"
     assert {"commit", "dirty", "python", "numpy", "processor", "threads", "gpu"} <= set(first)
-    updates = [(row["stage"], row["step"]) for row in rest if "step" in row]
+    updates = [(row["stage"], row["step"]) for row in rest if "images_per_s" in row]
     assert updates == [(stage, i) for stage in ("teacher", "distillation") for i in (1, 2)]
     assert [row["stage"] for row in rest if row.get("finished")] == list(ladd.STAGES)
     health = {"loss_d", "loss_g", "loss_distill", "d_real", "d_fake", "ranked", "diversity"}
-    assert health | {"grad_norm", "grad_norm_heads", "images_per_s"} <= set(rest[-3])
+    assert health | {"grad_norm", "grad_norm_heads", "images_per_s"} <= set(rest[-4])
+    assert {"alignment", "frechet"} <= set(rest[-3])
 
 
 def test_the_report_holds_the_student_against_the_untrained_one(smoke):

@@ -122,6 +122,25 @@ def test_a_cifar_folder_placed_by_hand_is_used(tmp_path, cifar):
     check_cifar(load(tmp_path), cifar)
 
 
+def test_a_run_knows_cifar_by_its_content_wherever_it_lies(tmp_path, cifar, monkeypatch):
+    """An archive is its folder, a folder with one other byte is not; the official files have the
+    name that runs of older versions know them by."""
+    files = cifar["files"]
+    changed = files["data_batch_3"].replace(b"\xc3\xa9", b"\xc3\xa8")
+    folder(tmp_path, {ARCHIVE: cifar["archive"]})
+    folder(tmp_path / "a" / "cifar-10-batches-py", files)
+    folder(tmp_path / "b" / "cifar-10-batches-py", files | {"data_batch_3": changed})
+    name, same, other = (load(tmp_path / place).name for place in ("", "a", "b"))
+    assert name == same != other and "digest" in other
+    sums = [hashlib.md5(files[name]).hexdigest() for name in BATCHES]
+    monkeypatch.setattr(cifar10, "MD5", sums)
+    assert [load(tmp_path / place).name for place in ("", "a", "b")] == [
+        "cifar10",
+        "cifar10",
+        other,
+    ]
+
+
 def test_cifar_batches_as_python_2_wrote_them_are_read(tmp_path, cifar):
     """The official files: strings are SHORT_BINSTRINGs, and NumPy's old module names."""
 

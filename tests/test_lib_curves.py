@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+from conftest import run_of, same, updates
 from PIL import Image
 
+import ladd
 from lib import curves
+from tools import report
 
 
 def log(n=20):
@@ -44,6 +47,19 @@ def test_any_numbers_can_be_drawn(values):
 
 def test_a_log_without_numbers_gives_no_picture():
     assert curves.draw_curves([dict(settings={}), dict(stage="report", finished=True)]) is None
+
+
+def test_every_grid_of_the_students_has_its_scores_in_one_step_and_they_change_no_number(train):
+    """They are that student's own, as another judge of the same settings finds them."""
+    folder = train("run", "--sample-every 4")
+    rows = [row for row in updates(folder) if "alignment" in row or "frechet" in row]
+    assert [row["step"] for row in rows] == [4, 6]
+    run = run_of(["--out", folder, "--data-dir", folder / "other"])
+    last = report.glance(run.dataset, ladd.generator(run, "student"), run.settings.data_dir)
+    assert last == pytest.approx({name: rows[1][name] for name in ("alignment", "frechet")})
+    assert {"alignment", "frechet"} <= curves.panels_of(rows)["distillation"].keys()
+    fewer = train("fewer", "--sample-every 6")
+    assert same(folder / "student.pt", fewer / "student.pt")
 
 
 def test_the_curves_are_drawn_with_the_grids_before_there_is_a_report(train):

@@ -22,7 +22,7 @@ from lib.settings import (
     text_of,
 )
 from mmdit import MMDiT
-from tools.command import base_of, settings_of
+from tools.command import base_of, given_settings
 from tools.score import MOST
 
 FIELDS = dataclasses.fields(ladd.Settings)
@@ -80,11 +80,11 @@ def test_every_setting_has_a_flag_that_sets_it(field):
     value = another(field)
     assert value != field.default
     beside = ["--shard"] if field.name == "offload" else []  # which is a part of it
-    settings, _ = settings_of([*words(field, value), *beside])
+    settings, _ = given_settings([*words(field, value), *beside])
     got = getattr(settings, field.name)
     assert got == value and type(got) is type(value)
     if field.name not in ("preset", "smoke", "steps_scale"):  # these change others by design
-        want = dataclasses.asdict(settings_of([])[0]) | {field.name: value}
+        want = dataclasses.asdict(given_settings([])[0]) | {field.name: value}
         want |= dict(out=settings.out, shard=settings.shard if beside else want["shard"])
         if field.name == "levels":
             want["level_p"] = settings.level_p
@@ -281,12 +281,12 @@ COMMANDS += ["--size 24x40 --aspects 1:1,3:2 --deterministic"]
 @pytest.mark.parametrize("flags", COMMANDS)
 def test_the_reported_command_gives_the_same_settings_again(flags):
     """Pasted into a shell it makes the same run, its seed and folder apart."""
-    settings, _ = settings_of([*shlex.split(flags), "--seed", "7"])
+    settings, _ = given_settings([*shlex.split(flags), "--seed", "7"])
     base = base_of(settings)
     command = command_of(settings, base, ["python", "ladd.py", "--preset", settings.preset])
     python, script, *words = shlex.split(command)
     assert (python, script) == ("python", "ladd.py") and "--seed" not in words
-    again, _ = settings_of([*words, "--out", settings.out, "--seed", "7"])
+    again, _ = given_settings([*words, "--out", settings.out, "--seed", "7"])
     # A scale may stand in the command as the numbers that it gave.
     assert dataclasses.replace(again, steps_scale=settings.steps_scale) == settings
 
@@ -311,8 +311,8 @@ def test_a_folder_is_bound_to_the_settings_that_change_results():
     """As JSON has them; those that say how to run are free, but precision and deterministic."""
     values = bound(Own(seed=3, out="x", names=("a",)))
     assert values == dict(
-        precision="auto", deterministic=False, seed=3, side=4, decay=0.5, rates=[0.1, 0.2],
-        names=["a"], colour="red", mean=None, pair=[1, 2],
+        precision="auto", deterministic=False, smoke=False, seed=3, side=4, decay=0.5,
+        rates=[0.1, 0.2], names=["a"], colour="red", mean=None, pair=[1, 2],
     )  # fmt: skip
     assert json.loads(json.dumps(values)) == values
 
@@ -348,3 +348,18 @@ def test_strange_and_damaged_folders_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(DataError, match=r"config\.json is damaged"):
         open_folder(tmp_path, {}, {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Work(HowToRun):
+    updates: int = setting(10, "of the network", scales=True, smoke=2)
+    warmup: int = setting(0, "of them", scales=True)
+    side: int = setting(4, "of a picture")
+
+
+def test_a_field_says_what_steps_scale_and_smoke_make_of_it():
+    """Work that there is stays at least 1, none stays none, and what does not scale stays."""
+    half, little = (Work(steps_scale=x).scaled() for x in (0.5, 0.01))
+    assert (half.updates, half.warmup, half.side) == (5, 0, 4) and little.updates == 1
+    smoke = Work(steps_scale=0.5, smoke=True).scaled()
+    assert (smoke.updates, smoke.log_every, smoke.side) == (2, 1, 4)

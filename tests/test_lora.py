@@ -180,6 +180,21 @@ def test_checkpointing_and_parts_of_a_batch_change_nothing(train, whole, adapted
     assert worst(out, whole, "heads.pt", "weights") > 1e-6  # another student, so others
 
 
+def test_compiled_blocks_train_the_same_adapter(train, whole, adapted_run, monkeypatch):
+    """Traced, and run by PyTorch as it stands: the student's with its adapter."""
+    compiled, traced = torch.nn.Module.compile, []
+
+    def trace(module):
+        traced.append(module)
+        compiled(module, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", trace)
+    monkeypatch.setattr("tools.train.check_compiler", lambda device: None)
+    out = train("out", f"--from {whole} --lora 3 --compile", MAKING[2:])
+    assert any(isinstance(part, Adapted) for module in traced for part in module.modules())
+    assert worst(out, adapted_run, "student.pt", "weights") < 1e-5
+
+
 def test_two_processes_that_divide_the_shared_weights_train_the_same_adapter(tmp_path):
     """By FSDP, also after a cut."""
     few = f"{MANY} --lora 3 --teacher-iterations 2 --iterations 7 --save-every 2"

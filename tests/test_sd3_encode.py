@@ -27,7 +27,7 @@ from mmdit import MMDiT
 from sd3.encode import main
 from sd3.encoders import Encoders
 from sd3.weights import open_sd3
-from tools.command import settings_of
+from tools.command import given_settings
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -506,7 +506,7 @@ def test_latents_are_taught_distilled_and_decoded(sd3, images, prompts, tmp_path
 def test_features_reach_the_teacher_and_dropped_captions_are_empty(sd3, prompts, tmp_path):
     """Run.text is the shards': what HashedText does with words, they do with rows."""
     encode("--model", sd3, "--prompts", prompts, "--out", tmp_path / "shards")
-    settings, _ = settings_of([*TINY.split(), "--data", str(tmp_path / "shards")])
+    settings, _ = given_settings([*TINY.split(), "--data", str(tmp_path / "shards")])
     dataset = data.load(settings.data, settings.sizes)
     text = data.text_features(dataset, settings.text_dim, settings.text_length)
     run = Run(settings, dataset, text, watch=None)

@@ -10,7 +10,7 @@ import data
 import ladd
 from lib.errors import DataError
 from sd3.shards import SHARDS
-from tools.command import settings_of
+from tools.command import given_settings
 
 pytest.importorskip("safetensors")
 
@@ -70,16 +70,16 @@ def test_strange_shards_are_refused_by_name_though_their_hash_is_right(tmp_path,
     encoded(tmp_path / "sound")  # which is none of it
     encoded(tmp_path / "shards", **ENCODED[case]())
     refused(ladd, [*words, "--data", tmp_path / "shards"], 2, tmp_path / "shards")
-    settings, _ = settings_of([*map(str, words), "--data", f"{tmp_path}/sound"])
+    settings, _ = given_settings([*map(str, words), "--data", f"{tmp_path}/sound"])
     data.check(data.load(settings.data, settings.sizes), settings, 1, needs_images=True)
 
 
 def test_latents_of_another_size_than_the_runs_say_which(tmp_path):
     encoded(tmp_path / "shards")  # 4×4 latents, of 32×32 pixels
     words = [*TINY.split(), "--downscale", "8", "--channels", "16", "--data", f"{tmp_path}/shards"]
-    settings, _ = settings_of([*words, "--size", "64"])
+    settings, _ = given_settings([*words, "--size", "64"])
     with pytest.raises(DataError, match="encoded at about --size 32: give that --size"):
         data.check(data.load(settings.data, settings.sizes), settings, 1, needs_images=True)
-    small, _ = settings_of([*words, "--size", "16", "--pos-size", "1"])
+    small, _ = given_settings([*words, "--size", "16", "--pos-size", "1"])
     with pytest.raises(DataError, match="4×4 are more than --pos-size 1 patches of 2 a side"):
         data.check(data.load(small.data, small.sizes), small, 1, needs_images=True)

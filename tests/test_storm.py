@@ -53,7 +53,7 @@ from lib.streams import RULE
 from mmdit import MMDiT
 from sd3.weights import open_sd3
 from tools import train
-from tools.command import settings_of
+from tools.command import given_settings
 
 ROUNDS = 700
 
@@ -84,7 +84,7 @@ def readers(path):
     """{kind of file: (its name, sound content, what reads it)}"""
     made = run_folder(path / "made")
     words = [*TINY.split(), "--out", f"{path}/run", "--discriminator", f"{path}/heads.pt"]
-    settings = settings_of(words)[0]
+    settings = given_settings(words)[0]
     for name in ("pictures", "list", "beside"):
         folder(path / name, {"a/0.png": PICTURE})
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import data
+import ladd
 from tools import benchmark
 
 SMALL = "--width 32 --depth 2 --heads 2 --taps 0,1 --batch 4 --precision fp32"
@@ -51,18 +52,17 @@ def test_the_data_sets_that_are_read_are_made_where_asked(tmp_path):
     assert np.asarray(cifar.images[:100]).std() > 50  # noise
 
 
-def test_the_hosts_time_is_that_of_drawing_without_the_noise(monkeypatch):
-    """Which is asked for as often as in an update, two numbers an image."""
-    shapes, normal = [], benchmark.normal
-
-    def noted(seed, stream, rows, shape, device):
-        shapes.append((len(rows), shape))
-        return normal(seed, stream, rows, shape, device)
-
-    monkeypatch.setattr(benchmark, "normal", noted)
+def test_the_hosts_time_is_that_of_drawing_batches_of_a_few_numbers(monkeypatch):
+    """As many images as in an update, all in memory."""
+    batches = []
+    for name in ("draw_teacher_batch", "draw_batch"):
+        draw = getattr(ladd, name)
+        monkeypatch.setattr(ladd, name, lambda *given, draw=draw: batches.append(draw(*given)))
+    monkeypatch.setattr(benchmark.Joined, "__getitem__", None)  # which reads from files
     seconds = benchmark.drawing("nano", 1)
     assert list(seconds) == ["teacher", "distillation"] and min(seconds.values()) > 0
-    assert shapes == 4 * [(64, (2,)), *3 * [(32, (2,))]]  # three rounds warm up
+    shapes = [tuple(batch[0].shape) for batch in batches]
+    assert shapes == 4 * [(64, 3, 4, 4), (32, 3, 4, 4)]  # three rounds warm up
 
 
 def test_diffusers_network_of_the_same_sizes_has_as_many_weights():

@@ -3,7 +3,7 @@
 from conftest import FEW, snapshot
 
 import ladd
-from tools.command import settings_of
+from tools.command import given_settings
 
 
 def test_explain_follows_a_batch_and_says_who_receives_gradient(train, tmp_path, capsys):
@@ -18,7 +18,7 @@ def test_explain_follows_a_batch_and_says_who_receives_gradient(train, tmp_path,
             told[loss, network.rstrip(":")] = float(norm[1]) if norm[0] == "norm" else None
     assert told.keys() == {(i, n) for i in ("L_D", "L_G") for n in ("student", "teacher", "heads")}
     assert [pair for pair, norm in told.items() if norm] == [("L_D", "heads"), ("L_G", "student")]
-    s, _ = settings_of(FEW.split())
+    s, _ = given_settings(FEW.split())
     h = s.size[0] // s.patch
     for symbol, *shape in (
         ("x_0", 4, 3, *s.size),

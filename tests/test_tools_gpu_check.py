@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tools import benchmark, gpu_check
-from tools.command import settings_of
+from tools.command import given_settings
 
 
 def python(name, code, limit=60):
@@ -76,7 +76,7 @@ def test_the_commands_of_the_parts_can_be_given(monkeypatch):
     """Two are ladd.py's; the limits of all but the last leave it at least a minute and a half."""
     tests, tiny, nano, last = gpu_check.parts_of("shapes", "runs/x")
     assert (gpu_check.ROOT / tests.words[-1]).exists()
-    settings = [settings_of(part.words[1:])[0] for part in (tiny, nano)]
+    settings = [given_settings(part.words[1:])[0] for part in (tiny, nano)]
     assert [s.preset for s in settings] == ["tiny", "nano"]
     assert 60 * settings[1].stop_after < nano.limit
     assert 60 * gpu_check.MINUTES - sum(p.limit for p in (tests, tiny, nano)) >= 90

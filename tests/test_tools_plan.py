@@ -17,14 +17,14 @@ from lib.memory import peak_bytes
 from lib.run import Run
 from lib.streams import RULE
 from mmdit import MMDiT
-from tools.command import settings_of
+from tools.command import given_settings
 from tools.plan import main, meta_networks, plan
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def plan_of(words, gpus=1):
-    return plan(settings_of(words.split())[0], gpus)
+    return plan(given_settings(words.split())[0], gpus)
 
 
 def forward_of(p):
@@ -38,14 +38,13 @@ def forward_of(p):
 # ---------------------------------------------------------------------------------------------
 
 
-def measured(words, out, monkeypatch):
+def measured(words, out):
     """Two real updates of `distil` -> the most bytes that PyTorch's allocator held at a time."""
     words = f"{words} --iterations 2 --heads-warmup 0 --synthetic 64 --device cpu --out {out}"
-    s, _ = settings_of(words.split())
+    s, _ = given_settings(words.split())
     dataset = data.load("shapes", s.sizes)
     text = data.text_features(dataset, s.text_dim, s.text_length)
     run = Run(s, dataset, text, Watch(0, "test"))
-    monkeypatch.setattr(ladd, "show", lambda *_: None)
     run.save("teacher", run.make(MMDiT, **s.model()), 0)
     samples = dict(x0=randn(64, 3, 16, 16).half(), captions=dataset.captions[:64], seed=2)
     save(samples | dict(index=list(range(64)), noise=RULE), out / "synthetic" / "00000.pt")
@@ -53,15 +52,15 @@ def measured(words, out, monkeypatch):
 
 
 @pytest.mark.parametrize("words", ["", "--taps 0,1,2,3 --batch 16", "--lora 8"])
-def test_the_plan_of_memory_agrees_with_real_updates(words, tmp_path, monkeypatch):
+def test_the_plan_of_memory_agrees_with_real_updates(words, tmp_path):
     """nano in float32: weights, gradients, optimiser and what is kept for backward, within 10 %."""
-    s, real = measured(f"--precision fp32 {words}", tmp_path, monkeypatch)
+    s, real = measured(f"--precision fp32 {words}", tmp_path)
     assert plan(s)["ways"][False]["total"] == pytest.approx(real, rel=0.1)
 
 
-def test_the_plan_with_checkpointing_is_not_below_real_updates(tmp_path, monkeypatch):
+def test_the_plan_with_checkpointing_is_not_below_real_updates(tmp_path):
     """It has the gradients all the time, as accumulation does: up to an eighth too much here."""
-    s, real = measured("--precision fp32 --checkpointing", tmp_path, monkeypatch)
+    s, real = measured("--precision fp32 --checkpointing", tmp_path)
     p = plan(s)
     assert real <= p["ways"][True]["total"] < 1.13 * real
     assert p["ways"][True]["activations"] < p["ways"][False]["activations"] / 3
@@ -118,7 +117,7 @@ def test_the_plan_of_memory_agrees_with_two_processes(more, tmp_path):
     env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     command = [sys.executable, "-c", MEASURE, *words.split(), "--out", str(tmp_path / "run")]
     processes = [subprocess.Popen(command, cwd=ROOT, env=env | dict(RANK=rank)) for rank in "01"]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert [process.wait(timeout=3600) for process in processes] == [0, 0]
     planned = plan_of(words, gpus=2)["ways"][False]["total"]
     for process in range(2):
         held = int((tmp_path / "run" / f"held-{process}").read_text())
@@ -202,7 +201,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path, monkeypatch, ca
     words = f"{SHORT} --dry-run --gpus 4 --batch 4 --data nowhere"
     assert ladd.main(words.split()) == 0
     text = capsys.readouterr().out
-    student = meta_networks(settings_of(SHORT.split())[0])[0]
+    student = meta_networks(given_settings(SHORT.split())[0])[0]
     P = sum(p.numel() for p in student.parameters())
     assert f"{P:,}" in text and "80 GB" in text and "141 GB" in text
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ import data
 import ladd
 import sample
 from tools import sweep
-from tools.command import settings_of
+from tools.command import given_settings
 
 SWEEP = FEW + " --teacher-iterations 2 --iterations 2 --evaluation 8 --judge-steps 2 --synthetic 6"
 AXES = "--sweep t_hat_mean=-2,0 --sweep taps=0,1/2 --seeds 3,4"
@@ -32,7 +32,7 @@ def again(out, cache, axes):
 
 
 def settings(words):
-    return settings_of([*SWEEP.split(), *words.split()])[0]
+    return given_settings([*SWEEP.split(), *words.split()])[0]
 
 
 def member_of(swept, pattern):

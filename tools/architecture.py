@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 import ladd
 from lib.errors import Parser, UsageError, exit_status
 from lib.files import replacing
-from tools.command import settings_of
+from tools.command import given_settings
 from tools.plan import meta_networks, random_batch
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "architecture.png"
@@ -34,7 +34,7 @@ def shape_of(tensor):
 
 def read_code():
     """Follows a batch of nano through the code. -> {what: number, or words}"""
-    s = settings_of(["--preset", "nano", "--device", "cpu"])[0]
+    s = given_settings(["--preset", "nano", "--device", "cpu"])[0]
     student, teacher, heads, _ = meta_networks(s)
     b = random_batch(s, s.batch, "meta")
     first, last = student.joint_blocks[0].x_block, student.joint_blocks[-1].context_block

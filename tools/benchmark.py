@@ -20,7 +20,6 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import torch
@@ -39,9 +38,8 @@ from lib.optim import make_optimizers, step_all, update_ema
 from lib.run import compile_blocks
 from lib.samples import Joined
 from lib.states import Saver
-from lib.streams import normal
 from mmdit import MMDiT
-from tools.command import settings_of
+from tools.command import given_settings
 from tools.plan import plan, random_batch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +66,7 @@ def rounds(contestants, n):
 
 
 def settings(preset, *flags):
-    return settings_of(["--preset", preset, "--data", "shapes", *flags])[0]
+    return given_settings(["--preset", preset, "--data", "shapes", *flags])[0]
 
 
 def awake(model):
@@ -231,25 +229,20 @@ def reading(folder, n):
 
 
 def drawing(preset, n):
-    """{stage: seconds} that the host needs for an update without the networks: to draw its batch,
-    of images and samples in memory. Noise, which a GPU makes by itself, is of two numbers an image
-    here: so it takes as many calls, and no computing."""
-
-    def asked_for(seed, stream, rows, shape, device):
-        return normal(seed, stream, rows, (2,), device).mean(1).view(-1, 1, 1, 1).expand(-1, *shape)
-
-    s, step = settings(preset), itertools.count()
+    """{stage: seconds} that the host needs for an update without the networks: to draw its batch.
+    Images, noise and text features, which a GPU has and makes by itself, are of a few numbers each
+    here: so they take as many calls, and hardly any computing."""
+    s, step = settings(preset, "--size", "4", "--text-dim", "2"), itertools.count()
     images, caption = torch.zeros(8, 512, s.channels, *s.size), torch.arange(8 * 512)
-    own = data.ImageSet("images", (images.flatten(0, 1).byte(), caption))
-    made = data.ImageSet("synthetic", (Joined(list(images.half())), caption), flip=False)
+    own = data.ImageSet("images", (images.flatten(0, 1).byte(), caption)).to("cpu")
+    made = data.ImageSet("synthetic", (Joined(list(images.half())), caption), flip=False).to("cpu")
     text = data.HashedText(s.text_dim, s.text_length)
     words = torch.zeros(len(caption), s.text_length, dtype=torch.int64)
     run = SimpleNamespace(settings=s, device=torch.device("cpu"), text=text, dataset=own)
     samples = ladd.Samples(made, words, 0)
     calls = dict(teacher=lambda: ladd.draw_teacher_batch(run, next(step), words))
     calls["distillation"] = lambda: ladd.draw_batch(run, samples, next(step))
-    with mock.patch("ladd.normal", asked_for), mock.patch("sample.normal", asked_for):
-        return rounds(calls, n)
+    return rounds(calls, n)
 
 
 def start_up(n):

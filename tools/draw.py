@@ -17,7 +17,7 @@ import data
 import sample
 from lib.captions import strange_words
 from lib.checkpoints import not_finite
-from lib.errors import Parser, RunError, UsageError, UserError, exit_status, plural, reason
+from lib.errors import ENDS, Parser, RunError, UsageError, exit_status, plural, reason
 from lib.files import read_lines
 from lib.images import decode_file, size_of
 from lib.masks import hide
@@ -234,6 +234,6 @@ def main(argv):
             make_pictures(args)
     except (FileExistsError, ValueError) as error:
         return exit_status("sample.py", UsageError(error))
-    except (UserError, RunError, OSError, KeyboardInterrupt) as error:
+    except (*ENDS, KeyboardInterrupt) as error:
         return exit_status("sample.py", error)
     return 0

@@ -15,7 +15,7 @@ import ladd
 from lib.run import Run
 from mmdit import MMDiT
 from sample import add_noise
-from tools.command import settings_of
+from tools.command import given_settings
 from tools.train import given_heads, open_data, run_program
 
 
@@ -82,4 +82,4 @@ def explain(s, watch, given):
 
 def main(argv):
     words = [word for word in argv if word != "--explain"]
-    return run_program(words, "ladd.py", settings_of, explain)
+    return run_program(words, "ladd.py", given_settings, explain)

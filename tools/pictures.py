@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ladd
 from lib.errors import Parser, UsageError, exit_status
-from tools.command import settings_of
+from tools.command import given_settings
 from tools.plan import meta_networks, random_batch
 
 NUMBERS = {"loss_d": (2.0, "chance"), "ranked": (0.5, "chance"), "diversity": (0.7, "too alike")}
@@ -32,7 +32,7 @@ def subplots(rows):
 def draw_levels():
     """The density of t̂, and the student's levels as bars."""
     (axis,) = subplots(1)
-    s, t = settings_of([])[0], torch.linspace(0.001, 0.999, 999)
+    s, t = given_settings([])[0], torch.linspace(0.001, 0.999, 999)
     normal = torch.distributions.Normal(s.t_hat_mean, s.t_hat_std)
     density = normal.log_prob(t.logit()).exp() / (t * (1 - t))  # du/dt of t = sigmoid(u)
     axis.fill_between(t, density / density.max(), alpha=0.4, label=f"t̂, m = {s.t_hat_mean:g}")
@@ -56,7 +56,7 @@ def flops(function, *arguments):
 
 def pass_table():
     """The passes of an update of nano, in forwards of its whole network, as a Markdown table."""
-    s = settings_of([])[0]
+    s = given_settings([])[0]
     student, teacher, heads, _ = meta_networks(s)  # what is computed is only counted
     b = random_batch(s, s.batch, "meta")
     at_t, at_t_hat = (b.text, b.t, b.noise), (b.text, b.t_hat, b.noise_hat, s.tapped)

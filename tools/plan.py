@@ -18,7 +18,7 @@ from lib.errors import Parser, UserError, exit_status
 from lib.lora import adapt
 from lib.memory import in_bytes, kept_by
 from mmdit import MMDiT
-from tools.command import settings_of
+from tools.command import given_settings
 
 NETWORK = 50e9  # bytes a second that one GPU exchanges with the others: 400 Gbit/s
 
@@ -159,7 +159,7 @@ def main(argv=None):
     if args.gpus < 1 or not (0 < args.tflops < math.inf and 0 < args.utilisation < math.inf):
         parser.error("--gpus must be at least 1, --tflops and --utilisation above 0 and finite")
     try:
-        s, _ = settings_of(rest, parser.prog)
+        s, _ = given_settings(rest, parser.prog)
     except UserError as error:
         return exit_status(parser.prog, error)
     print(plan_table(s, args.gpus, args.tflops, args.utilisation))

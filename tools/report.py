@@ -1,4 +1,4 @@
-"""Stage 4: the report on a finished run, in scores and in pictures."""
+"""Stage 4: the report on a finished run, in scores and in pictures; and the pictures before it."""
 
 import time
 
@@ -9,9 +9,40 @@ import ladd
 import sample
 from lib.curves import save_curves
 from lib.files import write_text
-from lib.pictures import panels, save_gif, save_png
+from lib.parallel import rank
+from lib.pictures import grid, panels, save_gif, save_png
 from lib.report import write_report
-from lib.scores import held_out, judge_accuracy
+from lib.scores import held_out, judge_accuracy, score_table
+
+
+def glance(dataset, student, data_dir):
+    """Alignment and Fréchet distance of a few samples of a student in 1 step: while it learns."""
+    s, count = student.settings, min(250, student.settings.evaluation)
+    judge = sample.judge_of(dataset, s, student.device, data_dir, student.precision)
+    held, rows = held_out(data.shares(dataset, count)), sample.compared(None, student, few=(1,))
+    _, row, *_ = score_table(held, dataset.labels, judge, rows, s.seed, data.to_uint8)
+    return dict(alignment=row["alignment"], frechet=row["frechet"])
+
+
+def pictures_of(parts):
+    return [picture for x0 in parts for picture in data.to_picture(x0)]
+
+
+def show(run, kind, step, model):
+    """Draws curves.png anew; a grid from fixed noise and captions into samples/, if of pixels."""
+    s, who = run.settings, ladd.generator(run, kind, model)
+    if kind == "student" and run.dataset.attributes and not s.is_latent:
+        scores = glance(run.dataset, who, s.data_dir)
+        run.log.write(stage="distillation", step=step, **scores)
+    save_curves(run)
+    if s.is_latent:
+        return
+    parts = data.held_out_captions(run.dataset, 32)
+    made = who.sample_parts(parts, seed=s.seed, stream="pictures")
+    path = run.out / "samples" / f"{kind}-{step:06d}.png"
+    if rank() == 0:
+        captions = "; ".join(caption for own, _ in parts for caption in own)
+        save_png(grid(pictures_of(made), 8), path, step=step, captions=captions)
 
 
 def report(run):
@@ -38,7 +69,7 @@ def report(run):
     for title, who, options in sample.compared(teacher, student):
         if title not in ("untrained, 4 steps", "untrained, 2 steps"):
             images = who.sample_parts(parts, seed=s.seed, stream="pictures", **options)
-            titled.append((title, ladd.pictures_of(images)))
+            titled.append((title, pictures_of(images)))
     titled.sort(key=lambda pair: pair[0].startswith("untrained"))  # it stands last
     if getattr(run.dataset, "condition", None):
         index = range(24)

@@ -10,15 +10,7 @@ from pathlib import Path
 
 import data
 import sample
-from lib.errors import (
-    CheckpointError,
-    DataError,
-    Parser,
-    RunError,
-    UsageError,
-    UserError,
-    exit_status,
-)
+from lib.errors import ENDS, CheckpointError, DataError, Parser, UsageError, exit_status
 from lib.files import read_object, write_json
 from lib.report import accuracy_line, fingerprints, markdown_table, read_metrics
 from lib.scores import held_out, judge_accuracy
@@ -102,6 +94,6 @@ def score(args):
 def main(argv):
     try:
         score(parse(argv))
-    except (UserError, RunError, OSError) as error:
+    except ENDS as error:
         return exit_status("sample.py", error)
     return 0

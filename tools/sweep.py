@@ -32,12 +32,13 @@ from lib.parallel import world
 from lib.pictures import panels, save_png, stack
 from lib.report import read_metrics, write_metrics
 from lib.settings import bound, command_of, locked
-from tools.command import base_of, settings_of
+from tools.command import base_of, given_settings
+from tools.report import pictures_of
 from tools.table import STEPS, sweep_table
 from tools.train import run_program, train
 
 UNITS = 6  # forwards of the network, an update of LADD; the other methods bring theirs
-METHODS = ("ladd", "regression", "consistency", "add", "dmd")
+METHODS = ("ladd", "regression", "consistency", "add", "dmd", "hyper_sd", "dpo")
 
 
 class Member(NamedTuple):
@@ -65,12 +66,12 @@ def parse(argv, program):
     add("--units", type=int, help="instead of --iterations: a student's work, in forwards")
     args, words = parser.parse_known_args(argv)
     if not any(word.split("=")[0] == "--out" for word in words):
-        words += ["--out", settings_of(words)[0].out + "-sweep"]
-    s = settings_of(words)[0]
+        words += ["--out", given_settings(words)[0].out + "-sweep"]
+    s = given_settings(words)[0]
     if s.is_latent or world() > 1 or s.source:
         raise UsageError("--sweep scores images, takes one process, and no --from")
     members = members_of(args, words)
-    unscaled = settings_of([*words, "--steps-scale=1"])[0]  # what is swept is scaled, too
+    unscaled = given_settings([*words, "--steps-scale=1"])[0]  # what is swept is scaled, too
     command = command_of(unscaled, base_of(s), ["python", program, "--preset", s.preset], ())
     command += f" --steps-scale {s.steps_scale:g}" if s.steps_scale != 1 else ""
     command += f" --units {args.units}" if args.units else ""
@@ -93,7 +94,7 @@ def members_of(args, words):
         if units:
             settings["iterations"] = round(int(units) / cost)
         own = [*words, *map(word_of, settings.items())]
-        runs = {int(seed): settings_of([*own, f"--seed={seed}"], kind=kind)[0] for seed in seeds}
+        runs = {int(seed): given_settings([*own, f"--seed={seed}"], kind=kind)[0] for seed in seeds}
         for s in runs.values():
             check_for_method(s, method)
         members.append(Member(values, method, runs))
@@ -171,6 +172,10 @@ def student(member, seed, teacher_seed, out, watch):
         watch.patient = False  # scoring saves nothing on its way
         watch.check()
         rows = scores(run, s, None, ladd.generator(run, "student"))
+        for path in run.out.glob("student-*.pt"):  # after a part of a method
+            part = sample.load_generator(path, device=s.device, precision=s.precision)
+            for row in scores(run, s, None, part)[1:]:
+                rows.append(row | dict(name=row["name"].replace("student", path.stem)))
         took = [row["seconds"] for row in run.log.rows() if row.get("finished")]
         took = took[-1] if took else None  # None: cut between the student and its row
         write_metrics(run, rows, dict(distillation=took))
@@ -209,7 +214,7 @@ def picture(members, seed, teacher_seed, out, path):
         generator = sample.load_generator(folder, device=s.device, precision=s.precision)
         for n in (n for n in STEPS if n <= len(s.levels)):
             made = generator.sample_parts(parts, seed=seed, stream="pictures", steps=n)
-            titled.append((f"{told(member)}: {plural(n, 'step')}", ladd.pictures_of(made)))
+            titled.append((f"{told(member)}: {plural(n, 'step')}", pictures_of(made)))
         rows.append(panels(titled, 8))
     save_png(stack(rows), path, captions="; ".join(captions))
 

@@ -17,7 +17,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 DOCUMENTS = ("../README.md", "results.md", "ablations.md", "exercises.md")
 TITLES = dict(alignment="alignment", frechet="Fréchet", precision="precision", recall="recall")
 TITLES |= dict(inside="inside", outside="outside")
-STEPS = (1, 2, 4)  # of a sweep's students
+STEPS = (1, 2, 4, 8)  # of a sweep's students, those that there are
 
 
 def mean_and_deviation(values, digits):
@@ -71,24 +71,32 @@ def run_table(name, short):
 
 
 def sweep_table(result):
-    """A sweep.json's content as a table: mean ± standard deviation over its seeds."""
+    """A sweep.json's content as a table: mean ± standard deviation over its seeds. A method that
+    learns in parts has a row after each."""
     names = list(result["members"][0]["values"])
     digits = dict(alignment=2, frechet=1, recall=2)
+    scored = {row["name"] for own in result["members"] for row in own["runs"][0]["rows"]}
+    steps = [n for n in STEPS if f"student, {plural(n, 'step')}" in scored]
 
     def scores(who, tables):
-        for key, n in itertools.product(digits, STEPS):
+        for key, n in itertools.product(digits, steps):
             name = f"{who}, {plural(n, 'step')}"
             found = [row[key] for table in tables for row in table if row["name"] == name]
             yield mean_and_deviation(found, digits[key])
 
-    columns = [f"{TITLES[key]}, {n}" for key, n in itertools.product(digits, STEPS)]
+    columns = [f"{TITLES[key]}, {n}" for key, n in itertools.product(digits, steps)]
     rows = [[*names, *columns, "s"]]
     blank = [""] * (len(names) - 1)
     rows.append(["*untrained*", *blank, *scores("untrained", [result["reference"]]), ""])
     for own in result["members"]:
         seconds = mean_and_deviation([run["seconds"]["distillation"] for run in own["runs"]], 0)
         tables = [run["rows"] for run in own["runs"]]
-        rows.append([*own["values"].values(), *scores("student", tables), seconds])
+        first, *values = own["values"].values()
+        found = {row["name"].split(",")[0] for row in tables[0]}
+        for who in sorted(name for name in found if name.startswith("student-")):
+            part = who.removeprefix("student-")
+            rows.append([f"{first}, {part}", *values, *scores(who, tables), ""])
+        rows.append([first, *values, *scores("student", tables), seconds])
     return markdown(rows)
 
 

@@ -16,7 +16,7 @@ import sample
 from lib.captions import known_words, unread_words
 from lib.checkpoints import is_ours, not_finite, same_network
 from lib.checks import check_for_method
-from lib.errors import NotFetched, RunError, Stop, UsageError, UserError, exit_status
+from lib.errors import ENDS, NotFetched, Stop, UsageError, UserError, exit_status
 from lib.files import link, save, write_text
 from lib.loop import Watch
 from lib.lora import merged
@@ -28,7 +28,7 @@ from lib.run import Run
 from lib.settings import lasting, refuse
 from mmdit import MMDiT
 from tools import report
-from tools.command import base_of, settings_of
+from tools.command import base_of, given_settings
 
 
 def given_teacher(s):
@@ -141,7 +141,7 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
     text = data.text_features(dataset, s.text_dim, s.text_length)
     if text is not dataset:  # which brings features of its own
         note = " ".join(filter(None, [note, unread_words(dataset.captions, s.text_length)])) or None
-    run = Run(s, dataset, text, watch, method, base_of(s))
+    run = Run(s, dataset, text, watch, method, base_of(s), report.show)
     taken = {}
     if rank() == 0:  # all that can be refused is refused before the folder is the run's
         taken = to_take(run) if s.source else {}
@@ -177,7 +177,7 @@ def run_program(argv, program, parse, work):
             told = f"{program}: stopped, and saved what is done. To go on:"
             print(f"{told}\n    {again}", file=sys.stderr)
         return stop.args[0]
-    except (UserError, RunError, OSError) as error:
+    except ENDS as error:
         if rank() > 0 and isinstance(error, UserError):
             return 2  # rank 0 says it
         return exit_status(program, error)
@@ -190,6 +190,6 @@ def main(argv, distil, method, kind):
     return run_program(
         argv,
         program,
-        lambda argv, program: settings_of(argv, program, kind),
+        lambda argv, program: given_settings(argv, program, kind),
         lambda s, watch, given: train(s, watch, distil, method, given),
     )

@@ -1,0 +1,197 @@
+"""DPO-LoRA: an adapter of the teacher learns preferences, for the teacher and for its student.
+
+Diffusion-DPO is arXiv 2311.12908; the paper of LADD (2403.12015) has it in low-rank adapters. One
+update of the adapter:
+
+    1  w, l     = two samples of one caption, of which w is the better
+    2  w_t, l_t = both noised to the same level t, with the same noise ε
+    3  e(x)     = mean‖v(x_t, t, c) - (ε - x)‖²       e_θ with the adapter, e_ref without
+    4  Δ        = (e_θ(w) - e_θ(l)) - (e_ref(w) - e_ref(l))
+    5  L        = -log σ(-½·β·Δ)
+
+The papers': these lines, then LADD from the tuned teacher, then the same adapter once more, on the
+student. Ours: t as the teacher was trained; that the samples are the teacher's own, ranked by a
+classifier which is not the judge that scores; all numbers.
+
+    python -m methods.dpo --preset nano --from runs/nano
+    python -m methods.dpo --preset nano --from runs/nano --pairs FOLDER      your own preferences
+"""
+
+import copy
+import dataclasses
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import ladd
+import sample
+from lib.errors import UsageError
+from lib.optim import learning_rate, make_optimizers, step_all, update_ema
+from lib.pairs import LIST, best_and_worst, read_list, read_pairs, rewards, tensors_of, write_pairs
+from lib.parallel import barrier, leave, rank
+from lib.run import Run
+from lib.settings import setting
+from lib.states import forget_states
+from mmdit import MMDiT
+from sample import add_noise
+
+UNITS = 6  # forwards of the network, an update of LADD; what the adapter costs comes on top
+PAIR_INDEX = 3 << 35  # from here on captions are drawn whose samples are ranked
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(ladd.Settings):
+    lora: int = setting(16, "rank of the adapter that learns preferences", low=1)
+    pairs: str = setting("", "a folder of your pairs; its pairs.jsonl names winners and losers")
+    candidates: int = setting(4, "samples of a caption; the best and the worst are a pair", low=2)
+    tie: float = setting(0.5, "pairs whose rewards differ by no more are left out", low=0)
+    beta: float = setting(230.0, "β: the smaller, the farther the adapter may go", above=0)
+    tuning_iterations: int = setting(
+        600, "updates of the adapter, of --batch pairs", low=1, scales=True, smoke=2
+    )
+    tuning_lr: float = setting(5e-4, "AdamW, the adapter", above=0)
+    adapter_scale: float = setting(1.0, "times which the student gets the adapter again")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.pairs:
+            read_list(self.pairs)  # what is wrong with it is said before anything is made
+
+
+def errors(network, winner, loser, text, t, noise):
+    """Lines 2 and 3, of winners and losers in one forward. -> e(w), e(l), (B,) each"""
+    x0, noise, t = torch.cat([winner, loser]), torch.cat([noise, noise]), torch.cat([t, t])
+    text = [torch.cat([features, features]) for features in text]
+    v, _ = network(add_noise(x0, noise, t), t, *text)
+    return (v.float() - (noise - x0)).square().mean((1, 2, 3)).chunk(2)
+
+
+def difference(network, reference, *pairs):
+    """Line 4; a pair is ranked right where it is negative. -> Δ (B,)"""
+    e_winner, e_loser = errors(network, *pairs)
+    with torch.no_grad():
+        ref_winner, ref_loser = errors(reference, *pairs)
+    return (e_winner - e_loser) - (ref_winner - ref_loser)
+
+
+def preference_loss(delta, beta):
+    """Line 5. Δ (B,) -> scalar"""
+    return -F.logsigmoid(-0.5 * beta * delta).mean()
+
+
+def make_pairs(run):
+    """Line 1: samples by the teacher, ranked. -> pairs as lib/pairs.py has them"""
+    s, dataset, pairs = run.settings, run.dataset, []
+    if not dataset.attributes:
+        raise UsageError("--pairs: is needed, as these captions ask nothing to rank samples by")
+    own = dict(seed=1, kernel=5)  # not the judge that scores
+    judge = sample.judge_of(dataset, s, run.device, s.data_dir, s.precision, **own)
+    teacher = ladd.generator(run, "teacher")
+    options = dict(seed=s.seed, steps=s.synthetic_steps, cfg=s.synthetic_cfg)
+    for bucket, n in data.shares(dataset, max(2, s.synthetic // s.candidates)):
+        _, caption = bucket.batch(np.arange(n) + PAIR_INDEX)
+        caption = caption.repeat_interleave(s.candidates)
+        texts, stream = [dataset.captions[i] for i in caption], f"pairs of {bucket.size}"
+        images = data.to_uint8(teacher.sample(texts, size=bucket.size, stream=stream, **options))
+        reward = rewards(judge, images, dataset.labels[caption])
+        found = best_and_worst(images, reward, s.candidates, 0 if s.smoke else s.tie)
+        pairs += [(pair, texts[i]) for pair, i in found]
+    if len(pairs) < 2:
+        raise UsageError(f"--tie {s.tie:g}: leaves {len(pairs)} pairs of {s.synthetic} samples")
+    return pairs
+
+
+def take_pairs(run):
+    """The pairs, kept in the run's folder. -> those to learn from, a tenth that is held out"""
+    s, folder = run.settings, run.out / "pairs"
+    if rank() == 0 and not (folder / LIST).exists():
+        run.watch.patient = False  # there is nothing to save on the way
+        write_pairs(read_pairs(s.pairs, s.sizes) if s.pairs else make_pairs(run), folder)
+        run.watch.patient = True
+    barrier()
+    pairs = read_pairs(folder, s.sizes)
+    return [pair for i, pair in enumerate(pairs) if i % 10], pairs[::10]
+
+
+def batches(run, pairs):
+    """A function step -> winner, loser, text, t, noise: what an update starts from, drawn as the
+    teacher's batches are, of images that are the winner over the loser."""
+    s, other, (parts, captions) = run.settings, copy.copy(run), tensors_of(pairs)
+    options = dict(captions=captions, seed=s.seed, flip=False)
+    sets = [data.ImageSet("pairs", own, **options) for own in parts]
+    other.settings = dataclasses.replace(s, teacher_batch=s.batch)
+    other.dataset, words = data.Buckets(sets), run.text.ids(captions)
+
+    def draw(step):
+        images, text, t, noise = ladd.draw_teacher_batch(other, step, words)
+        return *images.chunk(2, dim=1), text, t, noise.chunk(2, dim=1)[0]
+
+    return draw
+
+
+def tune(run, pairs):
+    """The teacher learns the preferences: adapter.pt."""
+    s, draw = run.settings, batches(run, pairs)
+    teacher = ladd.load(run, "teacher", frozen=True)
+    tuned, ema = run.adapted(teacher), run.adapted(teacher).requires_grad_(False)
+    tuned.checkpointing = s.checkpointing
+    optimizers = make_optimizers(tuned, s.tuning_lr, 0.0, 0.9, s.adam_eps)
+    networks = dict(tuned=tuned, ema=ema)
+    loop = run.loop("tuning", s.tuning_iterations, s.batch, networks, optimizers)
+    for step in loop:
+        with run.autocast():
+            delta = difference(tuned, teacher, *draw(step))
+        loss = preference_loss(delta, s.beta)
+        loss.backward()
+        rate = learning_rate(step, loop.total, 0.3)
+        (norm,) = step_all((optimizers, tuned, s.clip, rate))
+        update_ema(ema, tuned, s.student_ema, step)
+        loop.log(loss=loss, ranked=(delta < 0).float().mean(), grad_norm=norm)
+    run.save("adapter", ema, loop.total)
+    loop.finish()
+
+
+@torch.no_grad()
+def share_ranked_right(run, network, pairs):
+    """By a network against the run's teacher, of 16 batches."""
+    teacher, draw = ladd.load(run, "teacher"), batches(run, pairs)
+    found = [difference(network, teacher, *draw(step)) for step in range(16)]
+    return (torch.cat(found) < 0).float().mean().item()
+
+
+def distil(run):
+    s = run.settings
+    learned, held_out = take_pairs(run)
+    if not run.path("adapter").exists():
+        tune(run, learned)
+    forget_states(run.out, "tuning")
+    own = {field.name: getattr(s, field.name) for field in dataclasses.fields(ladd.Settings)}
+    own |= dict(lora=0, out=str(run.out / "tuned"), source="", stage="all")
+    inner = Run(ladd.Settings(**own), run.dataset, run.text, run.watch)  # of a folder of its own
+
+    def with_adapter(folder, teacher, scale):
+        checkpoint = sample.read_network(folder, teacher, run.path("adapter"), scale)
+        return run.load(checkpoint, MMDiT)
+
+    with inner.opened(None):
+        if not inner.path("teacher").exists():
+            inner.save("teacher", with_adapter(run.out, True, 1.0), s.tuning_iterations)
+        barrier()
+        if not inner.path("student").exists():
+            if s.targets == "synthetic":
+                ladd.synthesise(inner)
+            barrier()
+            ladd.distil(inner)
+        barrier()
+        tuned, student = ladd.load(inner, "teacher"), ladd.load(inner, "student")
+    again = with_adapter(inner.out, False, s.adapter_scale)
+    networks = {"tuned teacher": tuned, "LADD student": student, "with the adapter again": again}
+    shares = {name: share_ranked_right(run, x, held_out) for name, x in networks.items()}
+    run.log.write(ranked_right=shares)
+    run.save("student", again, s.iterations)
+
+
+if __name__ == "__main__":
+    leave(ladd.main(distil=distil, method="dpo", kind=Settings))

@@ -1,0 +1,168 @@
+"""Hyper-SD (arXiv 2404.13686): three parts, one after the other, all in one low-rank adapter, for
+a student of 1 to 8 steps.
+
+Segments. [0, 1] in k equal segments, k = 8, 4, 2, 1, each from the student of the last; of 32
+levels t > t' in a segment with the lower end s:
+
+    1  x_t  = (1 - t)·x_0 + t·ε
+    2  x_t' = x_t + (t' - t)·v_cfg(x_t, t, c)               one guided Euler step of the teacher
+    3  L    = pseudo_huber(x_s(x_t; θ), sg x_s(x_t'; θ⁻))   x_s(x_t) = x_t + (s - t)·v(x_t, t, c)
+
+k = 1 is methods/consistency.py. Feedback, on the levels of the sampler:
+
+    4  x̂_0  = the student's prediction, as in LADD
+    5  L    = -E[log p(caption | x̂_0)] + λ·E[(x̂_0 - sg x̂_0(θ⁻))²]     p: a classifier
+
+Score: the student and a network of its samples learn as in methods/dmd.py.
+
+The paper's are the parts, their order, line 3 and the one adapter. It adds an adversarial loss to
+line 3, with a weight that it does not give, and has rewards of people's taste in line 5. Ours: the
+weight is 0, and the distance pseudo-Huber in place of squares; p is the classifier of
+methods/add.py, which scores nobody; the anchor λ, which holds the picture to what the student's
+average θ⁻ makes of the same noise; the score at all levels of the sampler, not in one step alone.
+
+The sampler is sample.renoise; docs/methods.md says where the paper's differs: at 0 < η < 1.
+
+    python -m methods.hyper_sd --preset nano --from runs/nano
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import ladd
+import sample
+from ladd import draw_batch, student_predict
+from lib.machine import moved
+from lib.optim import make_optimizers, step_all, update_ema
+from lib.parallel import leave, my_share
+from lib.settings import refuse, setting
+from methods.consistency import LEVELS, consistency_loss, draw_times
+from methods.dmd import matching_losses
+from sample import euler_times, guided_velocity
+
+UNITS = 6  # forwards of the network, a mean update at nano: segments 6, feedback 4, score 8
+SEGMENTS = (8, 4, 2, 1)
+FEEDBACK, SCORE = len(SEGMENTS), len(SEGMENTS) + 1  # the numbers of the parts after them
+EIGHTHS = tuple(1 - i / 8 for i in range(8))
+SHARES = (0.15, 0.15, 0.15, 0.15, 0.2, 0.2)
+KEPT = {FEEDBACK - 1: "student-segments", FEEDBACK: "student-segments+feedback"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(ladd.Settings):
+    levels: tuple = setting(EIGHTHS, "noise levels t of the student", above=0)
+    lora: int = setting(16, "rank of the adapter that learns; 0: whole weights", low=0)
+    student_lr: float = setting(1e-3, "AdamW: adapters take more than whole weights", above=0)
+    student_ema: float = setting(0.98, "decay per update of its average", low=0, below=1)
+    shares: tuple = setting(SHARES, "of the updates: 8, 4, 2, 1 segments, feedback, score", low=0)
+    anchor: float = setting(10.0, "weight λ of the anchor of the feedback", low=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.shares) != SCORE + 1 or sum(self.shares) == 0:
+            refuse(self, "shares", "must be six numbers, one of them above 0")
+        if self.is_latent and self.shares[FEEDBACK]:
+            refuse(self, "shares", "feedback reads pixels, not latents; the fifth must be 0")
+
+    def scaled(self):
+        s = super().scaled()
+        return dataclasses.replace(s, iterations=6) if self.smoke else s  # one of every part
+
+    def part(self, step):
+        """Which part an update belongs to: 0 to 3 segments, 4 feedback, 5 score."""
+        ends = np.cumsum(self.shares) / sum(self.shares)
+        return int(np.searchsorted(ends, (step + 0.5) / self.iterations, side="right"))
+
+
+def segment(i, k):
+    """Level i of LEVELS, of k segments -> i of t', i of s. i (B,)"""
+    length = LEVELS // k
+    return i + 1, (i // length + 1) * length
+
+
+def segment_loss(student, ema, velocity, b, times, i, k):
+    """Lines 1 to 3. times: the levels from 1 to 0, i (B,): which of them is t. -> scalar"""
+    i_next, i_end = segment(i, k)
+    return consistency_loss(student, ema, velocity, b, times[i], times[i_next], times[i_end])
+
+
+def feedback_loss(judge, x0_hat, labels, anchor, weight):
+    """Line 5. labels (B, A) of the captions, anchor as x̂_0. -> the loss, the reward in it"""
+    _, answers = judge(x0_hat.clamp(-1, 1))
+    of_each = [F.cross_entropy(a.float(), labels[:, k]) for k, a in enumerate(answers)]
+    reward = -sum(of_each) / len(of_each)
+    return weight * (x0_hat - anchor).square().mean() - reward, reward
+
+
+def labels_of(run, samples):
+    """What every caption of the samples says, as answers to the classifier's questions: (n, A)."""
+    captions = map(tuple, run.text.ids(run.dataset.captions).tolist())
+    known = dict(zip(captions, run.dataset.labels, strict=True))
+    return torch.stack([known[tuple(ids)] for ids in samples.words.tolist()])
+
+
+def draw_labels(run, samples, labels, step):
+    """Those of the captions of `draw_batch`. -> (B, A)"""
+    s = run.settings
+    index = my_share(np.arange(step * s.batch, (step + 1) * s.batch))
+    bucket = data.draw_bucket(samples.dataset, s.seed, "distillation", step)
+    return moved(labels[bucket.batch(index)[1]], run.device)
+
+
+def distil(run):
+    s = run.settings
+    times = euler_times(LEVELS, s.shift).to(run.device)
+    teacher, uncond = ladd.load(run, "teacher", frozen=True), run.text([""])
+    student, ema, optimizers = ladd.start_student(run, teacher)
+    fake_score = ladd.start_as_teacher(run, teacher)
+    score_optimizers = make_optimizers(fake_score, s.student_lr, 0.0, s.beta1, s.adam_eps)
+    samples = ladd.distillation_samples(run)
+    if s.shares[FEEDBACK]:
+        if not run.dataset.attributes:
+            refuse(s, "shares", "these captions ask a classifier nothing; the fifth must be 0")
+        own = dict(seed=1, kernel=5)
+        judge = sample.judge_of(run.dataset, s, run.device, s.data_dir, s.precision, **own)
+        judge.requires_grad_(False)
+        labels = labels_of(run, samples)
+    networks = dict(student=student, ema=ema, score=fake_score)
+    optimizers_of_both = optimizers + score_optimizers
+    loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers_of_both)
+    for step in loop:
+        part = s.part(step)
+        b = draw_batch(run, samples, step, own_noise="none" if part < FEEDBACK else "low")
+        i = draw_times(run, step)
+        told = draw_labels(run, samples, labels, step) if part == FEEDBACK else None
+        players = [(optimizers, student, s.clip, ladd.student_rate(s, step))]
+
+        def guided(xt, t, text=b.text):
+            return guided_velocity(teacher, xt, t, text, uncond, s.synthetic_cfg)
+
+        with run.autocast():
+            if part < FEEDBACK:
+                loss = segment_loss(student, ema, guided, b, times, i, SEGMENTS[part])
+            elif part == FEEDBACK:
+                x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)  # line 4
+                with torch.no_grad():
+                    anchor = student_predict(ema, b.x0, b.text, b.t, b.noise)
+                loss, reward = feedback_loss(judge, x0_hat, told, anchor, s.anchor)
+                loop.add(reward=reward)
+            else:
+                loss, loss_score = matching_losses(run, student, fake_score, b, guided, step)
+                players.append((score_optimizers, fake_score, s.clip, 1.0))
+                loop.add(loss_score=loss_score)
+        (loss + loss_score if part == SCORE else loss).backward()
+        norms = step_all(*players)
+        update_ema(ema, student, s.student_ema, step)
+        loop.log(loss=loss, **dict(zip(("grad_norm", "grad_norm_score"), norms, strict=False)))
+        if part in KEPT and s.part(step + 1) > part:
+            run.save("student", ema, step + 1, name=KEPT[part])
+    run.save("student", ema, s.iterations)
+    loop.finish()
+
+
+if __name__ == "__main__":
+    leave(ladd.main(distil=distil, method="hyper_sd", kind=Settings))
