@@ -67,6 +67,9 @@ class DataSet:
     train_size = None  # images that are trained on; None: endless
     held_out_size = None  # images that never are; None: endless
     captions, attributes, labels = (), {}, torch.empty(0, 0, dtype=torch.int64)
+    # What else the network is told of images, and which pixels it is to make: functions as `batch`,
+    # -> (B, C', H, W) in [-1, 1], and (B, 1, H, W) bool. None: nothing, and all of them.
+    condition = region = None
 
     def batch(self, index, held_out=False):
         """index (B,) of int -> images (B, C, H, W), pixels as uint8 or x_0 as floats (latents, and
@@ -164,6 +167,21 @@ class Text(NamedTuple):
 
     context: torch.Tensor  # (B, M, D_c) c, one row a token
     pooled: torch.Tensor  # (B, D_p) y
+
+
+class Told(NamedTuple):
+    """The same, and what else the network is told of B images."""
+
+    context: torch.Tensor
+    pooled: torch.Tensor
+    condition: torch.Tensor  # (B, C', H, W)
+
+
+def tell(text, bucket, index):
+    """Text features of images with the data set's condition, if it has one."""
+    if bucket.condition is None:
+        return text
+    return Told(*text, moved(bucket.condition(index), text.context.device))
 
 
 class HashedText:
@@ -274,6 +292,11 @@ class Shapes(DataSet):
         return f"a {' '.join(words[:3])} {second}on a {words[4]} {words[3]} background"
 
     def batch(self, index, held_out=False):
+        u, values = self.choose(index, held_out)
+        return self.draw(u, values), torch.from_numpy(self.rows[tuple(values)])
+
+    def choose(self, index, held_out=False):
+        """What is random of B images. -> u (B, 19) in [0, 1), the values of every attribute (B,)"""
         index = np.asarray(index, np.int64)
         if held_out:  # all seeds are scored alike
             u = uniform(0, "shapes, held out", index, 19)
@@ -282,17 +305,24 @@ class Shapes(DataSet):
         pick = lambda slot, n: (u[:, slot] * n).astype(np.int64)  # noqa: E731
         size, colour, shape = pick(0, 2), pick(1, 8), pick(2, 4)
         background, pattern = (colour + 1 + pick(3, 7)) % 8, pick(15, 4)
-        columns = [size, colour, shape, background, pattern]
+        values = [size, colour, shape, background, pattern]
+        if "relation" in self.attributes:
+            relation = np.where(u[:, 7] < 0.5, 1 + pick(8, 4), 0)
+            colour2 = (background + 1 + pick(10, 7)) % 8
+            second = (pick(9, 2), colour2, pick(11, 4))
+            values += [relation, *((value + 1) * (relation > 0) for value in second)]
+        return u, values
+
+    def draw(self, u, values):
+        """B images of what `choose` gives. -> (B, 3, H, W) uint8"""
+        size, colour, shape, background, pattern, *more = values
         cover = object_cover(*self.size, size, shape, u[:, 4:7])
         tone = pattern_cover(*self.size, pattern, u[:, 16:19])
         ground, second_tone = self.palette[background], self.tones[background]
         canvas = ground[:, None, None] * (1 - tone) + second_tone[:, None, None] * tone
-        if "relation" in self.attributes:
-            relation = np.where(u[:, 7] < 0.5, 1 + pick(8, 4), 0)
-            two = relation > 0
-            size2, shape2 = pick(9, 2), pick(11, 4)
-            colour2 = (background + 1 + pick(10, 7)) % 8
-            columns += [relation, *((c + 1) * two for c in (size2, colour2, shape2))]
+        if more:
+            relation, two = more[0], more[0] > 0
+            size2, colour2, shape2 = (value - 1 for value in more[1:])  # -1 where there is none
             first = object_cover(*self.size, size, shape, u[:, 4:7], relation - 1)
             cover = np.where(two[:, None, None, None], first, cover)
             opposite = np.array([1, 0, 3, 2])[relation - 1]  # where the second object stands
@@ -300,8 +330,7 @@ class Shapes(DataSet):
             second = second * two[:, None, None, None]
             canvas = canvas * (1 - second) + self.palette[colour2][:, None, None] * second
         image = canvas * (1 - cover) + self.palette[colour][:, None, None] * cover  # (B, H, W, 3)
-        image = torch.from_numpy((image + 0.5).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
-        return image, torch.from_numpy(self.rows[tuple(columns)])
+        return torch.from_numpy((image + 0.5).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
 
 
 # ---------------------------------------------------------------------------------------------

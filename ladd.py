@@ -30,6 +30,7 @@ import dataclasses
 import importlib
 import math
 import sys
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -243,6 +244,12 @@ class Settings(HowToRun):
     def tapped(self):
         return self.taps or tuple(range(self.depth))
 
+    condition_channels = 0  # of what the network is told beside text, by a method's own settings
+
+    def told(self, dataset):
+        """The data set with that condition."""
+        return dataset
+
     def logit_shift(self, size):
         """What SD3's shift √(H·W / positions) for another size than --size adds to a t's logit."""
         return 0.5 * math.log(size[0] * size[1] / self.positions)
@@ -330,7 +337,7 @@ def draw_teacher_batch(run, step, words):
     index = my_share(np.arange(step * s.teacher_batch, (step + 1) * s.teacher_batch))
     images, caption = bucket.batch(index)
     kept = torch.from_numpy(my_share(random.random(s.teacher_batch)) >= s.drop)
-    text = run.text.features(words[caption] * kept[:, None])
+    text = data.tell(run.text.features(words[caption] * kept[:, None]), bucket, index)
     x0 = data.to_float(moved(images, run.device))
     mean = s.t_mean + s.logit_shift(x0.shape[2:])
     t = moved(my_share(logit_normal(s.teacher_batch, mean, s.t_std, random)), run.device)
@@ -442,7 +449,8 @@ def draw_batch(run, samples, step, heads_warmup=0, own_noise="low"):
     bucket = data.draw_bucket(dataset, s.seed, "distillation", step)
     index = my_share(np.arange(step * s.batch, (step + 1) * s.batch))
     images, caption = bucket.batch(index)
-    x0, text = data.to_float(moved(images, device)), run.text.features(words[caption])
+    x0 = data.to_float(moved(images, device))
+    text = data.tell(run.text.features(words[caption]), bucket, index)
     since = max(0, step - heads_warmup)  # the heads, alone, see the student's first levels
     t = moved(my_share(draw_levels(s, s.batch, since, random)), device)
     m = s.t_hat_mean + s.logit_shift(x0.shape[2:])
@@ -587,8 +595,9 @@ def load(run, kind, frozen=False):
 def generator(run, kind, model=None):
     """What samples from the finished teacher or student, or from a network in training."""
     model = load(run, kind, frozen=run.divided) if model is None else model
-    s = run.settings
-    return sample.Generator(model, s, kind, run.device, s.precision, run.text)
+    s, condition = run.settings, getattr(run.dataset, "condition", None)
+    told = condition and partial(condition, held_out=True)
+    return sample.Generator(model, s, kind, run.device, s.precision, run.text, told)
 
 
 def main(argv=None, distil=distil, method="ladd", kind=Settings):

@@ -21,6 +21,7 @@ tokens after every block, so forward returns them; a frozen network needs no hoo
 """
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -233,6 +234,8 @@ class MMDiT(nn.Module):
     Arguments default to SD3's rule: width 64·depth, heads = depth, patch 2, 16 latent channels.
     `pos_size` is the side of the position table: the largest h or w the network can take.
     `attn2_blocks` is the number of first blocks with a second image attention (13 in SD3.5-medium).
+    `condition_channels` are inputs beside x_t, such as a picture to edit. Their embedding is added
+    to that of x_t, which makes one embedding of both, and starts at zero.
     With the attribute `checkpointing` a backward computes every block again instead of keeping it.
     """
 
@@ -249,6 +252,7 @@ class MMDiT(nn.Module):
         pos_size=192,
         qk_norm=True,
         attn2_blocks=0,
+        condition_channels=0,
     ):
         super().__init__()
         width, heads = width or 64 * depth, heads or depth
@@ -259,6 +263,9 @@ class MMDiT(nn.Module):
         self.config |= dict(qk_norm=qk_norm, attn2_blocks=attn2_blocks)
 
         self.x_embedder = PatchEmbed(channels, width, patch)
+        if condition_channels:  # else the config and the weights are those of SD3
+            self.config["condition_channels"] = condition_channels
+            self.condition_embedder = PatchEmbed(condition_channels, width, patch)
         self.t_embedder = VectorEmbed(256, width)
         self.y_embedder = VectorEmbed(pooled_dim, width)
         self.context_embedder = nn.Linear(context_dim, width)
@@ -272,7 +279,8 @@ class MMDiT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Xavier for matrices, zero biases; modulation and output start at zero (adaLN-Zero)."""
+        """Xavier for matrices, zero biases; modulation and output start at zero (adaLN-Zero), and
+        so does what a condition adds."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -283,7 +291,7 @@ class MMDiT(nn.Module):
             nn.init.normal_(embedder.mlp[0].weight, std=0.02)
             nn.init.normal_(embedder.mlp[2].weight, std=0.02)
         for name, parameter in self.named_parameters():
-            if "adaLN_modulation" in name or "final_layer.linear" in name:
+            if re.search("adaLN_modulation|final_layer.linear|condition_embedder", name):
                 nn.init.zeros_(parameter)
 
     def positions(self, h, w):
@@ -301,10 +309,10 @@ class MMDiT(nn.Module):
         x = tokens.view(-1, h, w, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, C, h * p, w * p)
 
-    def forward(self, x, t, context, pooled, *, taps=(), features_only=False):
+    def forward(self, x, t, context, pooled, condition=None, *, taps=(), features_only=False):
         """The velocity, and the image tokens after the blocks named in `taps`.
 
-        x (B, C, H, W), t (B,), context (B, M, D_c), pooled (B, D_p)
+        x (B, C, H, W), t (B,), context (B, M, D_c), pooled (B, D_p), condition (B, C', H, W)
         -> v (B, C, H, W), features: list of (B, N, D), one per tap in ascending order.
         With `features_only` nothing runs after the last tapped block, and v is None."""
         B, C, H, W = x.shape
@@ -313,6 +321,8 @@ class MMDiT(nn.Module):
             raise ValueError(f"a latent of {H}×{W} can't be cut into patches of {p}×{p}")
         h, w = H // p, W // p
         x = self.x_embedder(x)
+        if condition is not None:
+            x = x + self.condition_embedder(condition)
         x = x + self.positions(h, w).to(x.dtype)  # (B, N, D), in autocast's dtype from here on
         cond = self.t_embedder(timestep_sinusoid(t).to(x.dtype)) + self.y_embedder(pooled)  # (B, D)
         context = self.context_embedder(context)  # (B, M, D)

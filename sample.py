@@ -30,6 +30,7 @@ from lib import checkpoints
 from lib.errors import UsageError
 from lib.lora import added, build
 from lib.machine import autocast, device_of
+from lib.masks import paste
 from lib.scores import compared, get_judge, held_out, score_table
 from lib.streams import normal
 from mmdit import MMDiT
@@ -150,10 +151,16 @@ class Generator:
     """A network with all that it takes to sample from it: text features, sizes, levels, guidance.
 
     steps, sampler and cfg default to how the network was made: a student predicts and re-noises on
-    its levels without guidance, a teacher takes 32 Euler steps with guidance."""
+    its levels without guidance, a teacher takes 32 Euler steps with guidance.
 
-    def __init__(self, model, settings, kind, device="cpu", precision="auto", text=None):
+    condition: a function that gives what else the network is told of the images of these numbers,
+    for one with condition channels: (B, C', H, W)."""
+
+    def __init__(
+        self, model, settings, kind, device="cpu", precision="auto", text=None, condition=None
+    ):  # fmt: skip
         self.model, self.settings, self.kind = model, settings, kind
+        self.condition = condition
         self.device, self.precision = torch.device(device), precision
         self.size = latent_sizes(settings)[0]
         text = text or data.HashedText(settings.text_dim, settings.text_length)
@@ -198,17 +205,23 @@ class Generator:
         if start is not None:
             level = start[1]
             x = add_noise(start[0].to(self.device), x, torch.full((len(x),), level).to(self.device))
-        text = self.text(captions)
+        text, uncond, known = self.text(captions), self.text([""]), None
+        if self.condition is not None:
+            told = self.condition(indices).to(self.device)
+            text, uncond = data.Told(*text, told), data.Told(*uncond, told)
+            known = told if told.shape[1] == shape[0] + 1 else None  # inpainting: with its mask
+        elif "condition_channels" in self.model.config:
+            raise UsageError("this network fills or edits a picture: sample.py's --init-image")
         if sampler == "euler":
             positions = s.size[0] * s.size[1] // s.downscale**2  # that it was trained at
             alpha = s.shift * math.sqrt(shape[1] * shape[2]) / math.sqrt(positions)
             times = euler_times(steps, alpha) * level
-            path = euler(self.network, x, times, text, self.text([""]), cfg)
+            path = euler(self.network, x, times, text, uncond, cfg)
         else:
             levels = [t * level for t in student_levels(s.levels, steps)]
             path = renoise(self.network, x, levels, text, fresh, s.eta if eta is None else eta)
         for x0 in path:
-            yield x0.float().cpu()
+            yield (x0 if known is None else paste(x0, known)).float().cpu()
 
     def batches(
         self, captions, indices=None, *, batch=256, progress=None, start=None, **options

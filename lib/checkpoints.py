@@ -111,5 +111,5 @@ def check_settings(s, config):
 
 def same_network(flag, file, given, wanted):
     """Raises UsageError if the network of a file is not the one that is wanted: its arguments."""
-    if different := differences(given, wanted, wanted):
+    if different := differences(given, wanted, [*wanted, "condition_channels"]):
         raise UsageError(f"{flag} {file}: another network than the settings' ({different}).")

@@ -78,7 +78,7 @@ def faults(s):
 
 def check_for_method(s, method):
     """Refuses what does not fit the method of distillation."""
-    if method in ("ladd", "add", "dpo") and s.heads_warmup >= s.iterations:
+    if method in ("ladd", "add", "dpo", "inpaint", "edit") and s.heads_warmup >= s.iterations:
         refuse(s, "heads_warmup", f"leaves none of {s.iterations} updates")
     if method == "regression" and s.targets == "real":
         refuse(s, "targets", "real images have no noise that they were made of")

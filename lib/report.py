@@ -22,18 +22,22 @@ SIGNS = {
 BLIND = ("loss_d", lambda r, _: r["loss_d"] > 1.95 and r["ranked"] < 0.53, "the heads see nothing")
 
 COLUMNS = (
-    ("alignment", ".3f"), ("frechet", ".2f"), ("precision", ".2f"), ("recall", ".2f"),
-    ("evaluations", "d"), ("seconds", ".4f"),
+    ("alignment", "alignment", ".3f"), ("frechet", "Fréchet", ".2f"),
+    ("precision", "precision", ".2f"), ("recall", "recall", ".2f"),
+    ("inside", "inside", ".1f"), ("outside", "outside", ".1f"),
+    ("evaluations", "evaluations", "d"), ("seconds", "s / image", ".4f"),
 )  # fmt: skip
 DRAWN = ("curves.png", "student.gif")  # the numbers and the student's grids over the updates
 
 
 def markdown_table(rows):
-    lines = ["| samples | alignment | Fréchet | precision | recall | evaluations | s / image |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    plain = ("inside", "outside")  # where the network is told of the image alone
+    columns = [c for c in COLUMNS if c[0] not in plain or any(c[0] in row for row in rows)]
+    lines = ["| samples | " + " | ".join(title for _, title, _ in columns) + " |"]
+    lines += ["|---" * (len(columns) + 1) + "|"]
     for row in rows:
-        known = ("–" if row.get(key) is None else format(row[key], form) for key, form in COLUMNS)
-        lines.append(f"| {row['name']} | {' | '.join(known)} |")
+        cells = ("–" if row.get(key) is None else format(row[key], f) for key, _, f in columns)
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

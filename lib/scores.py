@@ -4,6 +4,7 @@ Alignment is the share of pictures of which every attribute is read right. Fréc
 (arXiv 1706.08500), precision and recall (arXiv 1904.06991) are taken in the judge's features.
 """
 
+import copy
 import hashlib
 import time
 from pathlib import Path
@@ -178,20 +179,41 @@ def score_table(held, labels, judge, candidates, seed, to_uint8):
     read = [(judge.read(part.reference)[0], len(part.images)) for part in held]
     first, others = [f[:n] for f, n in read], [f[n:] for f, n in read]
     reference = torch.cat(first + others)  # first as many of each size as there are samples
+    one = held[0]  # the only size, where images have a condition
     real = score([part.images for part in held], labels, reference, judge)
     rows = [dict(name="real, held out", **real)]
     total = len(candidates) * len(labels)
     with tqdm(total=total, desc="evaluation", leave=False, disable=None) as bar:
         for name, who, options in candidates:
             start = time.perf_counter()
+            if one.condition is not None:
+                who = copy.copy(who)
+                who.condition = lambda index: one.condition[list(index)]
             made = who.sample_parts(parts, seed=seed, stream="evaluation", progress=bar, **options)
             if not all(x.isfinite().all() for x in made):
                 raise RunError(f"{name}: its samples are not finite; try --precision fp32")
             seconds = (time.perf_counter() - start) / len(labels)
             evaluations = options["steps"] * (2 if options["cfg"] != 1 else 1)
-            row = score([to_uint8(x) for x in made], labels, reference, judge)
-            rows.append(dict(name=name, **row, evaluations=evaluations, seconds=seconds))
+            images = [to_uint8(x) for x in made]
+            row = score(images, labels, reference, judge)
+            row |= dict(evaluations=evaluations, seconds=seconds)
+            if one.region is not None:
+                row |= distances(images[0], one.images, one.region)
+            rows.append(dict(name=name, **row))
+    if one.region is not None:
+        given = to_uint8(one.condition[:, : one.images.shape[1]])
+        row = score(given, labels, reference, judge)
+        row |= distances(given, one.images, one.region)
+        rows.append(dict(name="as given", **row))
     return rows
+
+
+def distances(images, truth, region):
+    """Mean absolute difference of pixels, 0…255, to those of the truth, in a region and outside.
+
+    images, truth (n, C, H, W) uint8, region (n, 1, H, W) bool"""
+    far = (images.float() - truth.float()).abs().mean(dim=1, keepdim=True)
+    return dict(inside=far[region].mean().item(), outside=far[~region].mean().item())
 
 
 def judge_accuracy(held, labels, attributes, judge):
@@ -213,6 +235,8 @@ class HeldOut(NamedTuple):
     captions: list  # n texts
     size: tuple  # (H, W)
     reference: torch.Tensor  # (m, C, H, W) uint8, other images to compare with
+    condition: torch.Tensor | None = None  # (n, C', H, W) what the network is told beside captions
+    region: torch.Tensor | None = None  # (n, 1, H, W) bool, the pixels that it is to make
 
 
 def held_out(shares):
@@ -228,5 +252,7 @@ def held_out(shares):
         images, caption = bucket.batch(index, held_out=True)
         captions = [bucket.captions[i] for i in caption]
         reference, _ = bucket.batch(rest, held_out=True)
-        found.append(HeldOut(images, caption, captions, bucket.size, reference))
+        more = (bucket.condition, bucket.region)
+        more = [function and function(index, held_out=True) for function in more]
+        found.append(HeldOut(images, caption, captions, bucket.size, reference, *more))
     return found

@@ -48,12 +48,13 @@ UNITS = 6  # forwards of the network, a mean update at nano: segments 6, feedbac
 SEGMENTS = (8, 4, 2, 1)
 FEEDBACK, SCORE = len(SEGMENTS), len(SEGMENTS) + 1  # the numbers of the parts after them
 EIGHTHS = tuple(1 - i / 8 for i in range(8))
-SHARES = (0.15, 0.15, 0.15, 0.15, 0.2, 0.2)
+SHARES = (0.1, 0.1, 0.1, 0.3, 0.2, 0.2)  # k = 1 is the slowest: a level learns from the next
 KEPT = {FEEDBACK - 1: "student-segments", FEEDBACK: "student-segments+feedback"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(ladd.Settings):
+    iterations: int = setting(2200, "updates of all parts", low=1, scales=True, smoke=10)
     levels: tuple = setting(EIGHTHS, "noise levels t of the student", above=0)
     lora: int = setting(16, "rank of the adapter that learns; 0: whole weights", low=0)
     student_lr: float = setting(1e-3, "AdamW: adapters take more than whole weights", above=0)
@@ -67,10 +68,6 @@ class Settings(ladd.Settings):
             refuse(self, "shares", "must be six numbers, one of them above 0")
         if self.is_latent and self.shares[FEEDBACK]:
             refuse(self, "shares", "feedback reads pixels, not latents; the fifth must be 0")
-
-    def scaled(self):
-        s = super().scaled()
-        return dataclasses.replace(s, iterations=6) if self.smoke else s  # one of every part
 
     def part(self, step):
         """Which part an update belongs to: 0 to 3 segments, 4 feedback, 5 score."""
@@ -133,6 +130,9 @@ def distil(run):
     loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers_of_both)
     for step in loop:
         part = s.part(step)
+        if step and part > s.part(step - 1):  # the moments are of gradients of another size
+            for optimizer in optimizers:
+                optimizer.state.clear()
         b = draw_batch(run, samples, step, own_noise="none" if part < FEEDBACK else "low")
         i = draw_times(run, step)
         told = draw_labels(run, samples, labels, step) if part == FEEDBACK else None

@@ -326,6 +326,8 @@ def export(checkpoint, out, dtype="bf16", merge=False):
     if Path(out).suffix != ".safetensors":
         raise UsageError(f"--export {out}: is written as .safetensors; let it end so")
     kind = checkpoint["kind"]
+    if "condition_channels" in checkpoint["model"]:
+        raise UsageError(f"--export {out}: this {kind} edits or fills pictures, as no SD3 does")
     if checkpoint.get("lora") and not merge:
         kind += "'s adapter"
         adapter = to_diffusers(adapter_of(checkpoint["weights"]))

@@ -25,6 +25,7 @@ TORCHRUN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint",
 PROGRAMS = [
     "ladd", "ladd --sweep=a", "ladd --dry-run", "sample", "sample --evaluate", "sd3.encode",
     "tools.architecture", "tools.benchmark", "tools.pictures", "methods.hyper_sd", "methods.dpo",
+    "methods.inpaint",
 ]  # fmt: skip
 
 

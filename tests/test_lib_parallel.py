@@ -26,6 +26,7 @@ RUN = "--size 8 --width 16 --depth 2 --heads 2 --text-dim 8 --text-length 9 --po
 RUN += " --head-width 8 --teacher-batch 8 --batch 8 --teacher-iterations 10 --iterations 10"
 RUN += " --heads-warmup 2 --synthetic 22 --synthetic-steps 2 --teacher-steps 2 --save-every 4"
 RUN += " --precision fp32 --device cpu --log-every 1 --aspects 1:1,2:1 --muon-lr 0"
+RUN += " --evaluation 8 --judge-steps 2 --judge-width 8"
 DIVIDED, HYBRID = "--shard --checkpointing", "--shard --replicas 2"
 PARTS = "--accumulate 2 --shard --offload --log-every 3"
 SHORT = "--teacher-iterations 2 --iterations 2 --heads-warmup 0 --aspects 1:1 --shard"

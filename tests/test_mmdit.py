@@ -616,7 +616,7 @@ def test_the_whole_configuration_is_read_off_the_checkpoint(build):
 
 def test_a_model_is_rebuilt_from_its_config_and_state_dict():
     """What a checkpoint stores is enough; shown with a value other than the default for each."""
-    changes = dict(patch=1, pos_size=11, qk_norm=False, attn2_blocks=1)
+    changes = dict(patch=1, pos_size=11, qk_norm=False, attn2_blocks=1, condition_channels=2)
     model = tiny(**changes)
     defaults = inspect.signature(MMDiT).parameters
     assert set(model.config) == set(defaults)

@@ -3,6 +3,8 @@
 python sample.py runs/nano --prompt "a large red circle on a dotted blue background" --out a.png
 python sample.py runs/nano --export student.safetensors     under SD3's names
 python sample.py RUN --decode SD3_DIR --prompt "a red fox" --size 832x1216 --out fox.png
+python sample.py runs/nano-inpaint --init-image a.png --mask m.png --prompt "a red circle"
+python sample.py runs/nano-edit --init-image a.png --prompt "make it blue"
 """
 
 import math
@@ -17,7 +19,8 @@ from lib.captions import strange_words
 from lib.checkpoints import not_finite
 from lib.errors import ENDS, Parser, RunError, UsageError, exit_status, plural, reason
 from lib.files import read_lines
-from lib.images import decode_file
+from lib.images import decode_file, size_of
+from lib.masks import hide
 from lib.pictures import refuse_strangers, save_gif, save_pictures, square
 
 
@@ -38,7 +41,8 @@ def parse(argv):
     add("--out", default="samples.png", help="a grid as .png, or a folder for one PNG per image")
     add("--trajectory", metavar="FILE.gif", help="x̂_0 along the steps, as an animation")
     add("--init-image", metavar="FILE", help="start from this image instead of noise …")
-    add("--strength", type=float, default=0.6, help="… noised to this level (0 to 1)")
+    add("--strength", type=float, help="… noised to this level (0 to 1; default: 0.6)")
+    add("--mask", metavar="FILE", help="of a run of methods.inpaint: white is to be filled")
     add("--decode", metavar="SD3_DIR", help="for latents: SD3's text encoders and VAE, diffusers'")
     add("--export", metavar="FILE", help="write the weights as .safetensors, for other programs")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the exported weights")
@@ -52,7 +56,7 @@ def parse(argv):
     add("--batch", type=int, default=256, help="images at a time")
     parser.epilog = "Also: --evaluate, the table of scores, which is tools/score.py."
     args = parser.parse_args(argv)
-    if not 0 < args.strength <= 1:
+    if args.strength is not None and not 0 < args.strength <= 1:
         parser.error(f"--strength {args.strength:g}: must be above 0 and at most 1")
     if args.eta is not None and not 0 <= args.eta <= 1:
         parser.error(f"--eta {args.eta:g}: must be from 0 to 1")
@@ -60,6 +64,8 @@ def parse(argv):
         value = getattr(args, name)
         if value is not None and not math.isfinite(value):
             parser.error(f"--{name.replace('_', '-')} {value:g}: must be finite")
+    if args.mask and not args.init_image:
+        parser.error(f"--mask {args.mask}: is for --init-image")
     if args.merge and not args.export:
         parser.error("--merge: is for --export")
     if args.adapter_scale != 1 and not args.adapter:
@@ -119,13 +125,46 @@ class Pixels:
     encode, decode = staticmethod(data.to_float), staticmethod(data.to_picture)
 
 
-def read_start(args, size, codec):
-    """--init-image as x_0 (1, C, H, W), and its level."""
+def read_picture(flag, path, height, width):
+    """A picture in the size of the samples -> (1, 3, H, W) uint8, the file's own (H, W)"""
     try:
-        pixels = decode_file(args.init_image, *(side * codec.unit for side in size))
+        return torch.from_numpy(decode_file(path, height, width).copy())[None], size_of(path)
     except Exception as why:  # Pillow raises nearly anything on damaged files
-        raise UsageError(f"--init-image {args.init_image}: can't be read ({reason(why)})") from None
-    return codec.encode(torch.from_numpy(pixels.copy())[None]), args.strength
+        raise UsageError(f"{flag} {path}: can't be read ({reason(why)})") from None
+
+
+def what_it_does(generator, args):
+    """Whether the network edits a given picture, fills one, or makes pictures of text alone."""
+    config, run = generator.model.config, args.run
+    told, channels = config.get("condition_channels", 0), config["channels"]
+    work = {0: "makes", channels: "edits", channels + 1: "fills"}.get(told)
+    if not work or (told and generator.settings.downscale > 1):
+        raise UsageError(f"{run}: is told of pictures what this program can't give")
+    if args.mask and work != "fills":
+        raise UsageError(f"--mask {args.mask}: {run} fills no pictures; runs of methods.inpaint do")
+    if work == "edits" and not args.init_image:
+        raise UsageError(f"{run} edits pictures: give one with --init-image")
+    if work == "fills" and not (args.init_image and args.mask):
+        raise UsageError(f"{run} fills pictures: give one with --init-image, and --mask")
+    if work != "makes" and args.strength is not None:
+        raise UsageError(f"--strength {args.strength:g}: {run} starts from noise; leave it out")
+    return work
+
+
+def read_condition(args, size):
+    """What the network is told of --init-image, and of --mask: (1, C', H, W)."""
+    picture, shape = read_picture("--init-image", args.init_image, *size)
+    if not args.mask:
+        return data.to_float(picture)
+    mask, own = read_picture("--mask", args.mask, *size)
+    if own != shape:
+        sizes = "{} × {} pixels, and that of --init-image is {} × {}".format(*own, *shape)
+        raise UsageError(f"--mask {args.mask}: its size is {sizes}; let them be the same")
+    mask = mask.float().mean(dim=1, keepdim=True) > 127
+    if mask.all() or not mask.any():
+        share = "all" if mask.all() else "none"
+        raise UsageError(f"--mask {args.mask}: {share} of it is white, which is what is filled")
+    return hide(data.to_float(picture), mask)
 
 
 def make_pictures(args):
@@ -150,8 +189,14 @@ def make_pictures(args):
         raise UsageError(f"--eta {args.eta:g}: Euler steps draw no noise; leave it out")
     if args.size:
         options["size"] = latent_size(args.size, generator.settings, codec.unit)
-    if args.init_image:
-        options["start"] = read_start(args, options.get("size", generator.size), codec)
+    size = options.get("size", generator.size)
+    if what_it_does(generator, args) != "makes":
+        told = read_condition(args, size)
+        generator.condition = lambda index: told.expand(len(index), -1, -1, -1)
+    elif args.init_image:
+        sides = (side * codec.unit for side in size)
+        picture, _ = read_picture("--init-image", args.init_image, *sides)
+        options["start"] = (codec.encode(picture), args.strength or 0.6)
     if args.trajectory:
         refuse_strangers(args.trajectory)
     notes = dict(seed=args.seed, steps=steps, cfg=cfg, model=f"{generator.kind} of {args.run}")

@@ -20,7 +20,7 @@ def glance(dataset, student, data_dir):
     s, count = student.settings, min(250, student.settings.evaluation)
     judge = sample.judge_of(dataset, s, student.device, data_dir, student.precision)
     held, rows = held_out(data.shares(dataset, count)), sample.compared(None, student, few=(1,))
-    row = score_table(held, dataset.labels, judge, rows, s.seed, data.to_uint8)[-1]
+    _, row, *_ = score_table(held, dataset.labels, judge, rows, s.seed, data.to_uint8)
     return dict(alignment=row["alignment"], frechet=row["frechet"])
 
 
@@ -49,6 +49,7 @@ def report(run):
     """Scores everything; writes samples.png (same noise for all), metrics.json and report.md."""
     s, start = run.settings, time.perf_counter()
     run = run.alone()
+    run.dataset = s.told(run.dataset)
     if s.is_latent:
         from sd3.weights import export  # its packages are optional
 
@@ -70,6 +71,11 @@ def report(run):
             images = who.sample_parts(parts, seed=s.seed, stream="pictures", **options)
             titled.append((title, pictures_of(images)))
     titled.sort(key=lambda pair: pair[0].startswith("untrained"))  # it stands last
+    if getattr(run.dataset, "condition", None):
+        index = range(24)
+        given = run.dataset.condition(index, held_out=True)[:, : s.channels]
+        images, _ = run.dataset.batch(index, held_out=True)
+        titled = [("given", list(data.to_picture(given))), ("the truth", list(images)), *titled]
     captions = "; ".join(caption for own, _ in parts for caption in own)
     save_png(panels(titled, 4), run.out / "samples.png", captions=captions)
     grids = sorted((run.out / "samples").glob("student-*.png"))

@@ -54,6 +54,8 @@ def score(args):
         raise UsageError(f"--evaluate needs a run folder, and {folder} is none")
     teacher = sample.load_generator(folder, True, args.device, args.precision)
     student = sample.load_generator(folder, False, args.device, args.precision)
+    if "condition_channels" in student.model.config:
+        raise UsageError(f"{folder}: fills or edits pictures; its scores are in its report.md")
     metrics, s = read_metrics(folder), vars(student.settings)
     wrong = [k for k, most in MOST.items() if type(s.get(k)) is not int or not 0 < s[k] <= most]
     if wrong or s["downscale"] > 1:

@@ -16,6 +16,7 @@ from lib.errors import plural
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 DOCUMENTS = ("../README.md", "results.md", "ablations.md", "exercises.md")
 TITLES = dict(alignment="alignment", frechet="Fréchet", precision="precision", recall="recall")
+TITLES |= dict(inside="inside", outside="outside")
 STEPS = (1, 2, 4, 8)  # of a sweep's students, those that there are
 
 
@@ -52,11 +53,14 @@ def run_table(name, short):
     digits = dict(alignment=3, frechet=1, precision=2, recall=2)
     if short:
         del digits["precision"]
+    if "inside" in runs[0]["rows"][-1]:  # of pictures that are filled or edited
+        digits |= dict(inside=1, outside=1)
     rows = [["samples", *(TITLES[key] for key in digits), "evaluations"]]
     for same in zip(*(run["rows"] for run in runs), strict=True):
         title = same[0]["name"]
         if not short or title.startswith("teacher") or title.endswith(("4 steps", "1 step")):
-            scores = [mean_and_deviation([r[key] for r in same], n) for key, n in digits.items()]
+            known = ((n, [row.get(key) for row in same]) for key, n in digits.items())
+            scores = [mean_and_deviation(values, n) for n, values in known]
             rows.append([title, *scores, same[0].get("evaluations", "–")])
     times = []
     for n in sorted({run["threads"] for run in runs}, reverse=True):

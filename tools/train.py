@@ -84,6 +84,8 @@ def to_take(run):
         teacher = sample.read_checkpoint(source, ["teacher"])
         if bad := not_finite(teacher["weights"]):
             refuse(s, "source", f"{bad} of its teacher has numbers that are not finite")
+        if teacher["model"].get("condition_channels", 0) not in (0, s.condition_channels):
+            refuse(s, "source", "its teacher is tuned to what this method does not give")
     return taken
 
 

@@ -1,0 +1,118 @@
+"""Editing by instruction with LADD (arXiv 2403.12015, its section on applications): "make it blue".
+
+The network is told the instruction c and the picture to edit, c* = (c, y), which enters as in
+methods/inpaint.py. The target x_0 is y after the edit. Two trainings, both of methods/inpaint.py:
+
+    1  the teacher is tuned:  E‖v_φ(x_t, t, c*) - (ε - x_0)‖²      c dropped at times, for guidance
+    2  LADD, its update unchanged, with c* in place of c for student and teacher, and the true x_0
+
+The paper's: the picture to edit on channels, a teacher that is tuned to edit. Ours: exact pairs of
+the built-in shapes, which are drawn twice with one thing changed, so that LADD learns from the true
+pictures, with its distillation loss at t < 1. Guidance is of the instruction alone.
+
+    python -m methods.edit --preset nano --from runs/nano
+    python sample.py runs/nano-edit --init-image a.png --prompt "make it blue"
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+import data
+import ladd
+from lib.captions import known_words
+from lib.files import write_text
+from lib.parallel import leave, rank
+from lib.settings import refuse
+from lib.streams import uniform
+from methods import inpaint
+
+EDITS = {  # the first four change an attribute, in the order of a picture's
+    "size": "make it {}",
+    "colour": "make it {}",
+    "shape": "make it a {}",
+    "background": "make the background {}",
+    "left": "move it left",
+    "right": "move it right",
+    "up": "move it up",
+    "down": "move it down",
+}
+MOVES = dict(left=(5, 0.0), right=(5, 1.0), up=(6, 0.0), down=(6, 1.0))  # column of u, its value
+
+
+class Pairs(data.Shapes):
+    """Pictures of one shape after an edit, with the picture before it as their condition.
+
+    A caption is the instruction, and has the attributes of the picture after it."""
+
+    def __init__(self, height, width, seed):
+        super().__init__(height, width, seed, pairs=False)
+        words, rows = [list(values) for values in self.attributes.values()], self.labels.tolist()
+        self.captions = [
+            sentence.format(words[min(k, 3)][row[min(k, 3)]])
+            for row in rows
+            for k, sentence in enumerate(EDITS.values())
+        ]
+        self.labels = self.labels.repeat_interleave(len(EDITS), dim=0)
+
+    def edited(self, index, held_out=False):
+        """What the pictures before and after are drawn of: u, values, twice; caption (B,)."""
+        u, values = self.choose(index, held_out)
+        seed, stream = (0, "edits, held out") if held_out else (self.seed, "edits")
+        random = uniform(seed, stream, index, 2)
+        edit = (random[:, 0] * len(EDITS)).astype(np.int64)
+        size, colour, shape, background, pattern = values
+        third = (random[:, 1] * 6).astype(np.int64)  # of the six colours that are not in it
+        for taken in np.sort([colour, background], axis=0):
+            third += third >= taken
+        after = [
+            np.where(edit == 0, 1 - size, size),
+            np.where(edit == 1, third, colour),
+            np.where(edit == 2, (shape + 1 + (random[:, 1] * 3).astype(np.int64)) % 4, shape),
+            np.where(edit == 3, third, background),
+            pattern,
+        ]
+        place = u.copy()
+        for name, (column, value) in MOVES.items():
+            place[edit == list(EDITS).index(name), column] = value
+        return (u, values), (place, after), self.rows[tuple(after)] * len(EDITS) + edit
+
+    def batch(self, index, held_out=False):
+        _, after, caption = self.edited(index, held_out)
+        return self.draw(*after), torch.from_numpy(caption)
+
+    def condition(self, index, held_out=False):
+        before, *_ = self.edited(index, held_out)
+        return data.to_float(self.draw(*before))
+
+    def region(self, index, held_out=False):
+        before, after, _ = self.edited(index, held_out)
+        return (self.draw(*before) != self.draw(*after)).any(dim=1, keepdim=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(inpaint.Settings):
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data != "shapes":
+            refuse(self, "data", "pairs of pictures are drawn of the built-in shapes alone")
+
+    @property
+    def condition_channels(self):
+        return self.channels
+
+    def told(self, dataset):
+        return Pairs(*dataset.size, self.seed)
+
+
+def distil(run):
+    s = run.settings
+    if rank() == 0:  # so that sample.py knows the instructions' words
+        both = [*run.dataset.captions, *s.told(run.dataset).captions]
+        write_text("\n".join(known_words(both, s.text_length)) + "\n", run.out / "words.txt")
+    inpaint.distil(run)
+
+
+if __name__ == "__main__":
+    leave(ladd.main(distil=distil, method="edit", kind=Settings))
