@@ -157,8 +157,8 @@ def lines(folder):
 
 
 def updates(folder):
-    """What the log tells of every update, its speed apart."""
-    rows = [row for row in lines(folder) if "step" in row]
+    """What the log tells of every update, its speed apart; the rows of scores left out."""
+    rows = [row for row in lines(folder) if "step" in row and "frechet" not in row]
     return [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows]
 
 

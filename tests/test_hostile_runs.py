@@ -286,7 +286,7 @@ def test_a_pipe_or_a_device_is_no_checkpoint(tmp_path, capsys):
 READ_ONLY = """
 import os, sys
 sys.path.insert(0, {root!r})
-import ladd, sample
+import ladd, sample, tools.train
 {first}  # imports all that there is to import
 if os.getuid() == 0:  # who may write anywhere
     os.setuid(65534)

@@ -15,6 +15,7 @@ import sample
 from lib import pictures
 from lib.run import Run
 from lib.scores import Judge
+from tools import report
 from tools.command import given_settings
 
 SMALL = "--width 32 --depth 2 --heads 2 --taps 0,1 --precision fp32 --device cpu --smoke"
@@ -106,7 +107,7 @@ def test_a_run_of_mixed_aspects_makes_and_scores_all_of_them(tmp_path, capsys, m
         read.add(tuple(images.shape[2:]))
         return score(judge, images, *rest)
 
-    for module in (pictures, ladd):
+    for module in (pictures, report):
         monkeypatch.setattr(module, "grid", watch_grid)
     monkeypatch.setattr(Judge, "read", watch_read)
     words = f"{SMALL} --aspects 1:1,3:2,2:3 --out {out} --data-dir {tmp_path}"

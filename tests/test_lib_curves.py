@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import run_of, same, updates
+from conftest import lines, run_of, same
 from PIL import Image
 
 import ladd
@@ -52,7 +52,7 @@ def test_a_log_without_numbers_gives_no_picture():
 def test_every_grid_of_the_students_has_its_scores_in_one_step_and_they_change_no_number(train):
     """They are that student's own, as another judge of the same settings finds them."""
     folder = train("run", "--sample-every 4")
-    rows = [row for row in updates(folder) if "alignment" in row or "frechet" in row]
+    rows = [row for row in lines(folder) if "step" in row and "frechet" in row]
     assert [row["step"] for row in rows] == [4, 6]
     run = run_of(["--out", folder, "--data-dir", folder / "other"])
     last = report.glance(run.dataset, ladd.generator(run, "student"), run.settings.data_dir)

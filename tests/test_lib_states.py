@@ -540,7 +540,7 @@ def killed(tmp_path_factory):
     """A folder with the run `whole` and the run `cut`, killed 12 times; and all exit statuses."""
     folder, rng, plan = tmp_path_factory.mktemp("killed"), random.Random(7), []
     for stage in ladd.STAGES:  # the first late enough that a state is there to go on from
-        most = (4, 8) if stage in ("teacher", "distillation") else (0, 2)
+        most = dict(teacher=(4, 8), distillation=(9, 13)).get(stage, (0, 2))
         plan += [(stage, kind, rng.randrange(*most)) for kind in ("work", "half")]
         plan += [(stage, rng.choice(["rename", "half", "work"]), rng.randrange(2))]
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))

@@ -97,6 +97,7 @@ from lib.parallel import rank
 from tools import report
 
 report.report = lambda run: None
+report.show = lambda *arguments: None
 
 def measured(run):
     held = peak_bytes(lambda: ladd.distil(run))

@@ -51,7 +51,8 @@ def test_a_run_that_starts_from_it_trains_no_teacher(launch, tmp_path, flag):
     """With its heads, too, which have no moments of an optimiser."""
     given = f"{FOLDER}/teacher.pt" if flag == "--teacher" else f"{FOLDER}"
     words = f"{flag} {given} --discriminator {FOLDER}/heads.pt --device cpu --log-every 1 "
-    words += "--synthetic 8 --synthetic-steps 1 --batch 4 --iterations 2 --heads-warmup 0"
+    words += "--synthetic 8 --synthetic-steps 1 --batch 4 --iterations 2 --heads-warmup 0 "
+    words += "--evaluation 8 --judge-steps 2 --judge-width 8"
     for stage in ("teacher", "synthesis", "distillation"):
         assert launch("run", f"{words} --stage {stage}") == 0
     stages = [row.get("stage") for row in lines(tmp_path / "run")]
