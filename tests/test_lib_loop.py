@@ -182,7 +182,7 @@ def test_a_signal_ends_a_run_saved_with_the_command_to_go_on(
     module, name = places[stage]
     function, calls = getattr(module, name), itertools.count()
     done = MAKING[: MAKING.index(stage)] if stage in MAKING else MAKING
-    flags = f"{FEW} --evaluation 16 --judge-steps 5"
+    flags = FEW
 
     def interrupted(*arguments):
         if stage == "report" or next(calls) == 1:
