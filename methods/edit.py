@@ -24,7 +24,7 @@ import ladd
 from lib.captions import known_words
 from lib.files import write_text
 from lib.parallel import leave, rank
-from lib.settings import refuse
+from lib.settings import refuse, setting
 from lib.streams import uniform
 from methods import inpaint
 
@@ -93,6 +93,8 @@ class Pairs(data.Shapes):
 
 @dataclasses.dataclass(frozen=True)
 class Settings(inpaint.Settings):
+    tune_iterations: int = setting(1500, "updates of the teacher", low=1, scales=True, smoke=2)
+
     def __post_init__(self):
         super().__post_init__()
         if self.data != "shapes":
