@@ -357,7 +357,11 @@ def test_diffusers_pipeline_loads_our_adapter_and_computes_the_same(variant, tmp
 
     other, plain = adapted(variant)
     weights = other.state_dict()
-    export(dict(kind="student", lora=3, weights=weights), tmp_path / "lora.safetensors", "fp32")
+    export(
+        dict(kind="student", lora=3, model=other.config, weights=weights),
+        tmp_path / "lora.safetensors",
+        "fp32",
+    )
     released = {PREFIX + name: w for name, w in plain.state_dict().items()}
     theirs = diffusers_model(released, variant)
     pipeline = diffusers.StableDiffusion3Pipeline(
