@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, cut_at, same, updates
+from conftest import CPU
 from PIL import Image
-from test_inpaint import LAST, TUNE, picture, run_to
+from test_inpaint import LAST, TUNE, check_that_a_cut_run_goes_on, picture, run_to
 
 import data
 import ladd
@@ -146,14 +146,7 @@ def test_the_report_has_a_row_of_the_pictures_as_given(edits):
 
 @pytest.mark.parametrize("stage", ["tuning", "distillation"])
 def test_a_run_that_was_cut_goes_on_bit_for_bit(train, whole, monkeypatch, stage):
-    flags = f"--from {whole} {TUNE} --save-every 2"
-    want = train("want", flags, LAST, **METHOD)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        cut_at(patch, stage, 2)
-        train("cut", flags, LAST, **METHOD)
-    cut = train("cut", flags, LAST, **METHOD)
-    assert all(same(want / f"{k}.pt", cut / f"{k}.pt") for k in ("teacher", "student"))
-    assert updates(want) == updates(cut)
+    check_that_a_cut_run_goes_on(train, f"--from {whole}", monkeypatch, stage, **METHOD)
 
 
 @pytest.mark.parametrize(
