@@ -44,11 +44,16 @@ def logits_of(heads, features, b):
     return [head([tokens], clean, b.text.pooled, *size) for head, (tokens, size) in pairs]
 
 
+def classifier_of(run):
+    """A classifier that methods may learn from, frozen: neither judge that scores."""
+    s, own = run.settings, dict(seed=1, kernel=5)
+    judge = sample.judge_of(run.dataset, s, run.device, s.data_dir, s.precision, **own)
+    return judge.requires_grad_(False)
+
+
 def distil(run):
     s = run.settings
-    own = dict(seed=1, kernel=5)
-    judge = sample.judge_of(run.dataset, s, run.device, s.data_dir, s.precision, **own)
-    judge.requires_grad_(False)
+    judge = classifier_of(run)
     student, ema, student_optimizers = ladd.start_student(run)
     widths = [layer.out_channels for layer in judge.body if isinstance(layer, nn.Conv2d)]
     sizes = [s.head_sizes() | dict(width=width, taps=(0,)) for width in widths]

@@ -34,6 +34,7 @@ from lib.parallel import barrier, leave, rank
 from lib.run import Run
 from lib.settings import setting
 from lib.states import forget_states
+from methods.add import classifier_of
 from mmdit import MMDiT
 from sample import add_noise
 
@@ -88,9 +89,7 @@ def make_pairs(run):
     s, dataset, pairs = run.settings, run.dataset, []
     if not dataset.attributes:
         raise UsageError("--pairs: is needed, as these captions ask nothing to rank samples by")
-    own = dict(seed=1, kernel=5)  # not the judge that scores
-    judge = sample.judge_of(dataset, s, run.device, s.data_dir, s.precision, **own)
-    teacher = ladd.generator(run, "teacher")
+    judge, teacher = classifier_of(run), ladd.generator(run, "teacher")
     options = dict(seed=s.seed, steps=s.synthetic_steps, cfg=s.synthetic_cfg)
     for bucket, n in data.shares(dataset, max(2, s.synthetic // s.candidates)):
         _, caption = bucket.batch(np.arange(n) + PAIR_INDEX)

@@ -34,12 +34,12 @@ import torch.nn.functional as F
 
 import data
 import ladd
-import sample
 from ladd import draw_batch, student_predict
 from lib.machine import moved
 from lib.optim import make_optimizers, step_all, update_ema
 from lib.parallel import leave, my_share
 from lib.settings import refuse, setting
+from methods.add import classifier_of
 from methods.consistency import LEVELS, consistency_loss, draw_times
 from methods.dmd import matching_losses
 from sample import euler_times, guided_velocity
@@ -121,9 +121,7 @@ def distil(run):
     if s.shares[FEEDBACK]:
         if not run.dataset.attributes:
             refuse(s, "shares", "these captions ask a classifier nothing; the fifth must be 0")
-        own = dict(seed=1, kernel=5)
-        judge = sample.judge_of(run.dataset, s, run.device, s.data_dir, s.precision, **own)
-        judge.requires_grad_(False)
+        judge = classifier_of(run)
         labels = labels_of(run, samples)
     networks = dict(student=student, ema=ema, score=fake_score)
     optimizers_of_both = optimizers + score_optimizers
