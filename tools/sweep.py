@@ -18,6 +18,7 @@ import json
 import re
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,12 +34,12 @@ from lib.pictures import panels, save_png, stack
 from lib.report import read_metrics, write_metrics
 from lib.settings import bound, command_of, locked
 from tools.command import base_of, given_settings
-from tools.report import pictures_of
+from tools.report import given_and_truth, pictures_of
 from tools.table import STEPS, sweep_table
 from tools.train import run_program, train
 
-UNITS = 6  # forwards of the network, an update of LADD; the other methods bring theirs
-METHODS = ("ladd", "regression", "consistency", "add", "dmd", "hyper_sd", "dpo")
+UNITS = 6  # forwards of the network, an update of LADD; methods with other updates bring theirs
+METHODS = ("ladd", "regression", "consistency", "add", "dmd", "hyper_sd", "dpo", "inpaint", "edit")
 
 
 class Member(NamedTuple):
@@ -54,7 +55,8 @@ def method_of(name):
     if name == "ladd":
         return ladd.distil, UNITS, ladd.Settings
     module = importlib.import_module(f"methods.{name}")
-    return module.distil, module.UNITS, getattr(module, "Settings", ladd.Settings)
+    own = vars(module)
+    return module.distil, own.get("UNITS", UNITS), own.get("Settings", ladd.Settings)
 
 
 def parse(argv, program):
@@ -98,6 +100,10 @@ def members_of(args, words):
         for s in runs.values():
             check_for_method(s, method)
         members.append(Member(values, method, runs))
+        first = members[0].method
+        if kind.told is not method_of(first)[2].told:
+            what = f"the networks of {first} and {method} are told different things"
+            raise UsageError(f"--sweep method: {what}, so no table can compare them")
     return members
 
 
@@ -144,20 +150,26 @@ def folder_of(member, seed, teacher_seed, out):
     return out / "members" / f"{name}-of-{teacher_seed}" / f"seed-{seed}"
 
 
-def samples_for(s, seed, out, watch):
-    """The run with the teacher and the samples that a student learns from: those stages are run
-    where no other student has needed them yet, with this seed for all."""
+def samples_for(s, seed, out, watch, method="ladd"):
+    """The run with the teacher, tuned if need be, and the samples that a student learns from: those
+    stages are run where no other student has needed them yet, with this seed for all."""
     names = [field.name for field in dataclasses.fields(ladd.Settings)]
-    s = ladd.Settings(**{name: getattr(s, name) for name in names})  # without a method's own
-    base, source = base_of(s), ""
-    for stage, later in (("teacher", "synthetic"), ("synthesis", "iterations")):
-        unread = {name: getattr(base, name) for name in names[names.index(later) :]}
+    plain = ladd.Settings(**{name: getattr(s, name) for name in names})  # without a method's own
+    source, work = "", [(plain, "teacher", "synthetic", None, "ladd")]
+    if s.targets == "synthetic":
+        work.append((plain, "synthesis", "iterations", None, "ladd"))
+    if s.condition_channels:
+        tune = importlib.import_module(f"methods.{method}").tune
+        work.append((s, "distillation", "synthetic", tune, method))
+    for own, stage, later, distil, name in work:
+        base = base_of(own)
+        unread = {field: getattr(base, field) for field in names[names.index(later) :]}
         unread |= dict(taps=(), batch=s.accumulate)  # the preset's might not fit this network
-        own = dataclasses.replace(s, **unread, seed=seed)
-        folder = out / "shared" / f"{stage}-{name_of(own)}-seed-{seed}"
-        if stage == "teacher" or s.targets == "synthetic":
-            own = dataclasses.replace(own, stage=stage, out=str(folder), source=source)
-            run, source = train(own, watch), str(folder)
+        own = dataclasses.replace(own, **unread, seed=seed)
+        title = "tuning" if distil else stage
+        folder = out / "shared" / f"{title}-{name_of(own, name)}-seed-{seed}"
+        own = dataclasses.replace(own, stage=stage, out=str(folder), source=source)
+        run, source = train(own, watch, distil, name), str(folder)
     return run
 
 
@@ -165,7 +177,7 @@ def student(member, seed, teacher_seed, out, watch):
     """One student with its scores: made in its run folder, if it is not there yet."""
     folder, s = folder_of(member, seed, teacher_seed, out), member.settings[seed]
     if not read_metrics(folder):
-        source = samples_for(s, teacher_seed, out, watch).out
+        source = samples_for(s, teacher_seed, out, watch, member.method).out
         own = dict(stage="distillation", out=str(folder), source=str(source))
         distil, *_ = method_of(member.method)
         run = train(dataclasses.replace(s, **own), watch, distil, member.method)
@@ -183,15 +195,16 @@ def student(member, seed, teacher_seed, out, watch):
 
 
 def scores(run, s, teacher, student):
-    judge = sample.judge_of(run.dataset, s, run.device, s.data_dir, s.precision)
-    return sample.evaluate(run.dataset, judge, teacher, student, s.evaluation, s.seed)
+    dataset = s.told(run.dataset)
+    judge = sample.judge_of(dataset, s, run.device, s.data_dir, s.precision)
+    return sample.evaluate(dataset, judge, teacher, student, s.evaluation, s.seed)
 
 
-def reference(s, out, watch):
+def reference(s, method, out, watch):
     """The rows of teacher and untrained student, with the settings of the first value."""
-    path = out / "shared" / f"reference-{name_of(s)}-seed-{s.seed}.json"
+    path = out / "shared" / f"reference-{name_of(s, method)}-seed-{s.seed}.json"
     if not path.exists():
-        run = samples_for(s, s.seed, out, watch)
+        run = samples_for(s, s.seed, out, watch, method)
         teacher = ladd.generator(run, "teacher")
         teacher.settings = s
         write_json(dict(rows=scores(run, s, teacher, None)), path)
@@ -206,12 +219,14 @@ def picture(members, seed, teacher_seed, out, path):
     """A row of samples for every value, from the same captions and noise."""
     rows, captions = [], []
     for member in members:
-        s, titled = member.settings[seed], []
-        dataset = data.load(s.data, s.sizes, data_dir=s.data_dir, seed=seed)
-        parts = data.held_out_captions(dataset, 8)
+        s = member.settings[seed]
+        dataset = s.told(data.load(s.data, s.sizes, data_dir=s.data_dir, seed=seed))
+        parts, titled = data.held_out_captions(dataset, 8), given_and_truth(dataset, 8)
         captions += [caption for own, _ in parts for caption in own]
         folder = folder_of(member, seed, teacher_seed, out)
         generator = sample.load_generator(folder, device=s.device, precision=s.precision)
+        if s.condition_channels:
+            generator.condition = partial(dataset.condition, held_out=True)
         for n in (n for n in STEPS if n <= len(s.levels)):
             made = generator.sample_parts(parts, seed=seed, stream="pictures", steps=n)
             titled.append((f"{told(member)}: {plural(n, 'step')}", pictures_of(made)))
@@ -240,8 +255,8 @@ def sweep(s, watch, members, command):
                 print(f"student {done + 1} of {total}: {told(member)}, seed {seed}")
                 results[j]["runs"].append(student(member, seed, s.seed, out, watch))
         first = dataclasses.replace(members[0].settings[seeds[0]], seed=s.seed)
-        result = dict(command=command, seeds=seeds, reference=reference(first, out, watch))
-        result |= dict(members=results, **facts())
+        rows = reference(first, members[0].method, out, watch)
+        result = dict(command=command, seeds=seeds, reference=rows, members=results, **facts())
         folder = table_folder(out, members[0].values, command)
         write_json(result, folder / "sweep.json")
         write_text(sweep_table(result) + "\n", folder / "sweep.md")

@@ -152,7 +152,7 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
             write_text("\n".join(words) + "\n", file)
         for name, path in taken.items():
             link(path, run.out / name)
-        if start and rank() == 0:
+        if start and rank() == 0 and "teacher.pt" not in taken:  # tuned, perhaps
             save(start | dict(weights=dict(start["weights"])), run.path("teacher"))
         done = finished(run)
         if done["distillation"] and done["report"] and not s.is_latent:
