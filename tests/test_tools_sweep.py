@@ -177,7 +177,11 @@ def test_no_student_is_scored_from_the_noise_of_what_it_learned_from(monkeypatch
         ("iterations=1,2 --units 60", "--units"), ("method=ladd,gan", "method"),
         ("units=60,x", "units"), ("batch=2,4 --seeds 1,1", "--seeds"), ("batch=2,", "batch"),
         ("method=regression,inpaint", "regression and inpaint are told"),
-        ("method=edit,inpaint", "edit and inpaint are told"),
+        ("method=edit,inpaint", "edit and inpaint are told"), ("beta=1,2", "setting of ladd"),
+        ("beta=1,2 --sweep method=dpo,ladd", "beta=1,2: must be a setting of ladd"),
+        ("method=hyper_sd,dpo --sweep anchor=1", "anchor=1: must be a setting of dpo"),
+        ("method=dpo --sweep beta=0,1", "--beta 0.0"), ("method=dpo --sweep beta=", "beta"),
+        ("taps=0 --sweep method=gan", "method=gan"), ("method=dpo --sweep out=a,b", "out"),
         ("batch=2,4 --from elsewhere", "--from"), ("batch=2,4 --downscale 4 --size 32", "images"),
     ],
 )  # fmt: skip
@@ -242,6 +246,26 @@ def test_a_budget_of_units_gives_every_method_the_same_work(words, count):
     words = ["--sweep", *words.split(), "--units", "6000", "--seeds", "0"]
     _, (member,), _ = sweep.parse(words, "ladd.py")
     assert member.settings[0].iterations == count
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        ("method=dpo --sweep beta=230,1000", [230, 1000]),
+        ("anchor=1,10 --sweep method=hyper_sd", [1, 10]),
+        ("method=hyper_sd --sweep shares=0,0,0,1,0,0/1,1,1,1,1,1", [(0, 0, 0, 1, 0, 0), (1,) * 6]),
+        ("tune-iterations=2,4 --sweep method=inpaint", [2, 4]),
+    ],
+)
+def test_a_setting_of_a_methods_own_is_swept_as_ladds_are(words, values):
+    """The students differ in it, by name, too; and the command makes the same ones again."""
+    words = ["--sweep", *words.split(), "--seeds", "0"]
+    _, members, command = sweep.parse(words, "ladd.py")
+    (name,) = members[0].values.keys() - {"method"}
+    assert [getattr(member.settings[0], name) for member in members] == values
+    _, again, _ = sweep.parse(command.split()[2:], "ladd.py")
+    names = [[sweep.name_of(m.settings[0], m.method) for m in own] for own in (members, again)]
+    assert names[0] == names[1] and len(set(names[0])) == 2
 
 
 def test_the_command_of_a_sweep_makes_the_same_students_again():

@@ -3,6 +3,7 @@
     python ladd.py --sweep t_hat_mean=-1,0,1                a student for each value and seed
     python ladd.py --sweep taps=0,1/2 --sweep batch=16,32   all combinations; a "/" between lists
     python ladd.py --sweep method=ladd,regression,dmd --units 13200         the same work for all
+    python ladd.py --sweep method=dpo --sweep beta=230,1000         a setting of the method's own
 
 In the folder lie `shared`, the teachers and their samples, each made once; `members`, a run folder
 for every student, named by its settings, so that sweeps in one folder share what they have in
@@ -52,6 +53,8 @@ class Member(NamedTuple):
 
 def method_of(name):
     """A method's stage of distillation, its forwards of the network in an update, its settings."""
+    if name not in METHODS:
+        raise UsageError(f"--sweep method={name}: must be one of {', '.join(METHODS)}")
     if name == "ladd":
         return ladd.distil, UNITS, ladd.Settings
     module = importlib.import_module(f"methods.{name}")
@@ -83,7 +86,10 @@ def parse(argv, program):
 
 def members_of(args, words):
     """All combinations of the swept values."""
-    axes, members = [axis_of(text) for text in args.sweep], []
+    named = [text.partition("=")[::2] for text in args.sweep]
+    named = [(name.strip().lstrip("-").replace("-", "_"), values) for name, values in named]
+    methods = dict(named).get("method", "ladd").split(",")
+    axes, members = [axis_of(*each, methods) for each in named], []
     seeds = args.seeds.split(",")
     if not all(seed.isdigit() for seed in seeds) or len(set(seeds)) < len(seeds):
         raise UsageError(f"--seeds {args.seeds}: must be numbers, none twice: 0,1,2")
@@ -107,22 +113,18 @@ def members_of(args, words):
     return members
 
 
-def axis_of(text):
-    """NAME=A,B,… -> [(name, value as text), …]"""
-    name, _, values = text.partition("=")
-    name = name.strip().lstrip("-").replace("-", "_")
-    fields = dataclasses.fields(ladd.Settings)
-    known = {field.name: field.default for field in fields if not field.metadata["free"]}
-    values = values.split("/" if isinstance(known.get(name), tuple) else ",")
-    if name == "method":
-        right = all(value in METHODS for value in values)
-    elif name == "units":
-        right = all(value.isdigit() for value in values)
-    else:
-        right = name in known and name not in ("preset", "seed") and all(values)
-    if not right:
-        why = "a setting that changes results, and its values"
-        raise UsageError(f"--sweep {text}: must be {why}: t_hat_mean=-1,0,1 or taps=0,1/1,2")
+def axis_of(name, text, methods):
+    """The values of a setting that every method has -> [(name, value as text), …]"""
+    wrong, mark = f"--sweep {name}={text}: must be", ","
+    for method in methods if name not in ("method", "units") else ():
+        fields = dataclasses.fields(method_of(method)[2])
+        known = {field.name: field.default for field in fields if not field.metadata["free"]}
+        if name not in known or name in ("preset", "seed"):
+            raise UsageError(f"{wrong} a setting of {method} that changes results")
+        mark = "/" if isinstance(known[name], tuple) else ","
+    values = text.split(mark)
+    if not all(values) or (name == "units" and not all(map(str.isdigit, values))):
+        raise UsageError(f"{wrong} a name and its values: t_hat_mean=-1,0,1 or taps=0,1/1,2")
     return [(name, value) for value in values]
 
 
