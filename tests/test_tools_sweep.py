@@ -179,7 +179,7 @@ def test_no_student_is_scored_from_the_noise_of_what_it_learned_from(monkeypatch
         ("method=regression,inpaint", "regression and inpaint are told"),
         ("method=edit,inpaint", "edit and inpaint are told"), ("beta=1,2", "setting of ladd"),
         ("beta=1,2 --sweep method=dpo,ladd", "beta=1,2: must be a setting of ladd"),
-        ("method=hyper_sd,dpo --sweep anchor=1", "anchor=1: must be a setting of dpo"),
+        ("method=dpo,hyper_sd --sweep anchor=1", "anchor=1: must be a setting of dpo"),
         ("method=dpo --sweep beta=0,1", "--beta 0.0"), ("method=dpo --sweep beta=", "beta"),
         ("taps=0 --sweep method=gan", "method=gan"), ("method=dpo --sweep out=a,b", "out"),
         ("batch=2,4 --from elsewhere", "--from"), ("batch=2,4 --downscale 4 --size 32", "images"),
