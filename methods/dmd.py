@@ -64,8 +64,7 @@ def distil(run):
     score_optimizers = make_optimizers(fake_score, s.student_lr, 0.0, s.beta1, s.adam_eps)
     samples = ladd.distillation_samples(run)
     networks = dict(student=student, ema=ema, score=fake_score)
-    optimizers_of_both = optimizers + score_optimizers
-    loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers_of_both)
+    loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers + score_optimizers)
     for step in loop:
         b = draw_batch(run, samples, step, own_noise="none")
 

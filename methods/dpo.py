@@ -38,7 +38,6 @@ from methods.add import classifier_of
 from mmdit import MMDiT
 from sample import add_noise
 
-UNITS = 6  # forwards of the network, an update of LADD; what the adapter costs comes on top
 PAIR_INDEX = 3 << 35  # from here on captions are drawn whose samples are ranked
 
 
@@ -47,13 +46,9 @@ class Settings(ladd.Settings):
     lora: int = setting(16, "rank of the adapter that learns preferences", low=1)
     pairs: str = setting("", "a folder of your pairs; its pairs.jsonl names winners and losers")
     candidates: int = setting(4, "samples of a caption; the best and the worst are a pair", low=2)
-    tie: float = setting(
-        0.5, "pairs whose rewards differ by no more are left out", low=0, smoke=0.0
-    )
+    tie: float = setting(0.5, "pairs as near in reward as this are left out", low=0, smoke=0.0)
     beta: float = setting(230.0, "β: the smaller, the farther the adapter may go", above=0)
-    tuning_iterations: int = setting(
-        100, "updates of the adapter, of --batch pairs", low=1, scales=True, smoke=2
-    )
+    tuning_iterations: int = setting(100, "updates of the adapter", low=1, scales=True, smoke=2)
     tuning_lr: float = setting(1e-4, "AdamW, the adapter", above=0)
     adapter_scale: float = setting(1.0, "times which the student gets the adapter again")
 
@@ -105,7 +100,8 @@ def make_pairs(run):
 
 
 def take_pairs(run):
-    """The pairs, kept in the run's folder. -> those to learn from, a tenth that is held out"""
+    """The pairs, kept in the run's folder. -> batches of those to learn from, and of a tenth that
+    is held out"""
     s, folder = run.settings, run.out / "pairs"
     if rank() == 0 and not (folder / LIST).exists():
         run.watch.patient = world() > 1  # nothing is saved on the way, but all must end together
@@ -113,17 +109,18 @@ def take_pairs(run):
         run.watch.patient = True
     run.watch.check()  # which waits for rank 0
     pairs = read_pairs(folder, s.sizes)
-    return [pair for i, pair in enumerate(pairs) if i % 10], pairs[::10]
+    learned = [pair for i, pair in enumerate(pairs) if i % 10]
+    return batches(run, learned), batches(run, pairs[::10])
 
 
 def batches(run, pairs):
     """A function step -> winner, loser, text, t, noise: what an update starts from, drawn as the
     teacher's batches are, of images that are the winner over the loser."""
-    s, other, (parts, captions) = run.settings, copy.copy(run), tensors_of(pairs)
-    options = dict(captions=captions, seed=s.seed, flip=False)
-    sets = [data.ImageSet("pairs", own, **options) for own in parts]
-    other.settings = dataclasses.replace(s, teacher_batch=s.batch)
-    other.dataset, words = data.Buckets(sets), run.text.ids(captions)
+    parts, captions = tensors_of(pairs)
+    options = dict(captions=captions, seed=run.settings.seed, flip=False)
+    other, words = copy.copy(run), run.text.ids(captions)
+    other.settings = dataclasses.replace(run.settings, teacher_batch=run.settings.batch)
+    other.dataset = data.Buckets([data.ImageSet("pairs", own, **options) for own in parts])
 
     def draw(step):
         images, text, t, noise = ladd.draw_teacher_batch(other, step, words)
@@ -132,9 +129,9 @@ def batches(run, pairs):
     return draw
 
 
-def tune(run, pairs):
+def tune(run, draw):
     """The teacher learns the preferences: adapter.pt."""
-    s, draw = run.settings, batches(run, pairs)
+    s = run.settings
     teacher = ladd.load(run, "teacher", frozen=True)
     tuned, ema = run.adapted(teacher), run.adapted(teacher).requires_grad_(False)
     tuned.checkpointing = s.checkpointing
@@ -155,9 +152,9 @@ def tune(run, pairs):
 
 
 @torch.no_grad()
-def share_ranked_right(run, network, pairs):
+def share_ranked_right(run, network, draw):
     """By a network against the run's teacher, of 16 batches."""
-    teacher, draw = ladd.load(run, "teacher"), batches(run, pairs)
+    teacher = ladd.load(run, "teacher")
     found = [difference(network, teacher, *draw(step)) for step in range(16)]
     share = (torch.cat(found) < 0).float().mean()
     average([share])

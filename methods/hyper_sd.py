@@ -124,16 +124,13 @@ def distil(run):
         judge = classifier_of(run)
         labels = labels_of(run, samples)
     networks = dict(student=student, ema=ema, score=fake_score)
-    optimizers_of_both = optimizers + score_optimizers
-    loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers_of_both)
+    loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers + score_optimizers)
     for step in loop:
         part = s.part(step)
         if step and part > s.part(step - 1):  # the moments are of gradients of another size
             for optimizer in optimizers:
                 optimizer.state.clear()
         b = draw_batch(run, samples, step, own_noise="none" if part < FEEDBACK else "low")
-        i = draw_times(run, step)
-        told = draw_labels(run, samples, labels, step) if part == FEEDBACK else None
         players = [(optimizers, student, s.clip, ladd.student_rate(s, step))]
 
         def guided(xt, t, text=b.text):
@@ -141,11 +138,13 @@ def distil(run):
 
         with run.autocast():
             if part < FEEDBACK:
+                i = draw_times(run, step)
                 loss = segment_loss(student, ema, guided, b, times, i, SEGMENTS[part])
             elif part == FEEDBACK:
                 x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)  # line 4
                 with torch.no_grad():
                     anchor = student_predict(ema, b.x0, b.text, b.t, b.noise)
+                told = draw_labels(run, samples, labels, step)
                 loss, reward = feedback_loss(judge, x0_hat, told, anchor, s.anchor)
                 loop.add(reward=reward)
             else:

@@ -326,4 +326,4 @@ def test_two_processes_go_on_bit_for_bit_where_they_were_cut(by_two):
 def test_a_smoke_and_a_scale_shorten_the_tuning_and_a_sweep_knows_the_method():
     assert dpo.Settings(smoke=True).scaled().tuning_iterations == 2
     assert dpo.Settings(tuning_iterations=200, steps_scale=0.1).scaled().tuning_iterations == 20
-    assert sweep.method_of("dpo") == (dpo.distil, dpo.UNITS, dpo.Settings)
+    assert sweep.method_of("dpo") == (dpo.distil, sweep.UNITS, dpo.Settings)
