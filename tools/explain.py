@@ -23,7 +23,7 @@ def show(symbol, value, what):
     value = value.detach().float()
     shape = "×".join(map(str, value.shape)) or "scalar"
     low, high, mean = (f"{v:8.2f}" for v in (value.min(), value.max(), value.mean()))
-    symbol += " " * (12 - len(symbol.replace("\u0302", "")))  # a hat takes no room
+    symbol += " " * (15 - len(symbol.replace("\u0302", "")))  # a hat takes no room
     print(f"{symbol}{shape:18}{low}{high}{mean}  {what}")
 
 
@@ -56,7 +56,7 @@ def explain(s, watch, given):
         loss_d, on_real, on_fake = ladd.heads_loss(heads, fake, real, b, s)
         loss_g, distill = ladd.student_losses(heads, fake, real, b, s)
 
-    print(f"{'quantity':12}{'shape':18}{'from':>8}{'to':>8}{'mean':>8}  what it is")
+    print(f"{'quantity':15}{'shape':18}{'from':>8}{'to':>8}{'mean':>8}  what it is")
     show("x_0", b.x0, "images")
     show("c", b.text.context, "the captions' features, one row a token")
     show("y", b.text.pooled, "the captions' pooled features")
