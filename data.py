@@ -150,7 +150,7 @@ def held_out_captions(dataset, count):
 
 
 def draw_bucket(dataset, seed, stage, step):
-    """The bucket of one batch, drawn in proportion from (seed, stage number, step) alone: the same
+    """The bucket of one batch, drawn in proportion from (seed, stage, step) alone: the same
     on every rank and after every resume. On average each image is then shown equally often."""
     sets = buckets_of(dataset)
     u = uniform(seed, f"bucket, {stage}", [step], 1)[0, 0]

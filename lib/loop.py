@@ -30,7 +30,7 @@ HANGUP = getattr(signal, "SIGHUP", None)
 
 
 def leave_terminal():
-    """Sends to nowhere what goes to a terminal, as one that is gone would end the process."""
+    """Drops what goes to a terminal: one that is gone would end the process."""
     for stream in (1, 2):
         with contextlib.suppress(OSError):
             if stat.S_ISCHR(os.fstat(stream).st_mode):

@@ -133,8 +133,8 @@ def rewards(judge, images, labels, batch=500):
 
 
 def best_and_worst(images, reward, candidates, tie):
-    """Yields a pair of every so many images in a row, and the winner's index; none of those that
-    are as good as each other."""
+    """Of every `candidates` images in a row yields the best over the worst, and the best one's
+    index; nothing where their rewards differ by `tie` or less."""
     for start in range(0, len(images), candidates):
         own = reward[start : start + candidates]
         best, worst = start + int(own.argmax()), start + int(own.argmin())

@@ -1,4 +1,4 @@
-"""Many processes, as torchrun starts them; on one of them all of this does nothing.
+"""Many processes, as torchrun starts them; where there is one, all of this does nothing.
 
 Every process draws a batch's randomness as one process would and takes its share of it, so results
 do not depend on their number. Small networks are copied to all, and their gradients averaged;

@@ -83,8 +83,8 @@ free = functools.partial(setting, free=True)
 
 @dataclasses.dataclass(frozen=True)
 class HowToRun:
-    """Settings of any training program; none of them changes a result on the same machine, but
-    `precision` and `deterministic`, which say so, and the last two, which change other fields."""
+    """Settings of any training program; none of them changes a result on the same machine but
+    `precision`, `deterministic`, and the last two, which change other fields."""
 
     out: str = free("", "run folder (default: runs/PRESET)")
     data_dir: str = free("data", "where downloads and judges are kept")

@@ -1,7 +1,7 @@
 """Editing by instruction with LADD (arXiv 2403.12015, its section on applications): "make it blue".
 
-The network is told the instruction c and the picture to edit, c* = (c, y), which enters as in
-methods/inpaint.py. The target x_0 is y after the edit. Two trainings, both of methods/inpaint.py:
+The network is told the instruction c and the picture z to edit, c* = (c, z), which enters as in
+methods/inpaint.py. The target x_0 is z after the edit. Two trainings, both of methods/inpaint.py:
 
     1  the teacher is tuned:  E‖v_φ(x_t, t, c*) - (ε - x_0)‖²      c dropped at times, for guidance
     2  LADD, its update unchanged, with c* in place of c for student and teacher, and the true x_0

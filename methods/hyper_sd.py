@@ -1,8 +1,8 @@
 """Hyper-SD (arXiv 2404.13686): three parts, one after the other, all in one low-rank adapter, for
 a student of 1 to 8 steps.
 
-Segments. [0, 1] in k equal segments, k = 8, 4, 2, 1, each from the student of the last; of 32
-levels t > t' in a segment with the lower end s:
+Segments. [0, 1] is cut into k equal segments, k = 8, 4, 2, 1; each k goes on with the student of
+the k before. Of 32 levels t > t' are neighbours in a segment, whose lower end is s:
 
     1  x_t  = (1 - t)·x_0 + t·ε
     2  x_t' = x_t + (t' - t)·v_cfg(x_t, t, c)               one guided Euler step of the teacher

@@ -7,11 +7,11 @@ start at zero, so that the teacher starts as it was. Two trainings:
     1  the teacher is tuned:  E‖v_φ(x_t, t, c*) - (ε - x_0)‖²      c dropped at times, for guidance
     2  LADD, its update unchanged, with c* in place of c for student and teacher, and real x_0: no
        samples of the teacher are filled the same way. So the distillation loss is needed, too
-    3  a sample's known pixels are put back at the end: M·x̂_0 + (1 - M)·x_0
 
 The paper's: the condition on channels, a tuned teacher, real targets with a distillation loss.
 Ours: where that loss stands (LADD's own, t < 1), the masks (lib/masks.py), all sizes and budgets.
-Pixels only, of one size. In the run's folder teacher.pt is then the tuned teacher.
+Pixels only, of one size; a sample's known ones are put back at the end: M·x̂_0 + (1 - M)·x_0. In
+the run's folder teacher.pt is the tuned teacher.
 
     python -m methods.inpaint --preset nano --from runs/nano
     python sample.py runs/nano-inpaint --init-image a.png --mask m.png --prompt "a red circle"

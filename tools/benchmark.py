@@ -230,8 +230,8 @@ def reading(folder, n):
 
 def drawing(preset, n):
     """{stage: seconds} that the host needs for an update without the networks: to draw its batch.
-    Images, noise and text features, which a GPU has and makes by itself, are of a few numbers each
-    here: so they take as many calls, and hardly any computing."""
+    Images, noise and text features, which a GPU makes by itself, have a few numbers each here: as
+    many calls, and hardly any computing."""
     s, step = settings(preset, "--size", "4", "--text-dim", "2"), itertools.count()
     images, caption = torch.zeros(8, 512, s.channels, *s.size), torch.arange(8 * 512)
     own = data.ImageSet("images", (images.flatten(0, 1).byte(), caption)).to("cpu")

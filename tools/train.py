@@ -89,9 +89,7 @@ def to_take(run, given=None):
         both = given and given["model"] == teacher["model"]  # else it is tuned from the given one
         weights = teacher["weights"].items()
         if both and not all(torch.equal(given["weights"][name], w) for name, w in weights):
-            refuse(
-                s, "source", "its teacher is not that of --teacher; give one of them"
-            )
+            refuse(s, "source", "its teacher is not that of --teacher; give one of them")
     return taken
 
 
