@@ -27,6 +27,7 @@ import sample
 from lib.loop import Loop
 from lib.run import Run
 from mmdit import MMDiT
+from tools import report
 from tools.command import given_settings
 
 # nohup and "&" have signals ignored, in all programs that the tests start, too.
@@ -100,11 +101,20 @@ def train(launch, tmp_path):
     return train
 
 
+@pytest.fixture
+def unseen(monkeypatch):
+    """Runs draw no pictures and measure no diversity: a third of their time, where only weights
+    are looked at."""
+    monkeypatch.setattr(report, "show", lambda *_: None)
+    monkeypatch.setattr(ladd, "diversity_probe", lambda *_: lambda student: torch.ones(()))
+
+
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory, cache):
     """The checkpoint of a teacher of the small runs, for those that are about the student."""
     out = tmp_path_factory.mktemp("teacher") / "run"
-    assert ladd.main([*FEW.split(), "--stage", "teacher", "--out", f"{out}"]) == 0
+    words = ["--stage", "teacher", "--out", f"{out}", "--data-dir", f"{cache}"]
+    assert ladd.main([*FEW.split(), *words]) == 0
     return out / "teacher.pt"
 
 
