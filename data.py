@@ -33,7 +33,7 @@ from lib.streams import rng, uniform
 
 # Training reads images from index 0 on; what must not meet the same images has its own stretch.
 SYNTHETIC_INDEX = 1 << 35  # captions of the synthetic set
-JUDGE_INDEX = 1 << 36  # images that the judge learns from
+JUDGE_INDEX = 1 << 36  # images that the judge, who scores (lib/scores.py), learns from
 RESIDENT = 1 << 30  # bytes of images that are kept on the device: CIFAR-10 has 150 MB
 
 
@@ -278,7 +278,7 @@ class Shapes(DataSet):
             self.attributes |= {f"second {k}": ("none", *v) for k, v in one.items()}
             two = np.indices((2, 8, 4, 8, 4, 4, 2, 8, 4), dtype=np.int64).reshape(9, -1).T
             two = two[(two[:, 1] != two[:, 3]) & (two[:, 7] != two[:, 3])]
-            two[:, 5:] += 1  # 0 is "none"
+            two[:, 5:] += 1  # what only two objects have; 0 is "none"
             labels = np.concatenate([np.pad(labels, ((0, 0), (0, 4))), two])
         self.labels = torch.from_numpy(labels)
         self.captions = [self.caption(row) for row in labels.tolist()]
@@ -301,7 +301,10 @@ class Shapes(DataSet):
         return self.draw(u, values), torch.from_numpy(self.rows[tuple(values)])
 
     def choose(self, index, held_out=False):
-        """What is random of B images. -> u (B, 19) in [0, 1), the values of every attribute (B,)"""
+        """What is random of B images. -> u (B, 19) in [0, 1), the values of every attribute (B,)
+
+        u: 0 to 3 size, colour, shape, background; 4 to 6 its place; 7 whether there are two; 8 the
+        relation; 9 to 14 the second one's size, colour, shape, place; 15 to 18 the pattern."""
         index = np.asarray(index, np.int64)
         if held_out:  # all seeds are scored alike
             u = uniform(0, "shapes, held out", index, 19)

@@ -2,8 +2,9 @@
 
 "Fast High-Resolution Image Synthesis with Latent Adversarial Diffusion Distillation" (LADD),
 arXiv 2403.12015. The teacher itself is the discriminator's backbone: a latent is noised to a level
-t̂, sent through the frozen teacher, and the image tokens after every attention block go to one
-independent convolutional head per block, which says for every position how real it looks.
+t̂ and sent through the frozen teacher, and the image tokens after some of its blocks (all of them,
+in the paper) go to one independent convolutional head per block, which says for every position how
+real it looks.
 
     letter  meaning                          | symbol  variable  shape
     B       batch                            | -       features  [(B, N, D)], one per tapped block
@@ -44,7 +45,7 @@ class Head(nn.Module):
         self.conv = nn.Conv2d(hidden, hidden, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, hidden)
         self.project = PerToken(hidden, proj_dim, 1)
-        self.condition = nn.Linear(cond_dim, proj_dim)
+        self.condition = nn.Linear(cond_dim, proj_dim)  # of t̂ and caption, not MMDiT's condition
 
     def forward(self, tokens, cond, h, w):
         """tokens (B, N, D), cond (B, E) -> logits (B, h, w)"""
@@ -79,7 +80,7 @@ class Discriminator(nn.Module):
 
 
 def hinge_d(real, fake):
-    """L_D = E[relu(1 - D(real))] + E[relu(1 + D(fake))], over samples, heads and positions."""
+    """L_D = E[relu(1 - D(real))] + E[relu(1 + D(fake))] over all logits; 2 at chance."""
     return F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()
 
 

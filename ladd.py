@@ -71,7 +71,7 @@ class Batch(NamedTuple):
     text: Text  # (B, M, D_c), (B, D_p)
     t: torch.Tensor  # (B,) the student's levels
     noise: torch.Tensor  # (B, C, H, W) ε of line 1
-    paired: torch.Tensor  # (B,) whether x_t can tell x_0
+    paired: torch.Tensor  # (B,) whether x_t still holds some of x_0: there x̂_0 is held to it
     t_hat: torch.Tensor  # (B,) t̂, the level of the re-noising
     noise_hat: torch.Tensor  # (B, C, H, W) the noise of line 3
 
@@ -325,7 +325,9 @@ PRESETS = {
 # (lib/run.py) is what they share: settings, data set, text features, device, folder; run.make and
 # run.load give networks on their device. `loop` (lib/loop.py) yields the steps, from where a cut
 # run goes on: loop.add(name=value) notes a number of a part of the batch, loop.log(name=value) ends
-# the update, and a row of log.jsonl has the means of all updates since the row before.
+# the update, and a row of log.jsonl has the means of what was noted since the row before. `signs`
+# say what a bad row looks like. `split` cuts a batch into --accumulate parts, `my_share` keeps this
+# process's rows, `step_all` clips, steps and clears gradients.
 
 
 def draw_teacher_batch(run, step, words):
@@ -441,9 +443,9 @@ def draw_levels(settings, n, step, random):
 def draw_batch(run, samples, step, heads_warmup=0, own_noise="low"):
     """All that an update starts from, drawn from (seed, step) alone; this process's share of it.
 
-    samples: of `distillation_samples`. own_noise: where ε is the noise that the teacher made this
-    very sample from: at the "low" levels, all but pure noise; at "all", so that x_t can tell x_0
-    there, too; at "none". Real images have no such noise."""
+    samples: of `distillation_samples`. own_noise: at which levels ε is the noise that the teacher
+    made this very sample from: "low", those below the first, as LADD has it; "all", so that x_t can
+    tell x_0 there, too; "none". Real images have no such noise."""
     s, device, random = run.settings, run.device, rng(run.settings.seed, "distillation", step)
     dataset, words, seed = samples
     bucket = data.draw_bucket(dataset, s.seed, "distillation", step)
@@ -451,7 +453,7 @@ def draw_batch(run, samples, step, heads_warmup=0, own_noise="low"):
     images, caption = bucket.batch(index)
     x0 = data.to_float(moved(images, device))
     text = data.tell(run.text.features(words[caption]), bucket, index)
-    since = max(0, step - heads_warmup)  # the heads, alone, see the student's first levels
+    since = max(0, step - heads_warmup)  # the student's own updates: 0 while the heads learn alone
     t = moved(my_share(draw_levels(s, s.batch, since, random)), device)
     m = s.t_hat_mean + s.logit_shift(x0.shape[2:])
     t_hat = moved(my_share(logit_normal(s.batch, m, s.t_hat_std, random)), device)
@@ -522,13 +524,15 @@ def distil(run):
         batch = draw_batch(run, samples, step, s.heads_warmup)
         parts = split(batch, s.accumulate)
         for b in parts:  # the heads learn
-            with run.autocast(), torch.set_grad_enabled(learning and one_pass):
+            shared = learning and one_pass  # the student learns from these features, too
+            with run.autocast(), torch.set_grad_enabled(shared):
                 fake, real = features_of_both(student, teacher, b, s)
             with run.autocast():
                 loss_d, on_real, on_fake = heads_loss(heads, fake, real, b, s)
             (loss_d / s.accumulate).backward()
-            loop.add(loss_d=loss_d, **told_apart(on_real, on_fake))
-        (norm_d,) = step_all((heads_optimizers, heads, math.inf, min(1.0, (step + 1) / 40)))
+            loop.add(loss_d=loss_d, **separation(on_real, on_fake))
+        heads_rate = min(1.0, (step + 1) / 40)  # rises over 40 updates
+        (norm_d,) = step_all((heads_optimizers, heads, math.inf, heads_rate))
         for b in parts if learning else ():  # the student learns, from the new heads
             with run.autocast():
                 if not one_pass:  # the graphs of all parts would not fit in memory: once more
@@ -538,6 +542,7 @@ def distil(run):
             loop.add(loss_g=loss_g, loss_distill=distill)
         if learning:
             rate = student_rate(s, step, s.heads_warmup)
+            # no step after heads whose gradient was not finite
             (norm_g,) = step_all((student_optimizers, student, s.clip, rate), after=[norm_d])
             update_ema(ema, student, s.student_ema, step - s.heads_warmup)
             loop.add(grad_norm=norm_g)
@@ -551,7 +556,7 @@ def distil(run):
     loop.finish()
 
 
-def told_apart(real, fake):
+def separation(real, fake):
     """How well the heads tell samples apart: real and fake logits (B, …) -> what is logged."""
     ranked = (real.flatten(1).mean(1) > fake.flatten(1).mean(1)).float().mean()
     return dict(d_real=real.mean(), d_fake=fake.mean(), ranked=ranked)
@@ -568,7 +573,7 @@ def diversity_probe(run, teacher, samples):
     most = max(1, min(32, s.batch // world()) // s.accumulate)
     b = commonest([draw_batch(run, samples, step) for step in range(steps)], most)
     t = torch.full_like(b.t, s.levels[0])
-    t_hat = torch.full_like(t, s.t_hat_mean + s.logit_shift(b.x0.shape[2:])).sigmoid()
+    t_hat = torch.full_like(t, s.t_hat_mean + s.logit_shift(b.x0.shape[2:])).sigmoid()  # median
     alike = b.noise_hat[:1].expand_as(b.x0)
 
     @torch.no_grad()

@@ -207,7 +207,7 @@ class JointBlock(nn.Module):
         # split before the heads are laid side by side: one copy of each stream, forward and back
         from_context, from_x = attention(q, k, v).split([M, N], dim=2)
         x = self.x_block.update(x, from_x, x_mod)
-        if self.context_block.mlp is None:  # pre-only: nothing after this reads the context
+        if self.context_block.mlp is None:  # the last block: nothing after it reads the context
             return None, x
         return self.context_block.update(context, from_context, context_mod), x
 

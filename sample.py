@@ -10,7 +10,7 @@ Rectified flow and its schedules: arXiv 2403.03206 (SD3). Few-step sampling: LAD
     B        batch                                | x_0     x0        (B, C, H, W)
     C, H, W  channels, height, width              | ε       noise     (B, C, H, W), N(0, I)
     M        text tokens                          | t       t         (B,)
-    n        number of positions of a latent, H·W | c, y    text      (B, M, D_c), (B, D_p)
+    n        number of samples                    | c, y    text      (B, M, D_c), (B, D_p)
 
     python sample.py runs/nano --prompt "a large red circle on a dotted blue background" --out a.png
     python sample.py runs/nano --evaluate        the table again

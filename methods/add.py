@@ -20,7 +20,7 @@ from torch import nn
 import ladd
 import sample
 from discriminator import Discriminator, hinge_d, hinge_g
-from ladd import distillation_loss, draw_batch, student_predict, told_apart
+from ladd import distillation_loss, draw_batch, separation, student_predict
 from lib.optim import make_optimizers, step_all, update_ema
 from lib.parallel import leave
 
@@ -83,7 +83,7 @@ def distil(run):
         players = [(heads_optimizers, heads, math.inf, min(1.0, (step + 1) / 40))]
         means = [x.detach().float().flatten(1).mean(1) for x in (*on_real, *on_fake)]
         on_real, on_fake = torch.stack(means, dim=1).chunk(2, dim=1)
-        loop.add(loss_d=loss_d, **told_apart(on_real, on_fake))
+        loop.add(loss_d=loss_d, **separation(on_real, on_fake))
         if learning:
             rate = ladd.student_rate(s, step, s.heads_warmup)
             players.append((student_optimizers, student, s.clip, rate))

@@ -30,7 +30,7 @@ import sample
 from lib.errors import UsageError
 from lib.optim import learning_rate, make_optimizers, step_all, update_ema
 from lib.pairs import LIST, best_and_worst, read_list, read_pairs, rewards, tensors_of, write_pairs
-from lib.parallel import barrier, leave, rank
+from lib.parallel import average, barrier, leave, rank, world
 from lib.run import Run
 from lib.settings import setting
 from lib.states import forget_states
@@ -108,10 +108,10 @@ def take_pairs(run):
     """The pairs, kept in the run's folder. -> those to learn from, a tenth that is held out"""
     s, folder = run.settings, run.out / "pairs"
     if rank() == 0 and not (folder / LIST).exists():
-        run.watch.patient = False  # there is nothing to save on the way
+        run.watch.patient = world() > 1  # nothing is saved on the way, but all must end together
         write_pairs(read_pairs(s.pairs, s.sizes) if s.pairs else make_pairs(run), folder)
         run.watch.patient = True
-    barrier()
+    run.watch.check()  # which waits for rank 0
     pairs = read_pairs(folder, s.sizes)
     return [pair for i, pair in enumerate(pairs) if i % 10], pairs[::10]
 
@@ -159,7 +159,9 @@ def share_ranked_right(run, network, pairs):
     """By a network against the run's teacher, of 16 batches."""
     teacher, draw = ladd.load(run, "teacher"), batches(run, pairs)
     found = [difference(network, teacher, *draw(step)) for step in range(16)]
-    return (torch.cat(found) < 0).float().mean().item()
+    share = (torch.cat(found) < 0).float().mean()
+    average([share])
+    return share.item()
 
 
 def distil(run):

@@ -108,6 +108,9 @@ class Settings(inpaint.Settings):
         return Pairs(*dataset.size, self.seed)
 
 
+tune = inpaint.tune
+
+
 def distil(run):
     s = run.settings
     if rank() == 0:  # so that sample.py knows the instructions' words

@@ -78,6 +78,7 @@ def conditioned(run, checkpoint):
 def tune(run):
     """Training 1: the teacher, tuned to what it is told, takes the plain one's place."""
     s, checkpoint = run.settings, sample.read_checkpoint(run.path("teacher"))
+    run.dataset = s.told(run.dataset)
     if "condition_channels" in checkpoint["model"]:  # done before, or by the run of --from
         forget_states(run.out, "tuning")
         return
@@ -103,7 +104,6 @@ def tune(run):
 
 
 def distil(run):
-    run.dataset = run.settings.told(run.dataset)
     tune(run)
     ladd.distil(run)
 

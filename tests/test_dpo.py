@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, FEW, MAKING, cut_at, folder, plain, randn, same, updates, weights
+from conftest import CPU, FEW, MAKING, cut_at, folder, lines, plain, randn, same, updates, weights
+from test_lib_parallel import WORK, launch, worst
 
 import data
 import ladd
@@ -23,6 +24,22 @@ from tools.command import given_settings
 HOW = dict(distil=dpo.distil, method="dpo", kind=dpo.Settings)
 BOTH = "--judge-steps 5 --evaluation 8 --save-every 2"
 OWN = f"{BOTH} --tie 0 --tuning-iterations 5 --lora 3"
+BY_DPO = WORK.replace("words.split())", "words.split(), dpo.distil, 'dpo', dpo.Settings)")
+BY_DPO = (
+    BY_DPO.replace("(0, 75)", "(0, 75, 143)")
+    + """
+import signal
+from methods import dpo
+
+def make_pairs(run, make=dpo.make_pairs):
+    if run.out.name == "cut":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return make(run)
+
+dpo.make_pairs = make_pairs
+"""
+)
+FILES = ("adapter.pt", "student.pt", "tuned/teacher.pt", "tuned/heads.pt", "tuned/student.pt")
 
 
 def run_of(words):
@@ -241,7 +258,7 @@ def test_a_cut_run_goes_on_bit_for_bit(train, monkeypatch, whole, tuned):
             cut_at(patch, stage, 4)
             train("cut", flags, MAKING[2:], **HOW)
     cut = train("cut", flags, MAKING[2:], **HOW)
-    for name in ("adapter.pt", "student.pt", "tuned/teacher.pt", "tuned/student.pt"):
+    for name in FILES:
         assert same(cut / name, tuned / name)
     for part in (".", "tuned"):
         assert updates(cut / part) == updates(tuned / part)
@@ -259,6 +276,50 @@ def test_a_users_pairs_train_without_a_judge_and_are_kept(train, monkeypatch, wh
     winner, loser = kept[0][0].chunk(2)
     assert np.unique(winner[0]) == [1] and np.unique(loser[0]) == [2]
     assert (out / "student.pt").exists()
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory, cache, whole):
+    """Run folders of two processes: "two", and "cut", which they left while the first of them made
+    the pairs, in the adapter's updates and in LADD's."""
+    root = tmp_path_factory.mktemp("two")
+    words = f"{FEW} {OWN} --adapter-scale 0.5 --stage distillation --data-dir {cache}"
+    words += f" --from {whole} --teacher {whole / 'teacher.pt'} --out {root}"
+    cut = [f"{words}/cut", f"stop 4|{words}/cut", f"stop 3|{words}/cut", f"{words}/cut"]
+    status, errors = launch(2, [f"{words}/two", *cut], root / "errors", BY_DPO)
+    assert status == [0, 0] and not errors[1], errors
+    assert errors[0].count("stopped, and saved what is done") == 3
+    return root
+
+
+def test_two_processes_learn_what_one_does(by_two, tuned):
+    """From the same pairs. To 1e-5, as LADD's own (tests/test_lib_parallel.py): sums of float32 in
+    another order differ by 1e-7 of a gradient, and an update moves a weight by 1e-4 or more."""
+    two = by_two / "two"
+    assert (two / "pairs/pairs.jsonl").read_bytes() == (tuned / "pairs/pairs.jsonl").read_bytes()
+    for name in FILES:
+        assert worst(tuned, two, name, "weights") < 1e-5
+    for part in (".", "tuned"):
+        for a, b in zip(updates(tuned / part), updates(two / part), strict=True):
+            for key in {"loss", "grad_norm", "loss_d", "loss_g", "ranked"} & a.keys():
+                assert abs(a[key] - b[key]) < 1e-5
+
+
+def test_the_shares_ranked_right_are_of_all_processes_pairs(by_two, tuned):
+    """Of 64; one may be as near to a tie as rounding."""
+    one, two = (
+        [row["ranked_right"] for row in lines(run) if "ranked_right" in row]
+        for run in (tuned, by_two / "two")
+    )
+    assert len(one) == len(two) == 1 and two[0] == pytest.approx(one[0], abs=1.01 / 64)
+
+
+def test_two_processes_go_on_bit_for_bit_where_they_were_cut(by_two):
+    two, cut = by_two / "two", by_two / "cut"
+    assert all(same(two / name, cut / name) for name in FILES)
+    for part in (".", "tuned"):
+        assert updates(two / part) == updates(cut / part)
+    assert not list(cut.rglob("*state*"))
 
 
 def test_a_smoke_and_a_scale_shorten_the_tuning_and_a_sweep_knows_the_method():

@@ -300,7 +300,7 @@ def test_what_is_logged_of_the_heads_is_means_and_the_share_of_pairs_in_the_righ
     """A pair is ranked by its mean over heads and positions."""
     real = torch.tensor([[1.0, 3.0], [0.0, 2.0], [5.0, -9.0], [0.0, 0.0]]).view(4, 1, 1, 2)
     fake = torch.tensor([[1.0, 1.0], [0.0, 3.0], [0.0, -9.0], [-1.0, 0.0]]).view(4, 1, 1, 2)
-    told = {name: value.item() for name, value in ladd.told_apart(real, fake).items()}
+    told = {name: value.item() for name, value in ladd.separation(real, fake).items()}
     assert told == dict(d_real=0.25, d_fake=-0.625, ranked=0.75)
 
 

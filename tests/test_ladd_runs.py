@@ -207,6 +207,18 @@ def test_a_teacher_that_is_taken_over_is_there_and_finite(launch, whole, tmp_pat
     assert not (tmp_path / "new").exists()
 
 
+def test_the_teacher_of_another_run_is_not_taken_for_the_given_one(launch, whole, tmp_path, capsys):
+    """--from beside --teacher: the samples of that run are of its own teacher."""
+    checkpoint = torch.load(whole / "teacher.pt", weights_only=True)
+    checkpoint["weights"]["pos_embed"][0, 0, 0] += 1
+    torch.save(checkpoint, tmp_path / "other.pt")
+    assert launch("new", f"{FEW} --from {whole} --teacher other.pt") == 2
+    assert "its teacher is not that of --teacher" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    flags = f"{FEW} --from {whole} --teacher {whole / 'teacher.pt'} --stage teacher"
+    assert launch("new", flags) == 0
+
+
 def test_a_new_run_may_log_for_tensorboard(launch, tmp_path):
     pytest.importorskip("tensorboard")
     assert launch("run", f"{FEW} --stage teacher --tensorboard") == 0

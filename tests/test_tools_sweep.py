@@ -4,9 +4,10 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import FEW, run_of, snapshot
+from conftest import FEW, run_of, same, snapshot, updates
 from PIL import Image
 
 import data
@@ -175,6 +176,12 @@ def test_no_student_is_scored_from_the_noise_of_what_it_learned_from(monkeypatch
         ("batch=4,x", "--batch"), ("seed=1,2", "seed"), ("taps=0,1/9", "--taps"),
         ("iterations=1,2 --units 60", "--units"), ("method=ladd,gan", "method"),
         ("units=60,x", "units"), ("batch=2,4 --seeds 1,1", "--seeds"), ("batch=2,", "batch"),
+        ("method=regression,inpaint", "regression and inpaint are told"),
+        ("method=edit,inpaint", "edit and inpaint are told"), ("beta=1,2", "setting of ladd"),
+        ("beta=1,2 --sweep method=dpo,ladd", "beta=1,2: must be a setting of ladd"),
+        ("method=dpo,hyper_sd --sweep anchor=1", "anchor=1: must be a setting of dpo"),
+        ("method=dpo --sweep beta=0,1", "--beta 0.0"), ("method=dpo --sweep beta=", "beta"),
+        ("taps=0 --sweep method=gan", "method=gan"), ("method=dpo --sweep out=a,b", "out"),
         ("batch=2,4 --from elsewhere", "--from"), ("batch=2,4 --downscale 4 --size 32", "images"),
     ],
 )  # fmt: skip
@@ -231,7 +238,7 @@ def test_a_method_is_what_a_student_is_named_by_and_made_with(swept, cache):
     [
         ("method=ladd", 1000), ("method=regression", 2000), ("method=dmd", 667),
         ("method=regression --steps-scale 0.5", 1000), ("method=consistency", 1000),
-        ("method=add", 1200), ("batch=32", 1000),
+        ("method=add", 1200), ("method=edit", 1000), ("batch=32", 1000),
     ],
 )  # fmt: skip
 def test_a_budget_of_units_gives_every_method_the_same_work(words, count):
@@ -239,6 +246,26 @@ def test_a_budget_of_units_gives_every_method_the_same_work(words, count):
     words = ["--sweep", *words.split(), "--units", "6000", "--seeds", "0"]
     _, (member,), _ = sweep.parse(words, "ladd.py")
     assert member.settings[0].iterations == count
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        ("method=dpo --sweep beta=230,1000", [230, 1000]),
+        ("anchor=1,10 --sweep method=hyper_sd", [1, 10]),
+        ("method=hyper_sd --sweep shares=0,0,0,1,0,0/1,1,1,1,1,1", [(0, 0, 0, 1, 0, 0), (1,) * 6]),
+        ("tune-iterations=2,4 --sweep method=inpaint", [2, 4]),
+    ],
+)
+def test_a_setting_of_a_methods_own_is_swept_as_ladds_are(words, values):
+    """The students differ in it, by name, too; and the command makes the same ones again."""
+    words = ["--sweep", *words.split(), "--seeds", "0"]
+    _, members, command = sweep.parse(words, "ladd.py")
+    (name,) = members[0].values.keys() - {"method"}
+    assert [getattr(member.settings[0], name) for member in members] == values
+    _, again, _ = sweep.parse(command.split()[2:], "ladd.py")
+    names = [[sweep.name_of(m.settings[0], m.method) for m in own] for own in (members, again)]
+    assert names[0] == names[1] and len(set(names[0])) == 2
 
 
 def test_the_command_of_a_sweep_makes_the_same_students_again():
@@ -256,3 +283,74 @@ def test_the_command_of_a_sweep_makes_the_same_students_again():
 def test_a_sweep_has_a_folder_of_its_own():
     s, _, _ = sweep.parse(["--sweep", "batch=2,4", "--preset", "tiny"], "ladd.py")
     assert s.out == "runs/tiny-sweep"
+
+
+# ---------------------------------------------------------------------------------------------
+# Networks that are told more than text
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["inpaint", "edit"])
+def told(request, tmp_path_factory, cache, teacher):
+    """A sweep of a method that tunes its teacher, here a given one, first -> its folder, axes."""
+    out = tmp_path_factory.mktemp("told") / "out"
+    axes = f"--sweep method={request.param} --seeds 3,4 --smoke --teacher {teacher}"
+    assert again(out, cache, axes) == 0
+    return out, axes
+
+
+def test_the_students_share_one_teacher_that_was_tuned_once(told):
+    """With the sweep's seed, not by the students."""
+    out, _ = told
+    students = sorted((out / "members").glob("*/seed-*"))
+    tuned = [run for run in (out / "shared").iterdir() if run.name.startswith("tuning-")]
+    assert len(students) == 2 and len(tuned) == 1 and tuned[0].name.endswith("-seed-0")
+    for run in students:
+        assert same(run / "teacher.pt", tuned[0] / "teacher.pt")
+        assert not any(row["stage"] == "tuning" for row in updates(run))
+    assert [row["step"] for row in updates(tuned[0]) if row["stage"] == "tuning"] == [1, 2]
+    assert not same(students[0] / "student.pt", students[1] / "student.pt")
+
+
+def test_the_table_tells_how_far_from_the_truth_a_told_network_is(told):
+    """The reference, too, is of the tuned teacher, which is told the same as the students."""
+    out, axes = told
+    result = json.loads((out / "method" / "sweep.json").read_text())
+    names = {row["name"] for row in result["reference"] if "inside" in row}
+    assert names >= {"teacher, 4 steps, CFG 2", "untrained, 1 step", "as given"}
+    if "inpaint" in axes:  # whose known pixels are put back
+        assert {row["outside"] for row in result["reference"][1:]} == {0}
+    head, _, untrained, row = (out / "method" / "sweep.md").read_text().splitlines()
+    assert "| inside, 1 |" in head and "| outside, 4 |" in head
+    rows = [row for run in result["members"][0]["runs"] for row in run["rows"]]
+    a, b = (row["inside"] for row in rows if row["name"] == "student, 1 step")
+    assert f"| {(a + b) / 2:.1f} ± " in row and "–" not in untrained + row
+
+
+def test_the_picture_shows_what_a_network_was_told_and_the_truth(told):
+    """Beside the samples in 1, 2 and 4 steps, and in the same places."""
+    out, axes = told
+    with Image.open(out / "method" / "sweep.png") as picture:
+        pixels = np.asarray(picture)[24:]
+    width, one = 8 * 14 * 5, 14 * 5
+    assert pixels.shape[1] == 5 * width + 4 * 16
+    given, truth, made = (pixels[:, i * (width + 16) :][:, :width] for i in range(3))
+    assert (given != truth).any()
+    if "inpaint" in axes:
+        known = (given == truth).all(axis=2)
+        assert known[:, :one].mean() > 0.3 and (made[known] == truth[known]).all()
+
+
+@pytest.mark.parametrize("lost", [("student.pt", "metrics.json"), ("metrics.json",)])
+def test_a_cut_sweep_of_told_networks_goes_on(told, cache, lost):
+    """In a student's updates, and between the student and its scores."""
+    out, axes = told
+    run = member_of(out, "*/seed-4")
+    rows = json.loads((run / "metrics.json").read_text())["rows"]
+    student = (run / "student.pt").read_bytes()
+    for name in lost:
+        (run / name).unlink()
+    assert again(out, cache, axes) == 0
+    assert (run / "student.pt").read_bytes() == student
+    for old, new in zip(rows, json.loads((run / "metrics.json").read_text())["rows"], strict=True):
+        assert old | dict(seconds=0) == new | dict(seconds=0)

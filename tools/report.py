@@ -28,6 +28,15 @@ def pictures_of(parts):
     return [picture for x0 in parts for picture in data.to_picture(x0)]
 
 
+def given_and_truth(dataset, count):
+    """Titled rows of what the network is told of held-out images, and of these; none if nothing."""
+    if not getattr(dataset, "condition", None):
+        return []
+    given = dataset.condition(range(count), held_out=True)[:, : dataset.channels]
+    images, _ = dataset.batch(range(count), held_out=True)
+    return [("given", list(data.to_picture(given))), ("the truth", list(images))]
+
+
 def show(run, kind, step, model):
     """Draws curves.png anew; a grid from fixed noise and captions into samples/, if of pixels."""
     s, who = run.settings, ladd.generator(run, kind, model)
@@ -71,11 +80,7 @@ def report(run):
             images = who.sample_parts(parts, seed=s.seed, stream="pictures", **options)
             titled.append((title, pictures_of(images)))
     titled.sort(key=lambda pair: pair[0].startswith("untrained"))  # it stands last
-    if getattr(run.dataset, "condition", None):
-        index = range(24)
-        given = run.dataset.condition(index, held_out=True)[:, : s.channels]
-        images, _ = run.dataset.batch(index, held_out=True)
-        titled = [("given", list(data.to_picture(given))), ("the truth", list(images)), *titled]
+    titled = given_and_truth(run.dataset, 24) + titled
     captions = "; ".join(caption for own, _ in parts for caption in own)
     save_png(panels(titled, 4), run.out / "samples.png", captions=captions)
     grids = sorted((run.out / "samples").glob("student-*.png"))

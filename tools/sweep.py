@@ -3,6 +3,7 @@
     python ladd.py --sweep t_hat_mean=-1,0,1                a student for each value and seed
     python ladd.py --sweep taps=0,1/2 --sweep batch=16,32   all combinations; a "/" between lists
     python ladd.py --sweep method=ladd,regression,dmd --units 13200         the same work for all
+    python ladd.py --sweep method=dpo --sweep beta=230,1000         a setting of the method's own
 
 In the folder lie `shared`, the teachers and their samples, each made once; `members`, a run folder
 for every student, named by its settings, so that sweeps in one folder share what they have in
@@ -18,6 +19,7 @@ import json
 import re
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,12 +35,12 @@ from lib.pictures import panels, save_png, stack
 from lib.report import read_metrics, write_metrics
 from lib.settings import bound, command_of, locked
 from tools.command import base_of, given_settings
-from tools.report import pictures_of
+from tools.report import given_and_truth, pictures_of
 from tools.table import STEPS, sweep_table
 from tools.train import run_program, train
 
-UNITS = 6  # forwards of the network, an update of LADD; the other methods bring theirs
-METHODS = ("ladd", "regression", "consistency", "add", "dmd", "hyper_sd", "dpo")
+UNITS = 6  # forwards of the network, an update of LADD; methods with other updates bring theirs
+METHODS = ("ladd", "regression", "consistency", "add", "dmd", "hyper_sd", "dpo", "inpaint", "edit")
 
 
 class Member(NamedTuple):
@@ -51,10 +53,13 @@ class Member(NamedTuple):
 
 def method_of(name):
     """A method's stage of distillation, its forwards of the network in an update, its settings."""
+    if name not in METHODS:
+        raise UsageError(f"--sweep method={name}: must be one of {', '.join(METHODS)}")
     if name == "ladd":
         return ladd.distil, UNITS, ladd.Settings
     module = importlib.import_module(f"methods.{name}")
-    return module.distil, module.UNITS, getattr(module, "Settings", ladd.Settings)
+    own = vars(module)
+    return module.distil, own.get("UNITS", UNITS), own.get("Settings", ladd.Settings)
 
 
 def parse(argv, program):
@@ -81,7 +86,10 @@ def parse(argv, program):
 
 def members_of(args, words):
     """All combinations of the swept values."""
-    axes, members = [axis_of(text) for text in args.sweep], []
+    named = [text.partition("=")[::2] for text in args.sweep]
+    named = [(name.strip().lstrip("-").replace("-", "_"), values) for name, values in named]
+    methods = dict(named).get("method", "ladd").split(",")
+    axes, members = [axis_of(*each, methods) for each in named], []
     seeds = args.seeds.split(",")
     if not all(seed.isdigit() for seed in seeds) or len(set(seeds)) < len(seeds):
         raise UsageError(f"--seeds {args.seeds}: must be numbers, none twice: 0,1,2")
@@ -98,25 +106,25 @@ def members_of(args, words):
         for s in runs.values():
             check_for_method(s, method)
         members.append(Member(values, method, runs))
+        first = members[0].method
+        if kind.told is not method_of(first)[2].told:
+            what = f"the networks of {first} and {method} are told different things"
+            raise UsageError(f"--sweep method: {what}, so no table can compare them")
     return members
 
 
-def axis_of(text):
-    """NAME=A,B,… -> [(name, value as text), …]"""
-    name, _, values = text.partition("=")
-    name = name.strip().lstrip("-").replace("-", "_")
-    fields = dataclasses.fields(ladd.Settings)
-    known = {field.name: field.default for field in fields if not field.metadata["free"]}
-    values = values.split("/" if isinstance(known.get(name), tuple) else ",")
-    if name == "method":
-        right = all(value in METHODS for value in values)
-    elif name == "units":
-        right = all(value.isdigit() for value in values)
-    else:
-        right = name in known and name not in ("preset", "seed") and all(values)
-    if not right:
-        why = "a setting that changes results, and its values"
-        raise UsageError(f"--sweep {text}: must be {why}: t_hat_mean=-1,0,1 or taps=0,1/1,2")
+def axis_of(name, text, methods):
+    """The values of a setting that every method has -> [(name, value as text), …]"""
+    wrong, mark = f"--sweep {name}={text}: must be", ","
+    for method in methods if name not in ("method", "units") else ():
+        fields = dataclasses.fields(method_of(method)[2])
+        known = {field.name: field.default for field in fields if not field.metadata["free"]}
+        if name not in known or name in ("preset", "seed"):
+            raise UsageError(f"{wrong} a setting of {method} that changes results")
+        mark = "/" if isinstance(known[name], tuple) else ","
+    values = text.split(mark)
+    if not all(values) or (name == "units" and not all(map(str.isdigit, values))):
+        raise UsageError(f"{wrong} a name and its values: t_hat_mean=-1,0,1 or taps=0,1/1,2")
     return [(name, value) for value in values]
 
 
@@ -144,20 +152,26 @@ def folder_of(member, seed, teacher_seed, out):
     return out / "members" / f"{name}-of-{teacher_seed}" / f"seed-{seed}"
 
 
-def samples_for(s, seed, out, watch):
-    """The run with the teacher and the samples that a student learns from: those stages are run
-    where no other student has needed them yet, with this seed for all."""
+def samples_for(s, seed, out, watch, method="ladd"):
+    """The run with the teacher, tuned if need be, and the samples that a student learns from: those
+    stages are run where no other student has needed them yet, with this seed for all."""
     names = [field.name for field in dataclasses.fields(ladd.Settings)]
-    s = ladd.Settings(**{name: getattr(s, name) for name in names})  # without a method's own
-    base, source = base_of(s), ""
-    for stage, later in (("teacher", "synthetic"), ("synthesis", "iterations")):
-        unread = {name: getattr(base, name) for name in names[names.index(later) :]}
+    plain = ladd.Settings(**{name: getattr(s, name) for name in names})  # without a method's own
+    source, work = "", [(plain, "teacher", "synthetic", None, "ladd")]
+    if s.targets == "synthetic":
+        work.append((plain, "synthesis", "iterations", None, "ladd"))
+    if s.condition_channels:
+        tune = importlib.import_module(f"methods.{method}").tune
+        work.append((s, "distillation", "synthetic", tune, method))
+    for own, stage, later, distil, name in work:
+        base = base_of(own)
+        unread = {field: getattr(base, field) for field in names[names.index(later) :]}
         unread |= dict(taps=(), batch=s.accumulate)  # the preset's might not fit this network
-        own = dataclasses.replace(s, **unread, seed=seed)
-        folder = out / "shared" / f"{stage}-{name_of(own)}-seed-{seed}"
-        if stage == "teacher" or s.targets == "synthetic":
-            own = dataclasses.replace(own, stage=stage, out=str(folder), source=source)
-            run, source = train(own, watch), str(folder)
+        own = dataclasses.replace(own, **unread, seed=seed)
+        title = "tuning" if distil else stage
+        folder = out / "shared" / f"{title}-{name_of(own, name)}-seed-{seed}"
+        own = dataclasses.replace(own, stage=stage, out=str(folder), source=source)
+        run, source = train(own, watch, distil, name), str(folder)
     return run
 
 
@@ -165,7 +179,7 @@ def student(member, seed, teacher_seed, out, watch):
     """One student with its scores: made in its run folder, if it is not there yet."""
     folder, s = folder_of(member, seed, teacher_seed, out), member.settings[seed]
     if not read_metrics(folder):
-        source = samples_for(s, teacher_seed, out, watch).out
+        source = samples_for(s, teacher_seed, out, watch, member.method).out
         own = dict(stage="distillation", out=str(folder), source=str(source))
         distil, *_ = method_of(member.method)
         run = train(dataclasses.replace(s, **own), watch, distil, member.method)
@@ -183,15 +197,16 @@ def student(member, seed, teacher_seed, out, watch):
 
 
 def scores(run, s, teacher, student):
-    judge = sample.judge_of(run.dataset, s, run.device, s.data_dir, s.precision)
-    return sample.evaluate(run.dataset, judge, teacher, student, s.evaluation, s.seed)
+    dataset = s.told(run.dataset)
+    judge = sample.judge_of(dataset, s, run.device, s.data_dir, s.precision)
+    return sample.evaluate(dataset, judge, teacher, student, s.evaluation, s.seed)
 
 
-def reference(s, out, watch):
+def reference(s, method, out, watch):
     """The rows of teacher and untrained student, with the settings of the first value."""
-    path = out / "shared" / f"reference-{name_of(s)}-seed-{s.seed}.json"
+    path = out / "shared" / f"reference-{name_of(s, method)}-seed-{s.seed}.json"
     if not path.exists():
-        run = samples_for(s, s.seed, out, watch)
+        run = samples_for(s, s.seed, out, watch, method)
         teacher = ladd.generator(run, "teacher")
         teacher.settings = s
         write_json(dict(rows=scores(run, s, teacher, None)), path)
@@ -206,12 +221,14 @@ def picture(members, seed, teacher_seed, out, path):
     """A row of samples for every value, from the same captions and noise."""
     rows, captions = [], []
     for member in members:
-        s, titled = member.settings[seed], []
-        dataset = data.load(s.data, s.sizes, data_dir=s.data_dir, seed=seed)
-        parts = data.held_out_captions(dataset, 8)
+        s = member.settings[seed]
+        dataset = s.told(data.load(s.data, s.sizes, data_dir=s.data_dir, seed=seed))
+        parts, titled = data.held_out_captions(dataset, 8), given_and_truth(dataset, 8)
         captions += [caption for own, _ in parts for caption in own]
         folder = folder_of(member, seed, teacher_seed, out)
         generator = sample.load_generator(folder, device=s.device, precision=s.precision)
+        if s.condition_channels:
+            generator.condition = partial(dataset.condition, held_out=True)
         for n in (n for n in STEPS if n <= len(s.levels)):
             made = generator.sample_parts(parts, seed=seed, stream="pictures", steps=n)
             titled.append((f"{told(member)}: {plural(n, 'step')}", pictures_of(made)))
@@ -240,8 +257,8 @@ def sweep(s, watch, members, command):
                 print(f"student {done + 1} of {total}: {told(member)}, seed {seed}")
                 results[j]["runs"].append(student(member, seed, s.seed, out, watch))
         first = dataclasses.replace(members[0].settings[seeds[0]], seed=s.seed)
-        result = dict(command=command, seeds=seeds, reference=reference(first, out, watch))
-        result |= dict(members=results, **facts())
+        rows = reference(first, members[0].method, out, watch)
+        result = dict(command=command, seeds=seeds, reference=rows, members=results, **facts())
         folder = table_folder(out, members[0].values, command)
         write_json(result, folder / "sweep.json")
         write_text(sweep_table(result) + "\n", folder / "sweep.md")

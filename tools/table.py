@@ -17,6 +17,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 DOCUMENTS = ("../README.md", "results.md", "ablations.md", "exercises.md")
 TITLES = dict(alignment="alignment", frechet="Fréchet", precision="precision", recall="recall")
 TITLES |= dict(inside="inside", outside="outside")
+FAR = dict(inside=1, outside=1)  # the digits of what pictures that are filled or edited have, too
 STEPS = (1, 2, 4, 8)  # of a sweep's students, those that there are
 
 
@@ -53,8 +54,8 @@ def run_table(name, short):
     digits = dict(alignment=3, frechet=1, precision=2, recall=2)
     if short:
         del digits["precision"]
-    if "inside" in runs[0]["rows"][-1]:  # of pictures that are filled or edited
-        digits |= dict(inside=1, outside=1)
+    if "inside" in runs[0]["rows"][-1]:
+        digits |= FAR
     rows = [["samples", *(TITLES[key] for key in digits), "evaluations"]]
     for same in zip(*(run["rows"] for run in runs), strict=True):
         title = same[0]["name"]
@@ -75,6 +76,8 @@ def sweep_table(result):
     learns in parts has a row after each."""
     names = list(result["members"][0]["values"])
     digits = dict(alignment=2, frechet=1, recall=2)
+    if "inside" in result["reference"][-1]:
+        digits |= FAR
     scored = {row["name"] for own in result["members"] for row in own["runs"][0]["rows"]}
     steps = [n for n in STEPS if f"student, {plural(n, 'step')}" in scored]
 

@@ -71,8 +71,8 @@ def open_data(s, given):
     return s, dataset, note
 
 
-def to_take(run):
-    """The files of --from, whose seed may be another, and whose teacher was given."""
+def to_take(run, given=None):
+    """The files of --from, whose seed may be another. given: the teacher of --teacher, the same."""
     s, source = run.settings, Path(run.settings.source)
     fields = dataclasses.fields(s)
     names = [field.name for field in fields if field.name not in ("seed", "teacher")]
@@ -86,6 +86,10 @@ def to_take(run):
             refuse(s, "source", f"{bad} of its teacher has numbers that are not finite")
         if teacher["model"].get("condition_channels", 0) not in (0, s.condition_channels):
             refuse(s, "source", "its teacher is tuned to what this method does not give")
+        both = given and given["model"] == teacher["model"]  # else it is tuned from the given one
+        weights = teacher["weights"].items()
+        if both and not all(torch.equal(given["weights"][name], w) for name, w in weights):
+            refuse(s, "source", "its teacher is not that of --teacher; give one of them")
     return taken
 
 
@@ -144,7 +148,7 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
     run = Run(s, dataset, text, watch, method, base_of(s), report.show)
     taken = {}
     if rank() == 0:  # all that can be refused is refused before the folder is the run's
-        taken = to_take(run) if s.source else {}
+        taken = to_take(run, start) if s.source else {}
         check_folder(run, finished(run, [*taken, "teacher.pt"] if start else taken))
     with run.opened(note):
         words, file = known_words(dataset.captions, s.text_length), run.out / "words.txt"
@@ -152,7 +156,7 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
             write_text("\n".join(words) + "\n", file)
         for name, path in taken.items():
             link(path, run.out / name)
-        if start and rank() == 0:
+        if start and rank() == 0 and "teacher.pt" not in taken:  # tuned, perhaps
             save(start | dict(weights=dict(start["weights"])), run.path("teacher"))
         done = finished(run)
         if done["distillation"] and done["report"] and not s.is_latent:
