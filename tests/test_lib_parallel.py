@@ -150,7 +150,7 @@ def flip(path):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folders: "one" by one process, others by more; "4-2-1", "1-4-2": cut and gone on with
-    by other numbers of processes."""
+    by other numbers of processes; "state": cut."""
     root = tmp_path_factory.mktemp("runs")
 
     def command(out, more=""):
@@ -165,7 +165,7 @@ def runs(tmp_path_factory):
         assert not any(errors[1:]), errors
 
     alone(command("one"))
-    for name in ("4-2-1", "1-4-2", "dead"):
+    for name in ("4-2-1", "1-4-2", "dead", "state"):
         taught(root / "one", root / name)
     alone(command("1-4-2"), status=75, step=1)
     resumed = [cut(3, "4-2-1", HYBRID), cut(5, "1-4-2", "--shard")]
@@ -177,6 +177,7 @@ def runs(tmp_path_factory):
     divided = [f"{PARTS} --stage {stage}" for stage in ("teacher", "synthesis", "distillation")]
     cuts += [cut(7, "two-parts", divided[0]), *(command("two-parts", d) for d in divided[:2])]
     cuts += [cut(5, "two-parts", divided[2]), command("two-parts", divided[2])]
+    cuts += [cut(5, "state", "--shard --stage distillation")]
     commands = [command("two"), command("two-divided", DIVIDED)]
     commands += [command("short", SHORT), command("compiled", f"{SHORT} --compile")]
     by(2, "2", *commands, *cuts, command("two-parts-whole", PARTS), *resumed)
@@ -237,12 +238,9 @@ def test_as_many_processes_go_on_bit_for_bit(runs, cut, whole):
     assert updates(runs / cut) == updates(runs / whole)
 
 
-def test_a_state_is_written_by_all_processes_each_its_part(runs, tmp_path):
+def test_a_state_is_written_by_all_processes_each_its_part(runs):
     """Neither has nearly all of divided networks; that it goes on with others, see `runs`."""
-    run = taught(runs / "two-divided", tmp_path / "run")
-    flags = f"{RUN} --shard --stage distillation --out {run}"
-    assert launch(2, [f"stop 5|{flags}"], tmp_path / "errors")[0] == [0, 0]
-    state = run / "distillation-state-00000005"
+    state = runs / "state" / "distillation-state-00000005"
     names = {".metadata", "__0_0.distcp", "__1_0.distcp", "state.pt"}
     assert {path.name for path in state.iterdir()} == names
     sizes = [(state / f"__{rank}_0.distcp").stat().st_size for rank in range(2)]
