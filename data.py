@@ -263,8 +263,7 @@ class Shapes(DataSet):
     name = "shapes"
 
     def __init__(self, height, width, seed=0, pairs=None):
-        self.height, self.width, self.seed = height, width, seed
-        self.size = (height, width)
+        self.size, self.seed = (height, width), seed
         self.palette = np.array(list(COLOURS.values()), np.float32)
         self.tones = self.palette / 2  # of a pattern, each beside its own colour
         self.tones[list(COLOURS).index("black")] = 120
@@ -285,6 +284,12 @@ class Shapes(DataSet):
         self.captions = [self.caption(row) for row in labels.tolist()]
         self.rows = np.full([len(v) for v in self.attributes.values()], -1, np.int64)
         self.rows[tuple(labels.T)] = np.arange(len(labels))  # attribute values -> caption
+
+    def of_size(self, size):
+        """The same images and captions in another size."""
+        other = copy.copy(self)
+        other.size = size
+        return other
 
     def caption(self, row):
         words = [list(v)[i] for v, i in zip(self.attributes.values(), row, strict=True)]
@@ -440,7 +445,8 @@ def load(name, sizes, *, data_dir="data", seed=0):
     sizes: the (H, W) of x_0, one or several."""
     if name == "shapes":
         pairs = min(map(min, sizes)) >= PAIR_SIDE  # in all buckets or in none
-        return one_or_buckets([Shapes(h, w, seed, pairs) for h, w in sizes])
+        first = Shapes(*sizes[0], seed, pairs)
+        return one_or_buckets([first.of_size(size) for size in sizes])
     if name == "cifar10":
         from lib.cifar10 import read_cifar10
         from lib.images import nearest

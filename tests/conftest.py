@@ -27,6 +27,7 @@ import sample
 from lib.loop import Loop
 from lib.run import Run
 from mmdit import MMDiT
+from tools import report
 from tools.command import given_settings
 
 # nohup and "&" have signals ignored, in all programs that the tests start, too.
@@ -100,11 +101,20 @@ def train(launch, tmp_path):
     return train
 
 
+@pytest.fixture
+def unseen(monkeypatch):
+    """Runs draw no pictures and measure no diversity: a third of their time, where only weights
+    are looked at."""
+    monkeypatch.setattr(report, "show", lambda *_: None)
+    monkeypatch.setattr(ladd, "diversity_probe", lambda *_: lambda student: torch.ones(()))
+
+
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory, cache):
     """The checkpoint of a teacher of the small runs, for those that are about the student."""
     out = tmp_path_factory.mktemp("teacher") / "run"
-    assert ladd.main([*FEW.split(), "--stage", "teacher", "--out", f"{out}"]) == 0
+    words = ["--stage", "teacher", "--out", f"{out}", "--data-dir", f"{cache}"]
+    assert ladd.main([*FEW.split(), *words]) == 0
     return out / "teacher.pt"
 
 
@@ -203,19 +213,24 @@ def flops(function):
 
 
 def update_cost(train, teacher, flags, **method):
-    """FLOPs of an update of the loop itself, and of a forward of the network on as many images.
+    """FLOPs of the second of three updates, which draws and logs nothing, and of a forward of the
+    network on as many images."""
+    steps, cost = Loop.__iter__, []
 
-    Grids, scores and diversity are made once in each run, so the difference has none of that; the
-    first run trains the judge."""
-    flags, cost = f"--teacher {teacher} {flags} --sample-every 100 --log-every 100", {}
-    for n in (2, 1, 3):
-        own = f"{flags} --iterations {n}"
-        train(f"run{n}", own, ["synthesis"], **method)
-        cost[n] = flops(lambda n=n, own=own: train(f"run{n}", own, ["distillation"], **method))
+    def counted(loop):
+        for step in steps(loop):
+            with FlopCounterMode(display=False) as counter:
+                yield step
+            cost.append(counter.get_total_flops())
+
+    flags = f"--teacher {teacher} {flags} --iterations 3 --sample-every 100 --log-every 100"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "__iter__", counted)
+        train("run", flags, MAKING[1:], **method)
     model = sample.load_generator(teacher, teacher=True, device="cpu").model
     x, t = torch.randn(4, 3, 12, 12), torch.rand(4)
     forward = flops(lambda: model(x, t, torch.randn(4, 12, 10), torch.randn(4, 10)))
-    return (cost[3] - cost[1]) / 2, forward
+    return cost[1], forward
 
 
 # ---------------------------------------------------------------------------------------------

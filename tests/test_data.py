@@ -162,9 +162,15 @@ def mask(image, colour):
 
 
 @pytest.fixture(scope="module")
-def pairs():
-    """A set with two objects, neither square nor a power of two."""
-    return data.Shapes(40, 52, seed=3)
+def least():
+    """A set with two objects, as small as there is; its 400,000 captions take a second."""
+    return data.Shapes(60, 32, seed=3)
+
+
+@pytest.fixture(scope="module")
+def pairs(least):
+    """The same, neither square nor a power of two."""
+    return least.of_size((40, 52))
 
 
 def test_the_same_seed_and_index_give_the_same_captions_everywhere():
@@ -178,12 +184,17 @@ def test_the_same_seed_and_index_give_the_same_captions_everywhere():
 
 
 @pytest.mark.parametrize("size", [(9, 14), (35, 32)])
-def test_a_shapes_image_depends_on_seed_and_index_alone(size):
-    dataset = data.Shapes(*size, seed=4)
+def test_a_shapes_image_depends_on_seed_and_index_alone(size, pairs):
+    def fresh(seed):
+        made = pairs.of_size(size) if min(size) >= data.PAIR_SIDE else data.Shapes(*size)
+        made.seed = seed
+        return made
+
+    dataset = fresh(4)
     index = np.array([5, 0, 123_456_789_012, 17, 5, 2])
     images, caption = dataset.batch(index)
     assert images.dtype == torch.uint8 and images.shape == (6, 3, *size)
-    again = data.Shapes(*size, seed=4)
+    again = fresh(4)
     again.batch(range(50))
     for i, k in enumerate(index):
         image, row = again.batch([int(k)])
@@ -193,7 +204,7 @@ def test_a_shapes_image_depends_on_seed_and_index_alone(size):
         assert torch.equal(again.batch(small)[0], images[[0, 3]])
         held = again.batch(small, held_out=True)[0]
         assert torch.equal(held, again.batch(np.array([5, 17]), held_out=True)[0])
-    other, _ = data.Shapes(*size, seed=5).batch(index)
+    other, _ = fresh(5).batch(index)
     assert (other != images).flatten(1).any(dim=1).all()
 
 
@@ -218,9 +229,9 @@ def test_colour_words_mean_what_they_say():
         assert min(css, key=lambda other: np.linalg.norm(css[other] - rgb)) == name
 
 
-def test_captions_say_the_colours_shape_and_size_that_are_drawn():
+def test_captions_say_the_colours_shape_and_size_that_are_drawn(pairs):
     """Shapes by share of their bounding box: square 1, circle 0.79, cross 0.66, triangle 1/2."""
-    images, said = draw(data.Shapes(90, 80, seed=5), 1600)
+    images, said = draw(pairs.of_size((90, 80)), 1400)
     areas, seen = {}, 0
     for image, words in zip(images, said, strict=True):
         if words["relation"] != "none" or words["pattern"] != "plain":
@@ -347,9 +358,15 @@ def test_pairs_have_the_sizes_their_caption_says(pairs):
         assert max(areas[shape, "small"]) < min(areas[shape, "large"])
 
 
-def test_second_objects_come_from_32_pixels_on():
+def test_second_objects_come_from_32_pixels_on(least):
+    assert least.size == (60, 32) and "relation" in least.attributes
     assert "relation" not in data.Shapes(31, 60).attributes
-    assert "relation" in data.Shapes(60, 32).attributes
+
+
+def test_a_bucket_of_the_shapes_is_the_set_of_its_size():
+    wide, tall = data.load("shapes", [(12, 14), (16, 10)], seed=3).sets
+    assert torch.equal(wide.batch(range(5))[0], data.Shapes(12, 14, seed=3).batch(range(5))[0])
+    assert torch.equal(tall.batch(range(5))[0], data.Shapes(16, 10, seed=3).batch(range(5))[0])
 
 
 @pytest.mark.parametrize("size", [(16, 20), (40, 52)])

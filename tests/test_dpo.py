@@ -24,7 +24,6 @@ from tools.command import given_settings
 HOW = dict(distil=dpo.distil, method="dpo", kind=dpo.Settings)
 BOTH = "--judge-steps 5 --evaluation 8 --save-every 2"
 OWN = f"{BOTH} --tie 0 --tuning-iterations 5 --lora 3"
-CUTS = ["tuning", "distillation"]
 BY_DPO = WORK.replace("words.split())", "words.split(), dpo.distil, 'dpo', dpo.Settings)")
 BY_DPO = (
     BY_DPO.replace("(0, 75)", "(0, 75, 143)")
@@ -251,13 +250,13 @@ def test_the_tuned_folder_is_a_run_that_ladds_own_program_reports_on(tuned, cach
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-@pytest.mark.parametrize("stage", CUTS)
-def test_a_cut_run_goes_on_bit_for_bit(train, monkeypatch, whole, tuned, stage):
+def test_a_cut_run_goes_on_bit_for_bit(train, monkeypatch, whole, tuned):
     """In the adapter's updates, and in LADD's."""
     flags = f"--from {whole} {OWN} --adapter-scale 0.5"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        cut_at(patch, stage, 4)
-        train("cut", flags, MAKING[2:], **HOW)
+    for stage in ("tuning", "distillation"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            cut_at(patch, stage, 4)
+            train("cut", flags, MAKING[2:], **HOW)
     cut = train("cut", flags, MAKING[2:], **HOW)
     for name in FILES:
         assert same(cut / name, tuned / name)

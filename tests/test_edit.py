@@ -144,9 +144,8 @@ def test_the_report_has_a_row_of_the_pictures_as_given(edits):
     assert given["name"] == "as given" and given["outside"] == 0 and given["inside"] > 20
 
 
-@pytest.mark.parametrize("stage", ["tuning", "distillation"])
-def test_a_run_that_was_cut_goes_on_bit_for_bit(train, whole, monkeypatch, stage):
-    check_that_a_cut_run_goes_on(train, f"--from {whole}", monkeypatch, stage, **METHOD)
+def test_a_run_that_was_cut_goes_on_bit_for_bit(train, whole, monkeypatch):
+    check_that_a_cut_run_goes_on(train, f"--from {whole}", monkeypatch, **METHOD)
 
 
 @pytest.mark.parametrize(

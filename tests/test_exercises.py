@@ -15,15 +15,15 @@ TEXT = (ROOT / "docs" / "exercises.md").read_text("utf-8")
 PATCHES = sorted((ROOT / "docs" / "exercises").glob("*.patch"))
 FILES = ("mmdit.py", "discriminator.py", "sample.py", "data.py", "ladd.py")
 
-# Each answer is run by a fork of one process that has imported what takes long.
+# Each answer is run by a fork of one process that has imported what takes long, all side by side.
 FORK = """
 import json, os, sys
 import numpy, PIL.Image, torch, tqdm, torch._dynamo
 torch.set_num_threads(1)
-status = {}
+children = {}
 for folder in json.loads(sys.argv[1]):
-    child = os.fork()
-    if not child:
+    children[folder] = os.fork()
+    if not children[folder]:
         os.chdir(folder)
         sys.path.insert(0, folder)
         out = os.open("out.txt", os.O_CREAT | os.O_WRONLY)
@@ -39,8 +39,8 @@ for folder in json.loads(sys.argv[1]):
             traceback.print_exc()
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
-    status[folder] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-print(json.dumps(status))
+ended = {folder: os.waitpid(child, 0)[1] for folder, child in children.items()}
+print(json.dumps({folder: os.waitstatus_to_exitcode(end) for folder, end in ended.items()}))
 """
 
 

@@ -1,6 +1,7 @@
 """Imports run one way: tools, methods → ladd → sample → data, discriminator → mmdit → lib."""
 
 import ast
+import functools
 import graphlib
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +62,7 @@ def computed_names(argument):
     return ["*"]
 
 
+@functools.cache
 def imports_of(module, text, modules):
     """The imports of a module, of ours alone. modules: the names of all of ours."""
     found = []
@@ -93,7 +95,8 @@ def imports_of(module, text, modules):
 
 
 def graph_of(sources):
-    return [each for name, text in sources.items() for each in imports_of(name, text, sources)]
+    modules = frozenset(sources)
+    return [each for name, text in sources.items() for each in imports_of(name, text, modules)]
 
 
 def faults_of(imports):

@@ -405,11 +405,13 @@ def student(tmp_path_factory, cache, teacher):
     """The student of the small runs, all options at their defaults."""
     out = tmp_path_factory.mktemp("student") / "run"
     for stage in ("synthesis", "distillation"):
-        words = [*FEW.split(), "--teacher", str(teacher), "--out", str(out), "--stage", stage]
-        assert ladd.main(words) == 0
+        words = ["--teacher", f"{teacher}", "--stage", stage]
+        where = ["--out", f"{out}", "--data-dir", f"{cache}"]
+        assert ladd.main([*FEW.split(), *words, *where]) == 0
     return out / "student.pt"
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("flags", STUDENT_ONLY)
 def test_every_option_of_the_distillation_changes_the_student(train, teacher, student, flags):
     """No option is accepted and ignored: from the same teacher another student."""
@@ -419,6 +421,7 @@ def test_every_option_of_the_distillation_changes_the_student(train, teacher, st
     assert not same(out / "student.pt", student)
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("flags", TEACHER_ONLY)
 def test_every_option_of_the_teacher_changes_the_teacher(train, teacher, flags):
     out = train("run", flags, ["teacher"])
@@ -464,7 +467,7 @@ def test_the_adversarial_loss_is_logged_without_the_distillation_loss(train, tea
         assert row["loss_distill"] == distill.item()
 
 
-def test_the_distillation_loss_counts_by_its_weight(train, teacher):
+def test_the_distillation_loss_counts_by_its_weight(train, teacher, unseen):
     """Beside the adversarial loss, not in name alone: another weight, another student."""
     students = [
         train(f"run{w}", f"--teacher {teacher} --distill-weight {w}", MAKING[1:]) / "student.pt"
@@ -510,15 +513,9 @@ def test_a_sample_comes_with_the_noise_it_was_made_from(train, teacher):
     torch.testing.assert_close(again, b.x0, rtol=1e-2, atol=1e-2)  # kept in half precision
 
 
-@pytest.fixture
-def without_probe(monkeypatch):
-    """Runs do not measure diversity, which reads images and predicts for itself."""
-    monkeypatch.setattr(ladd, "diversity_probe", lambda *_: lambda student: torch.tensor(1.0))
-
-
 @pytest.mark.parametrize("targets", ["synthetic", "real"])
 def test_lower_levels_have_the_teachers_own_noise_and_pure_noise_is_fresh(
-    train, teacher, monkeypatch, without_probe, targets
+    train, teacher, monkeypatch, unseen, targets
 ):
     """At t < 1 the student is shown the noise that its target was made from, and is held to that
     target; at pure noise it is shown new noise, and is not. Real targets have no such noise."""
@@ -558,7 +555,7 @@ def seen(monkeypatch):
     return numbers
 
 
-def test_every_update_has_images_of_its_own(train, seen, without_probe):
+def test_every_update_has_images_of_its_own(train, seen, unseen):
     """6 updates of 5 see images 0 to 29; of the synthetic set 6 updates of 4 see 0 to 23."""
     train("run")
     assert [i for i in seen[data.Shapes] if i < data.SYNTHETIC_INDEX] == list(range(30))

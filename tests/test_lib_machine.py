@@ -54,15 +54,14 @@ def test_a_device_that_computes_nothing_is_refused(name):
         device_of(name)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_a_terminal_that_cant_show_a_character_ends_no_program(encoding):
+@pytest.mark.parametrize(("program", "encoding"), [("ladd.py", "ascii"), ("sample.py", "cp1252")])
+def test_a_terminal_that_cant_show_a_character_ends_no_program(program, encoding):
     """--help has Greek letters, which such a terminal shows as "?"."""
-    for program in ("ladd.py", "sample.py"):
-        words = [sys.executable, program, "--help"]
-        environment = os.environ | dict(PYTHONIOENCODING=encoding)
-        out = subprocess.run(words, capture_output=True, cwd=ROOT, env=environment)
-        assert out.returncode == 0, out.stderr
-        assert b"?" in out.stdout and b"Traceback" not in out.stderr
+    words = [sys.executable, program, "--help"]
+    environment = os.environ | dict(PYTHONIOENCODING=encoding)
+    out = subprocess.run(words, capture_output=True, cwd=ROOT, env=environment)
+    assert out.returncode == 0, out.stderr
+    assert b"?" in out.stdout and b"Traceback" not in out.stderr
 
 
 def test_compiling_without_a_compiler_is_refused_in_one_line(monkeypatch):

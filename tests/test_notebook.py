@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import ladd
+
 ROOT = Path(__file__).resolve().parent.parent
 PATH = ROOT / "docs" / "ladd.ipynb"
 CELLS = json.loads(PATH.read_text("utf-8"))["cells"]
@@ -39,6 +41,7 @@ def test_every_cell_runs_in_order_with_small_numbers(tmp_path, monkeypatch, caps
     (tmp_path / "docs").mkdir()
     monkeypatch.chdir(tmp_path / "docs")
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(ladd.PRESETS, "nano", dict(judge_steps=2))
     names, drawn = dict(SMALL), 0
     for code in CODE[1:]:
         exec(compile(code, PATH.name, "exec"), names)

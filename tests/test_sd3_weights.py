@@ -459,7 +459,7 @@ def test_flipped_and_cut_bytes_are_refused_or_harmless(tmp_path):
 FEW = "--size 8 --width 16 --depth 2 --heads 4 --no-qk-norm --text-dim 4 --text-length 3 --taps 0,1"
 FEW += " --pos-size 4 --head-width 16 --teacher-iterations 2 --teacher-batch 4 --iterations 4"
 FEW += " --batch 4 --heads-warmup 2 --synthetic 4 --synthetic-steps 1 --teacher-steps 1"
-FEW += " --device cpu --precision fp32"
+FEW += " --evaluation 8 --judge-steps 2 --judge-width 8 --device cpu --precision fp32"
 MAKING = ("teacher", "synthesis", "distillation")
 
 

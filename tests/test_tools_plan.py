@@ -1,13 +1,8 @@
 """The plan: what it reckons without data is what real updates take."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from conftest import randn
+from test_lib_parallel import launch
 
 import data
 import ladd
@@ -19,8 +14,6 @@ from lib.streams import RULE
 from mmdit import MMDiT
 from tools.command import given_settings
 from tools.plan import main, meta_networks, plan
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def plan_of(words, gpus=1):
@@ -88,12 +81,11 @@ def test_the_plan_with_adapters_counts_the_base_once():
     assert 0.8 < saved < 1  # the gradients of W; those of A and B, of rank 64, are there
 
 
-# A run of nano by one process of two, which keeps the most bytes that it held in `distil`.
+# Runs of nano by one process of two, which keeps the most bytes that it held in `distil`.
 MEASURE = """
-import sys
+import json, os, sys
 import ladd
 from lib.memory import peak_bytes
-from lib.parallel import rank
 from tools import report
 
 report.report = lambda run: None
@@ -101,28 +93,30 @@ report.show = lambda *arguments: None
 
 def measured(run):
     held = peak_bytes(lambda: ladd.distil(run))
-    (run.out / f"held-{rank()}").write_text(str(held))
+    (run.out / f"held-{os.environ['RANK']}").write_text(str(held))
 
-sys.exit(ladd.main(sys.argv[1:], distil=measured))
+def work(commands, ports):
+    for words, os.environ["MASTER_PORT"] in zip(commands, ports):
+        assert ladd.main(words.split(), distil=measured) == 0
+
+commands, *ports = json.loads(sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("more", ["", " --lora 8"])
-def test_the_plan_of_memory_agrees_with_two_processes(more, tmp_path):
-    """nano, divided in two: what either process holds at the most, within 10 %."""
+def test_the_plan_of_memory_agrees_with_two_processes(tmp_path):
+    """nano, divided in two, the student's own weights and an adapter: what either process holds at
+    the most, within 10 %."""
     words = "--iterations 2 --heads-warmup 0 --synthetic 64 --device cpu --precision fp32 --shard"
     words += " --muon-lr 0 --teacher-iterations 1 --teacher-batch 2 --synthetic-steps 1"
-    words += " --sample-every 1000" + more
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = f"{free.getsockname()[1]}"
-    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    command = [sys.executable, "-c", MEASURE, *words.split(), "--out", str(tmp_path / "run")]
-    processes = [subprocess.Popen(command, cwd=ROOT, env=env | dict(RANK=rank)) for rank in "01"]
-    assert [process.wait(timeout=3600) for process in processes] == [0, 0]
-    planned = plan_of(words, gpus=2)["ways"][False]["total"]
-    for process in range(2):
-        held = int((tmp_path / "run" / f"held-{process}").read_text())
-        assert planned == pytest.approx(held, rel=0.1)
+    words += " --sample-every 1000 --lora "
+    commands = [f"{words}{lora} --out {tmp_path / lora}" for lora in "08"]
+    status, errors = launch(2, commands, tmp_path / "errors", MEASURE)
+    assert status == [0, 0], errors
+    for lora in "08":
+        planned = plan_of(words + lora, gpus=2)["ways"][False]["total"]
+        for process in range(2):
+            held = int((tmp_path / lora / f"held-{process}").read_text())
+            assert planned == pytest.approx(held, rel=0.1)
 
 
 # ---------------------------------------------------------------------------------------------
