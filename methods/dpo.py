@@ -11,34 +11,28 @@ update of the adapter:
 
 The papers': these lines, then LADD from the tuned teacher, then the same adapter once more, on the
 student. Ours: t as the teacher was trained; that the samples are the teacher's own, ranked by a
-classifier which is not the judge that scores; all numbers.
+classifier which is not the judge that scores (methods/dpo_pairs.py); all numbers.
 
     python -m methods.dpo --preset nano --from runs/nano
     python -m methods.dpo --preset nano --from runs/nano --pairs FOLDER      your own preferences
 """
 
-import copy
 import dataclasses
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-import data
 import ladd
 import sample
-from lib.errors import UsageError
 from lib.optim import learning_rate, make_optimizers, step_all, update_ema
-from lib.pairs import LIST, best_and_worst, read_list, read_pairs, rewards, tensors_of, write_pairs
-from lib.parallel import average, barrier, leave, rank, world
+from lib.pairs import read_list
+from lib.parallel import average, barrier, leave
 from lib.run import Run
 from lib.settings import setting
 from lib.states import forget_states
-from methods.add import classifier_of
+from methods.dpo_pairs import take_pairs
 from mmdit import MMDiT
 from sample import add_noise
-
-PAIR_INDEX = 3 << 35  # from here on captions are drawn whose samples are ranked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,56 +71,6 @@ def difference(network, reference, *pairs):
 def preference_loss(delta, beta):
     """Line 5. Δ (B,) -> scalar"""
     return -F.logsigmoid(-0.5 * beta * delta).mean()
-
-
-def make_pairs(run):
-    """Line 1: samples by the teacher, ranked. -> pairs as lib/pairs.py has them"""
-    s, dataset, pairs = run.settings, run.dataset, []
-    if not dataset.attributes:
-        raise UsageError("--pairs: is needed, as these captions ask nothing to rank samples by")
-    judge, teacher = classifier_of(run), ladd.generator(run, "teacher")
-    options = dict(seed=s.seed, steps=s.synthetic_steps, cfg=s.synthetic_cfg)
-    for bucket, n in data.shares(dataset, max(2, s.synthetic // s.candidates)):
-        _, caption = bucket.batch(np.arange(n) + PAIR_INDEX)
-        caption = caption.repeat_interleave(s.candidates)
-        texts, stream = [dataset.captions[i] for i in caption], f"pairs of {bucket.size}"
-        images = data.to_uint8(teacher.sample(texts, size=bucket.size, stream=stream, **options))
-        reward = rewards(judge, images, dataset.labels[caption])
-        found = best_and_worst(images, reward, s.candidates, s.tie)
-        pairs += [(pair, texts[i]) for pair, i in found]
-    if len(pairs) < 2:
-        raise UsageError(f"--tie {s.tie:g}: leaves {len(pairs)} pairs of {s.synthetic} samples")
-    return pairs
-
-
-def take_pairs(run):
-    """The pairs, kept in the run's folder. -> batches of those to learn from, and of a tenth that
-    is held out"""
-    s, folder = run.settings, run.out / "pairs"
-    if rank() == 0 and not (folder / LIST).exists():
-        run.watch.patient = world() > 1  # nothing is saved on the way, but all must end together
-        write_pairs(read_pairs(s.pairs, s.sizes) if s.pairs else make_pairs(run), folder)
-        run.watch.patient = True
-    run.watch.check()  # which waits for rank 0
-    pairs = read_pairs(folder, s.sizes)
-    learned = [pair for i, pair in enumerate(pairs) if i % 10]
-    return batches(run, learned), batches(run, pairs[::10])
-
-
-def batches(run, pairs):
-    """A function step -> winner, loser, text, t, noise: what an update starts from, drawn as the
-    teacher's batches are, of images that are the winner over the loser."""
-    parts, captions = tensors_of(pairs)
-    options = dict(captions=captions, seed=run.settings.seed, flip=False)
-    other, words = copy.copy(run), run.text.ids(captions)
-    other.settings = dataclasses.replace(run.settings, teacher_batch=run.settings.batch)
-    other.dataset = data.Buckets([data.ImageSet("pairs", own, **options) for own in parts])
-
-    def draw(step):
-        images, text, t, noise = ladd.draw_teacher_batch(other, step, words)
-        return *images.chunk(2, dim=1), text, t, noise.chunk(2, dim=1)[0]
-
-    return draw
 
 
 def tune(run, draw):

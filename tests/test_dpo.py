@@ -1,4 +1,4 @@
-"""methods/dpo.py and lib/pairs.py: what preferences do to a network, and how pairs are given."""
+"""methods/dpo.py, its pairs and lib/pairs.py: what preferences do, and how pairs are given."""
 
 import json
 import math
@@ -29,14 +29,14 @@ BY_DPO = (
     BY_DPO.replace("(0, 75)", "(0, 75, 143)")
     + """
 import signal
-from methods import dpo
+from methods import dpo, dpo_pairs
 
-def make_pairs(run, make=dpo.make_pairs):
+def make_pairs(run, make=dpo_pairs.make_pairs):
     if run.out.name == "cut":
         os.kill(os.getpid(), signal.SIGTERM)
     return make(run)
 
-dpo.make_pairs = make_pairs
+dpo_pairs.make_pairs = make_pairs
 """
 )
 FILES = ("adapter.pt", "student.pt", "tuned/teacher.pt", "tuned/heads.pt", "tuned/student.pt")

@@ -163,7 +163,8 @@ def test_a_compressed_file_is_refused_before_it_is_unpacked(tmp_path):
 
 def test_pickles_and_arrays_are_only_read_by_readers_that_run_no_code():
     """In the source of every program."""
-    sources = [path for path in ROOT.rglob("*.py") if "tests" not in path.parts]
+    folders = (".", "lib", "sd3", "methods", "tools")
+    sources = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
     assert len(sources) > 30
     for path in sources:
         source = path.read_text(encoding="utf-8")
@@ -192,6 +193,8 @@ MACHINE = {  # what reading a sound file may raise, and what is said
 @pytest.mark.parametrize("reader", ["checkpoint", "samples", "judge", "SD3"])
 def test_only_wrong_content_is_called_damage(tmp_path, monkeypatch, case, reader):
     """What is wrong with the machine is told as it is, without advice to delete a sound file."""
+    if reader == "SD3":
+        pytest.importorskip("safetensors")
     raised, told = MACHINE[case]
     readers = dict(
         checkpoint=lambda: files.read(tmp_path / "a.pt"),
