@@ -90,8 +90,8 @@ def launch(cache, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def train(launch, tmp_path):
-    """train(name, flags) -> folder of a run of a few updates, without its report."""
+def train_and_show(launch, tmp_path):
+    """train_and_show(name, flags) -> folder of a run of a few updates, without its report."""
 
     def train(name, flags="", stages=MAKING, **method):
         for stage in stages:
@@ -102,11 +102,11 @@ def train(launch, tmp_path):
 
 
 @pytest.fixture
-def unseen(monkeypatch):
-    """Runs draw no pictures and measure no diversity: a third of their time, where only weights
-    are looked at."""
+def train(train_and_show, monkeypatch):
+    """The same without pictures and diversity, which are a third of the time of such a run."""
     monkeypatch.setattr(report, "show", lambda *_: None)
     monkeypatch.setattr(ladd, "diversity_probe", lambda *_: lambda student: torch.ones(()))
+    return train_and_show
 
 
 @pytest.fixture(scope="session")

@@ -250,14 +250,14 @@ def test_the_tuned_folder_is_a_run_that_ladds_own_program_reports_on(tuned, cach
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-def test_a_cut_run_goes_on_bit_for_bit(train, monkeypatch, whole, tuned):
+def test_a_cut_run_goes_on_bit_for_bit(train_and_show, monkeypatch, whole, tuned):
     """In the adapter's updates, and in LADD's."""
     flags = f"--from {whole} {OWN} --adapter-scale 0.5"
     for stage in ("tuning", "distillation"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             cut_at(patch, stage, 4)
-            train("cut", flags, MAKING[2:], **HOW)
-    cut = train("cut", flags, MAKING[2:], **HOW)
+            train_and_show("cut", flags, MAKING[2:], **HOW)
+    cut = train_and_show("cut", flags, MAKING[2:], **HOW)
     for name in FILES:
         assert same(cut / name, tuned / name)
     for part in (".", "tuned"):

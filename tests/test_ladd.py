@@ -411,7 +411,6 @@ def student(tmp_path_factory, cache, teacher):
     return out / "student.pt"
 
 
-@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("flags", STUDENT_ONLY)
 def test_every_option_of_the_distillation_changes_the_student(train, teacher, student, flags):
     """No option is accepted and ignored: from the same teacher another student."""
@@ -421,7 +420,6 @@ def test_every_option_of_the_distillation_changes_the_student(train, teacher, st
     assert not same(out / "student.pt", student)
 
 
-@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("flags", TEACHER_ONLY)
 def test_every_option_of_the_teacher_changes_the_teacher(train, teacher, flags):
     out = train("run", flags, ["teacher"])
@@ -467,7 +465,7 @@ def test_the_adversarial_loss_is_logged_without_the_distillation_loss(train, tea
         assert row["loss_distill"] == distill.item()
 
 
-def test_the_distillation_loss_counts_by_its_weight(train, teacher, unseen):
+def test_the_distillation_loss_counts_by_its_weight(train, teacher):
     """Beside the adversarial loss, not in name alone: another weight, another student."""
     students = [
         train(f"run{w}", f"--teacher {teacher} --distill-weight {w}", MAKING[1:]) / "student.pt"
@@ -515,7 +513,7 @@ def test_a_sample_comes_with_the_noise_it_was_made_from(train, teacher):
 
 @pytest.mark.parametrize("targets", ["synthetic", "real"])
 def test_lower_levels_have_the_teachers_own_noise_and_pure_noise_is_fresh(
-    train, teacher, monkeypatch, unseen, targets
+    train, teacher, monkeypatch, targets
 ):
     """At t < 1 the student is shown the noise that its target was made from, and is held to that
     target; at pure noise it is shown new noise, and is not. Real targets have no such noise."""
@@ -555,7 +553,7 @@ def seen(monkeypatch):
     return numbers
 
 
-def test_every_update_has_images_of_its_own(train, seen, unseen):
+def test_every_update_has_images_of_its_own(train, seen):
     """6 updates of 5 see images 0 to 29; of the synthetic set 6 updates of 4 see 0 to 23."""
     train("run")
     assert [i for i in seen[data.Shapes] if i < data.SYNTHETIC_INDEX] == list(range(30))

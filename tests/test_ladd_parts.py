@@ -7,7 +7,7 @@ import ladd
 
 
 @pytest.mark.parametrize("flags", ["", "--r1 0.1"])
-def test_a_batch_in_parts_gives_the_weights_of_a_whole_one(train, unseen, flags):
+def test_a_batch_in_parts_gives_the_weights_of_a_whole_one(train, flags):
     """The mean of the parts' gradients is the batch's: teacher, student and heads to 1e-5."""
     flags += " --teacher-batch 8 --iterations 8 --teacher-iterations 8 --muon-lr 0"
     one, parts = train("one", flags), train("parts", f"{flags} --accumulate 4")

@@ -305,7 +305,7 @@ def test_a_damaged_result_of_an_earlier_stage_is_named(launch, train, capsys, na
 # ---------------------------------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train, whole, unseen):
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train, whole):
     """Two identical runs are identical bit for bit, whatever this process drew in between."""
     torch.rand(17)
     again, other = train("again"), train("other", "--seed 1")

@@ -49,24 +49,26 @@ def test_a_log_without_numbers_gives_no_picture():
     assert curves.draw_curves([dict(settings={}), dict(stage="report", finished=True)]) is None
 
 
-def test_every_grid_of_the_students_has_its_scores_in_one_step_and_they_change_no_number(train):
+def test_every_grid_of_the_students_has_its_scores_in_one_step_and_they_change_no_number(
+    train_and_show,
+):
     """They are that student's own, as another judge of the same settings finds them."""
-    folder = train("run", "--sample-every 4")
+    folder = train_and_show("run", "--sample-every 4")
     rows = [row for row in lines(folder) if "step" in row and "frechet" in row]
     assert [row["step"] for row in rows] == [4, 6]
     run = run_of(["--out", folder, "--data-dir", folder / "other"])
     last = report.glance(run.dataset, ladd.generator(run, "student"), run.settings.data_dir)
     assert last == pytest.approx({name: rows[1][name] for name in ("alignment", "frechet")})
     assert {"alignment", "frechet"} <= curves.panels_of(rows)["distillation"].keys()
-    fewer = train("fewer", "--sample-every 6")
+    fewer = train_and_show("fewer", "--sample-every 6")
     assert same(folder / "student.pt", fewer / "student.pt")
 
 
-def test_the_curves_are_drawn_with_the_grids_before_there_is_a_report(train):
+def test_the_curves_are_drawn_with_the_grids_before_there_is_a_report(train_and_show):
     """And are drawn anew: those of two stages are higher than those of one."""
     heights = []
     for stage in ("teacher", "synthesis", "distillation"):
-        folder = train("run", stages=[stage])
+        folder = train_and_show("run", stages=[stage])
         with Image.open(folder / "curves.png") as picture:
             heights.append(picture.height)
     assert heights[0] == heights[1] < heights[2]

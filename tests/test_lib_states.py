@@ -223,10 +223,10 @@ def test_code_in_a_strangers_state_is_not_run(tmp_path, capsys):
 
 @pytest.mark.parametrize(("damage", "stage"), [(truncate, "teacher"), (flip, "distillation")])
 def test_a_run_goes_on_from_the_state_before_a_damaged_one(
-    launch, train, whole, monkeypatch, capsys, damage, stage
+    launch, train_and_show, whole, monkeypatch, capsys, damage, stage
 ):
     flags = "--save-every 1"
-    out = cut(launch, train, monkeypatch, stage, 5, flags)
+    out = cut(launch, train_and_show, monkeypatch, stage, 5, flags)
     older, newer = sorted(out.glob("*state*"))
     damage(newer / "__0_0.distcp")
     capsys.readouterr()
@@ -276,14 +276,14 @@ def cut(launch, train, monkeypatch, stage, update, flags):
     ids=["at a state", "between states", "before the first state"],
 )
 def test_a_cut_run_goes_on_as_if_nothing_had_happened(
-    launch, train, whole, monkeypatch, capsys, stage, every, update
+    launch, train_and_show, whole, monkeypatch, capsys, stage, every, update
 ):
     """Weights, averages, optimisers, data and noise go on: the end is the same bit for bit."""
     flags = f"--save-every {every}"
-    out = cut(launch, train, monkeypatch, stage, update, flags)
+    out = cut(launch, train_and_show, monkeypatch, stage, update, flags)
     assert not (out / ("teacher.pt" if stage == "teacher" else "student.pt")).exists()
     capsys.readouterr()
-    train("cut", flags)
+    train_and_show("cut", flags)
     state = update // every * every
     assert (f"going on from update {state} of 6" in capsys.readouterr().out) == (state > 0)
     for kind in ("teacher", "student"):

@@ -161,14 +161,14 @@ def test_training_leaves_the_shared_weights_as_they_are(train, whole, monkeypatc
 
 @pytest.mark.parametrize("method", ["ladd", "regression", "consistency", "add", "dmd"])
 def test_a_run_with_adapters_goes_on_bit_for_bit_where_it_was_cut(
-    train, monkeypatch, whole, adapted_run, method
+    train_and_show, monkeypatch, whole, adapted_run, method
 ):
     flags = f"--from {whole} --save-every 2 --lora 3"
-    want = adapted_run if method == "ladd" else train_method(train, "want", flags, method)
+    want = adapted_run if method == "ladd" else train_method(train_and_show, "want", flags, method)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         cut_at(patch, "distillation", 4)
-        train_method(train, "cut", flags, method)
-    cut = train_method(train, "cut", flags, method)
+        train_method(train_and_show, "cut", flags, method)
+    cut = train_method(train_and_show, "cut", flags, method)
     assert same(want / "student.pt", cut / "student.pt") and updates(want) == updates(cut)
     assert adapter_of(weights(cut / "student.pt")).keys() == weights(cut / "student.pt").keys()
 
