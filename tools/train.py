@@ -72,7 +72,8 @@ def open_data(s, given):
 
 
 def to_take(run, given=None):
-    """The files of --from, whose seed may be another. given: the teacher of --teacher, the same."""
+    """The files of --from, whose seed may be another. given: --teacher's checkpoint, if any, which
+    must be the same teacher, or the one that the other was tuned from."""
     s, source = run.settings, Path(run.settings.source)
     fields = dataclasses.fields(s)
     names = [field.name for field in fields if field.name not in ("seed", "teacher")]
