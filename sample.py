@@ -130,7 +130,7 @@ def renoise(model, x, levels, text, fresh_noise, eta=0.0):
 
 def read_checkpoint(path, kinds=("teacher", "student"), check=True):
     """A checkpoint's dict: kind, model (arguments), weights (memory-mapped), settings (read as
-    attributes), step. Runs no code. check: whether its checksum is."""
+    attributes), step. Runs no code. check: whether its checksums are."""
     return checkpoints.read_checkpoint(path, kinds, MMDiT, check)
 
 

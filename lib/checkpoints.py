@@ -29,7 +29,7 @@ def is_ours(path):
 def read_checkpoint(path, kinds, network, check=True, alone=False):
     """What a file holds, or the file of the first kind in a run folder, as a dict: kind, one of
     `kinds`; model, the arguments of `network`; weights, memory-mapped; settings, read as
-    attributes; step. CheckpointError says what is wrong. check: the checksum. alone: of a network
+    attributes; step. CheckpointError says what is wrong. check: the checksums. alone: of a network
     with an adapter that alone is returned, as the file has it."""
     path = Path(path)
     if path.is_dir():

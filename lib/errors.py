@@ -65,6 +65,13 @@ def reason(error, most=100):
     return (str(error) or type(error).__name__).splitlines()[0][:most]
 
 
+def first_cause(error):
+    """The error that others came of: PyTorch tells the last of them."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
 def some(names, most=3):
     """The first of the names, as text."""
     return ", ".join([*names[:most], "…"] if len(names) > most else names)

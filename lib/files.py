@@ -1,5 +1,5 @@
-"""Files that are whole or not there: written beside their name, then renamed; checkpoints carry a
-checksum and are read without running code.
+"""Files that are whole or not there: written beside their name, then renamed; checkpoints are
+checked and read without running code.
 """
 
 import contextlib
@@ -15,10 +15,8 @@ from pathlib import Path
 import torch
 
 from lib.archive import MOST_BYTES
-from lib.errors import CheckpointError, DataError, clean, pass_on, reason
+from lib.errors import CheckpointError, DataError, clean, first_cause, pass_on, reason
 from lib.kinds import kind_of
-
-MARK = b"\nSHA-256 "  # then the digest of all before it, in hex: the end of every file of `save`
 
 
 @contextlib.contextmanager
@@ -105,90 +103,54 @@ def link(file, path):
 
 
 # ---------------------------------------------------------------------------------------------
-# Checkpoints: torch.save's files, and a checksum after them
+# Checkpoints: torch.save's files are zips, with a checksum (CRC-32) of every tensor
 # ---------------------------------------------------------------------------------------------
 
 
-class Summed:
-    """A file that torch.save writes to: adds up the SHA-256 of what is written. What is wrong with
-    the disk, which torch.save hides, is kept in `error`."""
-
-    def __init__(self, file):
-        self.file, self.digest, self.error = file, hashlib.sha256(), None
-
-    def write(self, content):
-        self.digest.update(content)
-        try:
-            if self.error is None:
-                self.file.write(content)
-        except OSError as error:
-            self.error = error
-        return len(content)
-
-    def flush(self):
-        pass
-
-
 def save(value, path):
-    """Writes a file for `read` and torch.load, whole or not at all, that ends in its checksum.
-    Tensor by tensor: no second copy of them in memory."""
+    """Writes a file for `read` and torch.load, whole or not at all."""
     with replacing(path) as file:
-        summed = Summed(file)
-        torch.save(value, summed)
-        if summed.error is not None:
-            raise summed.error
-        file.write(MARK + summed.digest.hexdigest().encode())
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:
+            raise first_cause(error) from None  # what is wrong with the disk
 
 
 def checksum(path):
-    """The checksum at the end of a file of `save`; of another file, nothing."""
-    with open(path, "rb") as file:
-        file.seek(max(0, os.path.getsize(path) - len(MARK) - 64))
-        end = file.read()
-    return end.removeprefix(MARK).decode() if end.startswith(MARK) else ""
+    """Tells files of `save` apart, however long they are: a digest of the checksums in them."""
+    with zipfile.ZipFile(path) as parts:
+        sums = [part.CRC for part in parts.infolist()]
+    return hashlib.sha256(repr(sums).encode()).hexdigest()
 
 
-def differs(path):
-    """Whether a file of `save` is not what was written: read from end to end, and not kept. One
-    without a checksum (torch.save's own) can't differ."""
-    left, digest = max(0, os.path.getsize(path) - len(MARK) - 64), hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(min(left, 1 << 20)):
-            digest.update(chunk)
-            left -= len(chunk)
-        end = file.read(len(MARK) + 64)
-    return end.startswith(MARK) and end != MARK + digest.hexdigest().encode()
-
-
-def load(path, *, check=True, mmap=False):
-    """What `save` wrote, on the CPU. Runs no code; on a damaged file it raises nearly anything.
-
-    check: whether the checksum is. mmap: a tensor is read where it is touched."""
-    if check and differs(path):
-        raise ValueError("its content is not what was written: the checksum differs")
+def check_parts(path, whole):
+    """Raises nearly anything where a file of `save` is damaged; whole: read from end to end."""
     with zipfile.ZipFile(path) as parts:
         if not any(name.endswith("data.pkl") for name in parts.namelist()):
             raise ValueError("a zip, but not one of torch.save")
         if any(part.compress_type for part in parts.infolist()):
             raise ValueError("it is compressed")  # torch.save packs nothing
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except UnicodeEncodeError:  # torch maps no file of such a name
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if whole and (bad := parts.testzip()):
+            raise ValueError(f"its content is not what was written: the checksum of {bad} differs")
 
 
 def read(path, *, check=True, mmap=False):
-    """The same; CheckpointError says where the file is missing or damaged."""
-    if Path(path).exists() and not Path(path).is_file():
+    """What `save` wrote, on the CPU. Runs no code. CheckpointError: it is missing or damaged.
+
+    check: whether the checksums are. mmap: a tensor is read where it is touched."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file. Has the run got that far?")
+    if not path.is_file():
         raise CheckpointError(f"{path}: not a file.")  # a pipe or a device might never end
+    if kind_of(path) != "torch":
+        raise CheckpointError(f"{path}: can't be read as a checkpoint: it is a safetensors.")
     try:
-        if kind_of(path) != "torch":
-            raise CheckpointError(f"{path}: can't be read as a checkpoint: it is a safetensors.")
-        return load(path, check=check, mmap=mmap)
-    except CheckpointError:
-        raise
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file. Has the run got that far?") from None
+        check_parts(path, check)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except UnicodeEncodeError:  # torch maps no file of such a name
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{path}: can't be read: damaged, or with code in it, which is never run."

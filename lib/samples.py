@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from lib.errors import RunError, pass_on, reason
-from lib.files import load, save
+from lib.files import read, save
 from lib.loop import progress
 from lib.parallel import broadcast, my_share, rank, world
 from lib.streams import RULE
@@ -59,9 +59,9 @@ def write_samples(run, plan, make, seed):
 
 
 def read_file(path, channels, patch, check):
-    """x0 (n, C, H, W) float16, n captions, the noise's seed. check: whether the checksum is."""
+    """x0 (n, C, H, W) float16, n captions, the noise's seed. check: whether the checksums are."""
     try:
-        content = load(path, check=check, mmap=True)
+        content = read(path, check=check, mmap=True)
         x0, captions = content["x0"], [c + "" for c in content["captions"]]
         n, C, H, W = x0.shape
         if (n, C) != (len(captions), channels) or H % patch or W % patch:
@@ -73,8 +73,9 @@ def read_file(path, channels, patch, check):
         return x0, captions, int(content["seed"])
     except Exception as error:  # a damaged file raises nearly anything
         pass_on(error, path)
+        why = reason(error, 1000).removeprefix(f"{path}: ")
         raise RunError(
-            f"{path} is damaged ({reason(error)}). Delete it and give the command again."
+            f"{path} is damaged ({why}). Delete it and give the command again."
         ) from None
 
 

@@ -19,7 +19,7 @@ from pathlib import PurePath
 import torch
 import torch.distributed as dist
 
-from lib.errors import CheckpointError, RunError, pass_on, reason
+from lib.errors import CheckpointError, RunError, first_cause, pass_on, reason
 from lib.files import read, save, sha256
 from lib.lora import own_state
 from lib.parallel import barrier, gather, my_share, rank
@@ -173,9 +173,7 @@ class Saver:
         try:
             write()
         except CheckpointException as error:
-            why = next(iter(error.failures.values()))[0]
-            while why.__context__ is not None:  # torch.save hides what is wrong with the disk
-                why = why.__context__
+            why = first_cause(next(iter(error.failures.values()))[0])
             raise RunError(f"{folder}: the state can't be written ({why}).") from None
         mine = list(folder.glob(f"__{rank()}_*"))
         if rank() == 0:

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from lib.files import load, save
+from lib.files import read, save
 from lib.samples import Joined
 
 
@@ -20,7 +20,7 @@ def test_joined_tensors_are_read_as_one_and_not_before(tmp_path):
     for i, part in enumerate(parts):
         save(dict(x0=part), tmp_path / f"{i}.pt")
     before = anonymous()
-    joined = Joined([load(tmp_path / f"{i}.pt", mmap=True)["x0"] for i in range(3)])
+    joined = Joined([read(tmp_path / f"{i}.pt", mmap=True)["x0"] for i in range(3)])
     rows = np.array([800, 0, 299, 300, 301, 5, 800])
     assert torch.equal(joined[rows], whole[rows])
     assert len(joined) == 801 and joined.shape == whole.shape

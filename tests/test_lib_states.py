@@ -179,7 +179,7 @@ def test_a_folder_without_states_has_none(tmp_path):
 FILES = ("__0_0.distcp", ".metadata", "state.pt")
 
 
-@pytest.mark.parametrize("at", [0.0, 0.3, 0.7, 0.999])
+@pytest.mark.parametrize("at", [0.0, 0.3, 0.7, 0.9])
 @pytest.mark.parametrize("file", FILES)
 def test_a_flipped_byte_in_any_file_of_a_state_is_named_and_the_one_before_is_used(
     tmp_path, capsys, file, at
