@@ -371,7 +371,6 @@ def train_teacher(run):
         if loop.due(s.sample_every):
             run.show("teacher", step + 1, ema)
     run.save("teacher", ema, s.teacher_iterations)
-    loop.finish()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -553,7 +552,6 @@ def distil(run):
             run.show("student", step + 1, ema)
     run.save("heads", heads, s.iterations, optimizer=heads_optimizers[0])
     run.save("student", ema, s.iterations)
-    loop.finish()
 
 
 def separation(real, fake):

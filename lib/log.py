@@ -1,11 +1,9 @@
-"""log.jsonl of a run folder: a row of numbers every few updates, and tensorboard's copy of them."""
+"""log.jsonl of a run folder: a row of numbers every few updates."""
 
 import contextlib
-import functools
 import json
 import os
 
-from lib.errors import RunError
 from lib.files import write_text
 from lib.parallel import rank
 
@@ -13,27 +11,14 @@ from lib.parallel import rank
 class Log:
     """The rows of a run folder's log.jsonl. Rank 0 alone writes."""
 
-    def __init__(self, folder, tensorboard=False):
-        self.path, self.board = folder / "log.jsonl", None
-        if tensorboard and rank() == 0:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise RunError("--tensorboard needs: pip install tensorboard") from None
-            # made at its first number: a folder must be empty to become a run's
-            self.board = functools.cache(lambda: SummaryWriter(str(folder / "tensorboard")))
+    def __init__(self, folder):
+        self.path = folder / "log.jsonl"
 
     def write(self, **row):
         if rank() > 0:
             return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-
-    def show(self, stage, step, values):
-        """Gives numbers to tensorboard, if it was asked for."""
-        if self.board is not None:
-            for name, value in values.items():
-                self.board().add_scalar(f"{stage}/{name}", value, step)
 
     def rows(self):
         """The rows; what a cut or damage left of others is passed over."""

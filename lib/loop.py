@@ -16,7 +16,7 @@ from lib.errors import RunError, Stop
 from lib.health import symptoms
 from lib.machine import moved
 from lib.parallel import average, highest
-from lib.states import Saver, forget_states, load_state, newest_state
+from lib.states import Saver, load_state, newest_state
 
 
 def progress(name, total, initial=0):
@@ -114,15 +114,11 @@ class Loop:
                 self.checkpoint()
                 self.step += 1
                 self.bar.update()
+        self.saver.complete()
 
     def due(self, every):
         """Whether something done every so many updates, and at the end, is due after this one."""
         return (self.step + 1) % every == 0 or self.step + 1 == self.total
-
-    def finish(self):
-        """The stage's result is safe: its states are not needed any more."""
-        self.saver.complete()
-        forget_states(self.run.out, self.stage)
 
     # logging
 
@@ -171,12 +167,11 @@ class Loop:
             self.give_up(bad)
 
     def tell(self, means):
-        """One row: to log.jsonl, tensorboard and the progress bar, with warnings of bad signs."""
+        """One row: to log.jsonl and the progress bar, with warnings of bad signs."""
         now = time.perf_counter()
         speed = (self.step + 1 - self.first) / (now - self.start)  # updates per second
         means["images_per_s"] = speed * self.batch
         self.write(self.step + 1, **means)
-        self.run.log.show(self.stage, self.step + 1, means)
         for _, why, figure in self.symptoms():
             if why not in self.warned:
                 self.warned.add(why)

@@ -53,13 +53,7 @@ def autocast(device, precision):
 def has_bf16(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    if device.type != "cpu":
-        return False
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 @functools.cache
@@ -73,17 +67,11 @@ def check_compiler(device):
         raise UsageError(f"--compile: doesn't work on this machine ({why}); leave it out") from None
 
 
-@contextlib.contextmanager
 def deterministic(wanted):
-    """Asks for deterministic kernels; torch warns where none exists."""
-    before = torch.are_deterministic_algorithms_enabled()
+    """Whether only deterministic kernels are used; torch warns where none exists."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
 
 
 def keep_memory():

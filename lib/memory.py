@@ -8,28 +8,21 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 
-class Held:
-    """A tensor in the graph of a computation; it goes with its part of the graph."""
-
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-
 def kept_by(networks, function, *arguments):
     """What autograd keeps of a call for a backward, but for what belongs to the networks.
     -> what the call returns, {piece of memory: bytes}"""
     own = [tensor for n in networks for tensor in (*n.parameters(), *n.buffers())]
     own = {tensor.untyped_storage()._cdata for tensor in own}
-    all_held = weakref.WeakSet()
+    kept = []
 
     def keep(tensor):
-        held = Held(tensor)
-        all_held.add(held)
-        return held
+        tensor = tensor.detach()  # an object of its own: it goes with its part of the graph
+        kept.append(weakref.ref(tensor))
+        return tensor
 
-    with saved_tensors_hooks(keep, lambda held: held.tensor):
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
         result = function(*arguments)
-    storages = [held.tensor.untyped_storage() for held in all_held]
+    storages = [tensor().untyped_storage() for tensor in kept if tensor() is not None]
     return result, {x._cdata: x.nbytes() for x in storages if x._cdata not in own}
 
 

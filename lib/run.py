@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_map
 
-from lib.errors import UsageError
-from lib.files import checksum, read_object, save
+from lib.files import checksum, save
 from lib.log import Log
 from lib.loop import Loop
 from lib.lora import adapt, build, new_adapter, own_state
@@ -31,7 +30,7 @@ from lib.parallel import (
     to_rank0,
     world,
 )
-from lib.settings import bound, check_data, differences, lasting, locked, open_folder
+from lib.settings import bound, lasting, locked, open_folder
 from lib.states import forget_states, forget_unfinished
 from lib.streams import key_of
 
@@ -58,7 +57,7 @@ class Run:
         self.method, self.base = method, base or settings
         self.show = functools.partial(show, self)
         self.divided = settings.shard and world() > 1
-        self.log = Log(self.out, settings.tensorboard)
+        self.log = Log(self.out)
         self.notes = []  # lines that the report must repeat
         self.earlier = 0.0  # seconds that earlier processes worked at the stage
 
@@ -146,26 +145,18 @@ class Run:
 
     # stages
 
-    def to_take(self, source, files, depends):
-        """--from: the files of another run's folder that can be taken over, {name: path}, if it was
-        made with the same settings.
-
-        files: patterns; depends: the names of the settings that they depend on."""
-        mine = bound(self.settings) | dict(dataset=self.dataset.name)
-        theirs = check_data(f"--from {source}", read_object(source / "config.json"), mine)
-        if different := differences(theirs, mine, [name for name in depends if name in mine]):
-            raise UsageError(f"--from {source}: made with other settings ({different}).")
-        found = [path for pattern in files for path in source.glob(pattern)]
-        return {path.relative_to(source).as_posix(): path for path in found}
+    def signature(self):
+        """The settings and the data that results depend on."""
+        return bound(self.settings) | dict(dataset=self.dataset.name)
 
     @contextlib.contextmanager
     def opened(self, note):
         """The run folder, held for this run alone: signed with the settings and the method, or
         found made with the same. note: a line for the user."""
-        s = self.settings
-        mine = bound(s) | dict(method=self.method, dataset=self.dataset.name)
+        s, mine = self.settings, self.signature() | dict(method=self.method)
         defaults = bound(self.base) | dict(method="ladd")
-        with locked(self.out), deterministic(s.deterministic):
+        deterministic(s.deterministic)
+        with locked(self.out):
             open_folder(self.out, mine, defaults)
             barrier()
             forget_unfinished(self.out)
@@ -187,7 +178,6 @@ class Run:
             if wanted not in ("all", stage):
                 continue
             if done[stage]:
-                forget_states(self.out, stage)  # where the process ended between result and this
                 print(f"{stage}: done before", flush=True)
                 continue
             last = i == len(names) - 1
@@ -200,6 +190,7 @@ class Run:
             start, self.earlier = time.perf_counter(), 0.0
             work[stage](self)
             barrier()
+            forget_states(self.out)  # its result is safe, and no other stage is at work
             seconds = self.earlier + time.perf_counter() - start
             self.log.write(stage=stage, finished=True, seconds=seconds)
             print(f"{stage}: {seconds:.0f} s", flush=True)

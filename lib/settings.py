@@ -105,7 +105,6 @@ class HowToRun:
     stop_after: float = free(0.0, "minutes after which to save and exit with 75; 0: never", low=0)
     sample_every: int = free(250, "updates between sample grids and curves", low=1, smoke=2)
     log_every: int = free(20, "updates between lines of log.jsonl", low=1, smoke=1)
-    tensorboard: bool = free(False, "also write logs for tensorboard")
     steps_scale: float = free(1.0, "factor of updates and samples", above=0, high=1e3)
     smoke: bool = setting(False, "two updates of every stage, to see that all of it runs")
 
@@ -189,17 +188,22 @@ def differences(theirs, mine, names):
     return ", ".join(f"{name} {theirs.get(name)} → {mine.get(name)}" for name in names)
 
 
-def check_data(what, theirs, mine):
-    """UsageError where a run was made from other data. -> their settings; the path is free."""
-    old, new = theirs.get("dataset"), mine.get("dataset")
-    if old is None:  # an older version's
-        return theirs | dict(dataset=new)
+def check_same(flag, folder, theirs, mine, names):
+    """UsageError where a folder was made with other settings of these names, or from other data;
+    where the data lies is free."""
+    made, give = "with other settings", "the same settings"
+    names = [name for name in names if name not in ("data", "dataset")]
+    different = differences(theirs, mine, names)
+    new = mine.get("dataset")
+    old = theirs.get("dataset", new)  # older versions have none
     if old != new:
+        made, give = "from other images or captions", "the data of then"
+        different = f"{old} → {new}"
+    if different:
         raise UsageError(
-            f"{what} was made from other images or captions ({old} → {new}). Choose another "
-            "folder with --out, or give the data of then to go on."
+            f"{flag} {folder} was made {made} ({different}). Choose another folder with {flag}, "
+            f"or give {give}."
         )
-    return theirs | dict(data=mine["data"])
 
 
 def command_of(settings, base, words, without=("seed",)):
@@ -251,12 +255,8 @@ def open_folder(out, mine, defaults):
         return
     path = out / "config.json"
     if path.exists():
-        theirs = check_data(out, defaults | read_object(path), mine)
-        if different := differences(theirs, mine, theirs | mine):
-            raise UsageError(
-                f"{out} was made with other settings ({different}). "
-                f"Choose another folder with --out, or give the same settings to go on."
-            )
+        theirs = defaults | read_object(path)
+        check_same("--out", out, theirs, mine, theirs | mine)
     elif any(not p.name.startswith(".config.json.") for p in out.iterdir()):
         raise UsageError(f"{out} is not empty and not a run folder: choose another with --out.")
     else:

@@ -99,8 +99,8 @@ def delete(folder):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def forget_states(out, stage, keep=()):
-    """Deletes a stage's states but those to keep, and what a cut left unfinished."""
+def forget_states(out, stage="*", keep=()):
+    """Deletes the states of a stage, or of all, but those to keep; also what is unfinished."""
     if rank() == 0:
         for folder in out.glob(f"{stage}-state-*/"):
             if folder not in keep:

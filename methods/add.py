@@ -93,7 +93,6 @@ def distil(run):
             update_ema(ema, student, s.student_ema, step - s.heads_warmup)
         loop.log(**dict(zip(("grad_norm_heads", "grad_norm"), norms, strict=False)))
     run.save("student", ema, s.iterations)
-    loop.finish()
 
 
 if __name__ == "__main__":

@@ -65,7 +65,6 @@ def distil(run):
         update_ema(ema, student, s.student_ema, step)
         loop.log(loss=loss, grad_norm=norm)
     run.save("student", ema, s.iterations)
-    loop.finish()
 
 
 if __name__ == "__main__":

@@ -81,7 +81,6 @@ def distil(run):
         update_ema(ema, student, s.student_ema, step)
         loop.log(loss=loss, grad_norm=norm, loss_score=loss_score, grad_norm_score=norm_score)
     run.save("student", ema, s.iterations)
-    loop.finish()
 
 
 if __name__ == "__main__":

@@ -92,7 +92,6 @@ def tune(run, draw):
         update_ema(ema, tuned, s.student_ema, step)
         loop.log(loss=loss, ranked=(delta < 0).float().mean(), grad_norm=norm)
     run.save("adapter", ema, loop.total)
-    loop.finish()
 
 
 @torch.no_grad()
@@ -110,7 +109,6 @@ def distil(run):
     learned, held_out = take_pairs(run)
     if not run.path("adapter").exists():
         tune(run, learned)
-    forget_states(run.out, "tuning")
     own = {field.name: getattr(s, field.name) for field in dataclasses.fields(ladd.Settings)}
     own |= dict(lora=0, out=str(run.out / "tuned"), source="", stage="all")
     inner = Run(ladd.Settings(**own), run.dataset, run.text, run.watch)  # of a folder of its own
@@ -129,6 +127,7 @@ def distil(run):
             barrier()
             ladd.distil(inner)
         barrier()
+        forget_states(inner.out)
         tuned, student = ladd.load(inner, "teacher"), ladd.load(inner, "student")
     again = with_adapter(inner.out, False, s.adapter_scale)
     networks = {"tuned teacher": tuned, "LADD student": student, "with the adapter again": again}

@@ -158,7 +158,6 @@ def distil(run):
         if part in KEPT and s.part(step + 1) > part:
             run.save("student", ema, step + 1, name=KEPT[part])
     run.save("student", ema, s.iterations)
-    loop.finish()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from lib.masks import hide, random_masks
 from lib.optim import learning_rate, make_optimizers, step_all, update_ema
 from lib.parallel import leave
 from lib.settings import refuse, setting
-from lib.states import forget_states
 from mmdit import MMDiT
 
 
@@ -80,7 +79,6 @@ def tune(run):
     s, checkpoint = run.settings, sample.read_checkpoint(run.path("teacher"))
     run.dataset = s.told(run.dataset)
     if "condition_channels" in checkpoint["model"]:  # done before, or by the run of --from
-        forget_states(run.out, "tuning")
         return
     model = conditioned(run, checkpoint)
     ema = conditioned(run, checkpoint).requires_grad_(False)
@@ -100,7 +98,6 @@ def tune(run):
         if loop.due(s.sample_every):
             run.show("tuned", step + 1, ema)
     run.save("teacher", ema, s.tune_iterations)
-    loop.finish()
 
 
 def distil(run):

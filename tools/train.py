@@ -17,7 +17,7 @@ from lib.captions import known_words, unread_words
 from lib.checkpoints import is_ours, not_finite, same_network
 from lib.checks import check_for_method
 from lib.errors import ENDS, NotFetched, Stop, UsageError, UserError, exit_status
-from lib.files import link, save, write_text
+from lib.files import link, read_object, save, write_text
 from lib.loop import Watch
 from lib.lora import merged
 from lib.machine import check_compiler, device_of, keep_memory
@@ -25,7 +25,7 @@ from lib.parallel import barrier, broadcast, processes, rank, world
 from lib.pictures import refuse_strangers
 from lib.report import read_metrics
 from lib.run import Run
-from lib.settings import lasting, refuse
+from lib.settings import check_same, lasting, refuse
 from mmdit import MMDiT
 from tools import report
 from tools.command import base_of, given_settings
@@ -72,15 +72,16 @@ def open_data(s, given):
 
 
 def to_take(run, given=None):
-    """The files of --from, whose seed may be another. given: --teacher's checkpoint, if any, which
-    must be the same teacher, or the one that the other was tuned from."""
+    """The files of --from, {name: path}; its seed may be another. given: --teacher's checkpoint, if
+    any, which must be the same teacher, or the one that the other was tuned from."""
     s, source = run.settings, Path(run.settings.source)
     fields = dataclasses.fields(s)
     names = [field.name for field in fields if field.name not in ("seed", "teacher")]
     files, unread = ["teacher.pt"], "synthetic"  # the first setting that changes none
     if s.targets == "synthetic" and any(source.glob("synthetic/*.pt")):
         files, unread = ["teacher.pt", "synthetic/*.pt"], "iterations"
-    taken = run.to_take(source, files, names[: names.index(unread)])
+    theirs = read_object(source / "config.json")
+    check_same("--from", source, theirs, run.signature(), names[: names.index(unread)])
     if not run.path("teacher").exists():
         teacher = sample.read_checkpoint(source, ["teacher"])
         if bad := not_finite(teacher["weights"]):
@@ -91,7 +92,8 @@ def to_take(run, given=None):
         weights = teacher["weights"].items()
         if both and not all(torch.equal(given["weights"][name], w) for name, w in weights):
             refuse(s, "source", "its teacher is not that of --teacher; give one of them")
-    return taken
+    found = [path for pattern in files for path in source.glob(pattern)]
+    return {path.relative_to(source).as_posix(): path for path in found}
 
 
 def finished(run, coming=()):
