@@ -17,15 +17,14 @@ WIDE, HIGH, EDGE = 360, 150, 26  # a panel in pixels; EDGE: what is left for tex
 
 
 def panels_of(rows):
-    """Rows of a log -> {stage: {panel: {number: [(step, value), …]}}}, in the order of the log."""
-    stages = {}
+    """Rows of a log -> {(stage, panel): {number: [(step, value), …]}}, in the order of the log."""
+    panels = {}
     for row in (row for row in rows if "step" in row):
-        panels = stages.setdefault(row.get("stage"), {})
         for name, value in row.items():
             if name not in LEFT_OUT and isinstance(value, (int, float)) and math.isfinite(value):
-                lines = panels.setdefault(TOGETHER.get(name, name), {})
+                lines = panels.setdefault((row.get("stage"), TOGETHER.get(name, name)), {})
                 lines.setdefault(name, []).append((row["step"], value))
-    return stages
+    return panels
 
 
 def draw_panel(stage, lines):
@@ -56,9 +55,7 @@ def draw_panel(stage, lines):
 
 def draw_curves(rows, columns=3):
     """All panels of a log as one picture; None where it has no numbers yet."""
-    drawn = []
-    for stage, panels in panels_of(rows).items():
-        drawn += [draw_panel(stage, lines) for lines in panels.values()]
+    drawn = [draw_panel(stage, lines) for (stage, _), lines in panels_of(rows).items()]
     if not drawn:
         return None
     sheet = Image.new("RGB", (WIDE * columns, HIGH * math.ceil(len(drawn) / columns)), "white")

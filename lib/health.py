@@ -1,4 +1,5 @@
-"""Verdicts on a stage of training from its log: healthy, suspicious or failed, and why."""
+"""Verdicts on a stage of training from its log: healthy, suspicious or failed, and why; and
+diversity, one of its numbers: whether samples of one caption are alike."""
 
 import math
 from itertools import groupby
@@ -50,11 +51,6 @@ def judge_stages(log, signs, more):
         if stage in signs and len(rows) < 10 and not found:
             verdicts[stage] = f"not judged: {len(rows)} rows of log.jsonl are too few"
     return verdicts
-
-
-# ---------------------------------------------------------------------------------------------
-# Diversity: whether samples of one caption are alike
-# ---------------------------------------------------------------------------------------------
 
 
 def nearest_distance(features):

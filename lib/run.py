@@ -156,11 +156,12 @@ class Run:
         s, mine = self.settings, self.signature() | dict(method=self.method)
         defaults = bound(self.base) | dict(method="ladd")
         deterministic(s.deterministic)
-        with locked(self.out):
-            open_folder(self.out, mine, defaults)
+        with locked(self.out) if rank() == 0 else contextlib.nullcontext():
+            if rank() == 0:
+                open_folder(self.out, mine, defaults)
+                forget_unfinished(self.out)
+                self.log.forget()
             barrier()
-            forget_unfinished(self.out)
-            self.log.forget()
             if note:
                 self.notes.append(note)
                 print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
@@ -173,14 +174,13 @@ class Run:
     def stages(self, work, done, wanted):
         """Goes through the stages in order, or through the one that is wanted; those that are done
         are skipped. work {name: function of the run}, done {name: bool}"""
-        names = list(work)
-        for i, stage in enumerate(names):
+        for stage in work:
             if wanted not in ("all", stage):
                 continue
             if done[stage]:
                 print(f"{stage}: done before", flush=True)
                 continue
-            last = i == len(names) - 1
+            last = stage == list(work)[-1]
             self.watch.patient = not last  # which saves nothing on its way
             self.watch.check()
             if last:

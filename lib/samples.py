@@ -1,7 +1,7 @@
 """The teacher's samples on disk: files of one size each, memory-mapped when they are read."""
 
-import numpy as np
 import torch
+from torch.utils.data import ConcatDataset
 
 from lib.errors import RunError, pass_on, reason
 from lib.files import read, save
@@ -10,27 +10,22 @@ from lib.parallel import broadcast, my_share, rank, world
 from lib.streams import RULE
 
 
-class Joined:
+class Joined(ConcatDataset):
     """Tensors of samples of one shape one after the other, as one tensor (n, …). Nothing is copied
     before rows are asked for: what is memory-mapped stays on disk."""
 
     def __init__(self, tensors):
-        self.tensors, self.ends = tensors, np.cumsum([len(t) for t in tensors])
-        self.shape = (int(self.ends[-1]), *tensors[0].shape[1:])
+        super().__init__(tensors)
+        self.shape = (len(self), *tensors[0].shape[1:])
         self.nbytes = sum(t.nbytes for t in tensors)
-
-    def __len__(self):
-        return self.shape[0]
 
     def to(self, device):
         """All of them, read into memory."""
-        return torch.cat(self.tensors).to(device)
+        return torch.cat(self.datasets).to(device)
 
     def __getitem__(self, rows):
-        rows = np.asarray(rows)
-        which = np.searchsorted(self.ends, rows, side="right").tolist()
-        behind = (rows - self.ends[which]).tolist()  # counted from its tensor's end
-        return torch.stack([self.tensors[i][k] for i, k in zip(which, behind, strict=True)])
+        one = super().__getitem__
+        return torch.stack([one(row) for row in rows.tolist()])
 
 
 def write_samples(run, plan, make, seed):

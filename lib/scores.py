@@ -20,14 +20,15 @@ from lib.errors import CheckpointError, RunError, plural
 from lib.files import read, save
 from lib.machine import autocast
 
+REAL = "real, held out"  # the name of a table's first row
+
 
 class Judge(torch.nn.Module):
     """A small classifier: images to one answer per attribute, by way of 64 features."""
 
     def __init__(self, answers, width=32, size=(16, 16), channels=3, kernel=3):
         super().__init__()
-        self.config = dict(answers=list(answers), width=width, size=list(size), channels=channels)
-        self.config["kernel"], around = kernel, dict(kernel_size=kernel, padding=kernel // 2)
+        around = dict(kernel_size=kernel, padding=kernel // 2)
         layers, side, channels = [torch.nn.Conv2d(channels, width, **around)], min(size), width
         while side > 4:
             out = min(2 * channels, 8 * width)
@@ -109,7 +110,7 @@ def get_judge(
     if attributes:
         train_judge(judge, draw, steps, precision)
     weights = {name: tensor.cpu() for name, tensor in judge.state_dict().items()}
-    save({"config": judge.config, "weights": weights}, path)
+    save(dict(weights=weights), path)
     return judge.eval()
 
 
@@ -180,8 +181,14 @@ def score_table(held, labels, judge, candidates, seed, to_uint8):
     first, others = [f[:n] for f, n in read], [f[n:] for f, n in read]
     reference = torch.cat(first + others)  # first as many of each size as there are samples
     one = held[0]  # the only size, where images have a condition
-    real = score([part.images for part in held], labels, reference, judge)
-    rows = [dict(name="real, held out", **real)]
+
+    def scored(name, images, **more):
+        row = dict(name=name) | score(images, labels, reference, judge) | more
+        if one.region is not None and name != REAL:
+            row |= distances(images[0], one.images, one.region)
+        return row
+
+    rows = [scored(REAL, [part.images for part in held])]
     total = len(candidates) * len(labels)
     with tqdm(total=total, desc="evaluation", leave=False, disable=None) as bar:
         for name, who, options in candidates:
@@ -195,16 +202,9 @@ def score_table(held, labels, judge, candidates, seed, to_uint8):
             seconds = (time.perf_counter() - start) / len(labels)
             evaluations = options["steps"] * (2 if options["cfg"] != 1 else 1)
             images = [to_uint8(x) for x in made]
-            row = score(images, labels, reference, judge)
-            row |= dict(evaluations=evaluations, seconds=seconds)
-            if one.region is not None:
-                row |= distances(images[0], one.images, one.region)
-            rows.append(dict(name=name, **row))
+            rows.append(scored(name, images, evaluations=evaluations, seconds=seconds))
     if one.region is not None:
-        given = to_uint8(one.condition[:, : one.images.shape[1]])
-        row = score(given, labels, reference, judge)
-        row |= distances(given, one.images, one.region)
-        rows.append(dict(name="as given", **row))
+        rows.append(scored("as given", [to_uint8(one.condition[:, : one.images.shape[1]])]))
     return rows
 
 
@@ -220,11 +220,6 @@ def judge_accuracy(held, labels, attributes, judge):
     """Share of held-out images whose attributes the judge reads right, for each attribute."""
     right = [(judge.read(part.images)[1] == labels[part.caption]).double() for part in held]
     return dict(zip(attributes, torch.cat(right).mean(dim=0).tolist(), strict=True))
-
-
-# ---------------------------------------------------------------------------------------------
-# Held-out images
-# ---------------------------------------------------------------------------------------------
 
 
 class HeldOut(NamedTuple):

@@ -29,10 +29,7 @@ def setting(
     low ≤ value ≤ high; above < value < below. kind: of a tuple's values, or where the default is
     None. parse: text -> value, in place of kind. scales: with --steps-scale. smoke: the value for
     --smoke."""
-    rules = dict(help=help, low=low, high=high, above=above, below=below)
-    rules |= dict(choices=choices, kind=kind, parse=parse, free=free, flag=flag)
-    rules |= dict(scales=scales, smoke=smoke)
-    return dataclasses.field(default=default, metadata=rules)
+    return dataclasses.field(default=default, metadata=locals())
 
 
 def flag_of(field):
@@ -120,11 +117,6 @@ class HowToRun:
         return dataclasses.replace(self, **changes)
 
 
-# ---------------------------------------------------------------------------------------------
-# The command line
-# ---------------------------------------------------------------------------------------------
-
-
 def divided_by_commas(kind):
     """A function that reads values of one kind. -> a tuple"""
 
@@ -166,11 +158,6 @@ def parse_settings(kind, presets, argv, program, description, epilog=""):
     return kind(**presets[preset] | given), set(given)
 
 
-# ---------------------------------------------------------------------------------------------
-# The run folder
-# ---------------------------------------------------------------------------------------------
-
-
 def lasting(settings):
     """What tells of a result, as a dict: not where it lies, nor how the machine worked."""
     fields = dataclasses.fields(settings)
@@ -192,11 +179,11 @@ def check_same(flag, folder, theirs, mine, names):
     """UsageError where a folder was made with other settings of these names, or from other data;
     where the data lies is free."""
     made, give = "with other settings", "the same settings"
-    names = [name for name in names if name not in ("data", "dataset")]
-    different = differences(theirs, mine, names)
-    new = mine.get("dataset")
-    old = theirs.get("dataset", new)  # older versions have none
-    if old != new:
+    old, new = theirs.get("dataset"), mine.get("dataset")  # an older version's has none
+    if old is not None:
+        theirs = theirs | dict(data=mine["data"])
+    different = differences(theirs, mine, [name for name in names if name != "dataset"])
+    if old not in (None, new):
         made, give = "from other images or captions", "the data of then"
         different = f"{old} → {new}"
     if different:
@@ -222,9 +209,6 @@ def command_of(settings, base, words, without=("seed",)):
 @contextlib.contextmanager
 def locked(out):
     """Makes the run folder and holds it for this process alone, until it ends, however it ends."""
-    if rank() > 0:  # rank 0 does it for all
-        yield
-        return
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file: choose another folder with --out.")
     out.mkdir(parents=True, exist_ok=True)
@@ -251,8 +235,6 @@ def open_folder(out, mine, defaults):
 
     mine, defaults: dicts as `bound` makes them; a folder that is older than a setting has its
     default."""
-    if rank() > 0:
-        return
     path = out / "config.json"
     if path.exists():
         theirs = defaults | read_object(path)

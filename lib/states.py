@@ -28,8 +28,8 @@ KEPT = 2  # states of a stage
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs none
 
 
-def state_folders(out, stage):
-    """The finished states of a stage in a run folder, the newest last."""
+def state_folders(out, stage="*"):
+    """The finished states of a stage, or of all, in a run folder, a stage's newest last."""
     return [path.parent for path in sorted(out.glob(f"{stage}-state-*/state.pt"))]
 
 
@@ -109,12 +109,9 @@ def forget_states(out, stage="*", keep=()):
 
 def forget_unfinished(out):
     """Deletes what a cut left: half-written files and states."""
-    if rank() == 0:
-        for file in out.rglob(".*.tmp"):
-            file.unlink()
-        for folder in out.glob("*-state-*/"):
-            if not (folder / "state.pt").exists():
-                delete(folder)
+    for file in out.rglob(".*.tmp"):
+        file.unlink()
+    forget_states(out, keep=state_folders(out))
 
 
 def tensors_of(networks, optimizers):
