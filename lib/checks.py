@@ -12,68 +12,62 @@ from lib.settings import refuse
 
 
 def check_together(s):
-    """Raises the UsageError of the first that does not fit."""
-    for name, why in faults(s):
-        refuse(s, name, why)
-
-
-def faults(s):
-    """Yields the name of a field that does not fit the others, and why."""
+    """Raises the UsageError of the first field that does not fit the others."""
     patch = s.patch * s.downscale
     if any(side < 1 or side % patch for side in s.size):
-        yield "size", f"patches of {patch} pixels don't divide it"
+        refuse(s, "size", f"patches of {patch} pixels don't divide it")
     if max(s.size) > patch * s.pos_size:
-        yield "size", f"more than {s.pos_size} patches a side"
+        refuse(s, "size", f"more than {s.pos_size} patches a side")
     if not all(re.fullmatch("[1-9][0-9]*:[1-9][0-9]*", aspect) for aspect in s.aspects):
-        yield "aspects", "must be WIDTH:HEIGHT,… such as 1:1,3:2,2:3"
+        refuse(s, "aspects", "must be WIDTH:HEIGHT,… such as 1:1,3:2,2:3")
     for height, width in s.sizes:
         if max(height, width) > s.patch * s.pos_size:
-            yield "aspects", f"{height}×{width} has more than {s.pos_size} patches a side"
+            refuse(s, "aspects", f"{height}×{width} has more than {s.pos_size} patches a side")
     if s.width % s.heads or s.width % 4:
-        yield "width", f"not a multiple of 4 and of --heads {s.heads}"
+        refuse(s, "width", f"not a multiple of 4 and of --heads {s.heads}")
     if s.text_dim % 2:
-        yield "text_dim", "must be even"
+        refuse(s, "text_dim", "must be even")
     if s.head_width % max(1, s.head_width // 16):
-        yield "head_width", "must be a multiple of 16, or less than 32"
+        refuse(s, "head_width", "must be a multiple of 16, or less than 32")
     if s.judge_width % 4:
-        yield "judge_width", "must be a multiple of 4"
+        refuse(s, "judge_width", "must be a multiple of 4")
     if s.pooled_dim not in (0, s.text_dim) and not s.is_latent:
-        yield "pooled_dim", f"hashed words have one width, --text-dim {s.text_dim}"
+        refuse(s, "pooled_dim", f"hashed words have one width, --text-dim {s.text_dim}")
     if os.path.exists(s.data_dir) and not os.path.isdir(s.data_dir):
-        yield "data_dir", "is a file: give a folder"
+        refuse(s, "data_dir", "is a file: give a folder")
     # noise levels
     levels = s.levels
     p, warmup_p = s.level_p or levels, s.warmup_p if s.warmup_iterations else levels
     if not len(levels) == len(p) == len(warmup_p):
-        yield "level_p", "--levels, --level-p and --warmup-p need the same number of values"
+        refuse(s, "level_p", "--levels, --level-p and --warmup-p need the same number of values")
     if not all(a > b for a, b in pairwise((*levels, 0))) or not 0.99 <= levels[0] <= 1:
-        yield "levels", "must fall, from 1 (or .99: samples start from noise) to above 0"
+        refuse(s, "levels", "must fall, from 1 (or .99: samples start from noise) to above 0")
     for name, values in (("level_p", p), ("warmup_p", warmup_p)):
         if sum(values) <= 0:
-            yield name, "must be probabilities"
+            refuse(s, name, "must be probabilities")
     # the discriminator
     if list(s.taps) != sorted(set(s.taps)) or not all(0 <= i < s.depth for i in s.taps):
-        yield "taps", f"must be ascending block numbers from 0 to {s.depth - 1}"
+        refuse(s, "taps", f"must be ascending block numbers from 0 to {s.depth - 1}")
     if s.compile and s.r1:
-        yield "compile", "not with --r1, a gradient of a gradient"
+        refuse(s, "compile", "not with --r1, a gradient of a gradient")
     # the adapter
     if s.lora > s.width:
-        yield "lora", f"adapters have a low rank, at most --width {s.width}"
+        refuse(s, "lora", f"adapters have a low rank, at most --width {s.width}")
     if s.lora and s.offload:
-        yield "offload", "with --lora little learns: there is nothing to keep elsewhere"
+        refuse(s, "offload", "with --lora little learns: there is nothing to keep elsewhere")
     # many processes
     parts = f" in {s.accumulate} parts" if s.accumulate > 1 else ""
     for name in ("batch",) if s.teacher else ("batch", "teacher_batch"):
         if getattr(s, name) % (world() * s.accumulate):
-            yield name, f"its images can't be divided equally among {world()} processes{parts}"
+            refuse(s, name, f"its images can't be divided equally among {world()} processes{parts}")
     if world() > 1 and world() % s.replicas:
-        yield "replicas", f"must divide the {world()} processes"
+        refuse(s, "replicas", f"must divide the {world()} processes")
     if s.offload and not s.shard:
-        yield "offload", "is a part of --shard"
+        refuse(s, "offload", "is a part of --shard")
     if s.synthetic < world():
-        yield "synthetic", f"fewer than the {world()} processes"
+        refuse(s, "synthetic", f"fewer than the {world()} processes")
     if s.shard and world() > 1 and s.muon_lr and not s.teacher:
-        yield "muon_lr", "Muon needs whole matrices: --shard takes --muon-lr 0"
+        refuse(s, "muon_lr", "Muon needs whole matrices: --shard takes --muon-lr 0")
 
 
 def check_for_method(s, method):

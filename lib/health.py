@@ -32,24 +32,20 @@ def symptoms(rows, signs, expected=None):
     return found
 
 
-def verdict_of(found):
-    """The worst verdict of what was found, with all of it."""
-    if not found:
-        return "healthy"
-    worst = min(verdict for verdict, _, _ in found)  # failed comes before suspicious
-    return f"{worst}: " + "; ".join(f"{what} ({figure})" for _, what, figure in found)
-
-
 def judge_stages(log, signs, more):
-    """{stage: verdict}. log: rows of log.jsonl; signs {stage: [(number, test, meaning)]}; more
-    {stage: what was found otherwise}"""
+    """{stage: the worst verdict of what was found, with all of it}. log: rows of log.jsonl; signs
+    {stage: [(number, test, meaning)]}; more {stage: what was found otherwise}"""
     verdicts = {}
     for stage, found in more.items():
         rows = [r for r in log if r.get("stage") == stage and "step" in r]
         found = symptoms(rows, signs.get(stage, [])) + found
-        verdicts[stage] = verdict_of(found)
-        if stage in signs and len(rows) < 10 and not found:
+        told = "; ".join(f"{what} ({figure})" for _, what, figure in found)
+        if found:  # failed comes before suspicious
+            verdicts[stage] = f"{min(verdict for verdict, _, _ in found)}: {told}"
+        elif stage in signs and len(rows) < 10:
             verdicts[stage] = f"not judged: {len(rows)} rows of log.jsonl are too few"
+        else:
+            verdicts[stage] = "healthy"
     return verdicts
 
 

@@ -41,19 +41,17 @@ def moved(tensor, device):
 
 def arithmetic(device, precision):
     """The dtype of products: `auto` is bf16 where the hardware has it, float32 elsewhere."""
-    bf16 = has_bf16(torch.device(device)) if precision == "auto" else precision == "bf16"
+    bf16, there = precision == "bf16", torch.device(device).type
+    if precision == "auto" and there == "cuda":
+        bf16 = torch.cuda.is_bf16_supported()
+    elif precision == "auto" and there == "cpu":
+        bf16 = torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if bf16 else torch.float32
 
 
 def autocast(device, precision):
     bf16 = arithmetic(device, precision) == torch.bfloat16
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
-
-
-def has_bf16(device):
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import torch
 from conftest import COLLAPSES, alike
 
 import data
-from lib.health import commonest, diversity, judge_stages, symptoms, verdict_of
+from lib.health import commonest, diversity, judge_stages, symptoms
 from lib.report import SIGNS, verdicts
 
 # ---------------------------------------------------------------------------------------------
@@ -72,9 +72,9 @@ def test_skipped_updates_are_part_of_the_verdict():
 
 
 def test_the_verdict_is_the_worst_of_what_was_found_with_all_of_it():
-    assert verdict_of([]) == "healthy"
     found = [("suspicious", "alike", "0.6"), ("failed", "blind", "2.0")]
-    assert verdict_of(found) == "failed: alike (0.6); blind (2.0)"
+    verdicts = judge_stages([], {}, dict(synthesis=[], distillation=found))
+    assert verdicts == dict(synthesis="healthy", distillation="failed: alike (0.6); blind (2.0)")
 
 
 def test_every_stage_is_judged_by_its_own_rows():
