@@ -102,13 +102,9 @@ def link(file, path):
             shutil.copyfileobj(old, new)
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints: torch.save's files are zips, with a checksum (CRC-32) of every tensor
-# ---------------------------------------------------------------------------------------------
-
-
 def save(value, path):
-    """Writes a file for `read` and torch.load, whole or not at all."""
+    """Writes a file for `read` and torch.load, whole or not at all: a zip, which has a checksum
+    (CRC-32) of every tensor."""
     with replacing(path) as file:
         try:
             torch.save(value, file)

@@ -39,11 +39,6 @@ def my_share(batch):
     return batch[rank() :: world()]
 
 
-# ---------------------------------------------------------------------------------------------
-# Starting, waiting, stopping
-# ---------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def processes(device, program):
     """Joins the processes, and has all but rank 0 be quiet. The first to fail tells why."""
@@ -132,11 +127,6 @@ def leave(status):
     sys.exit(status)
 
 
-# ---------------------------------------------------------------------------------------------
-# Values in all processes
-# ---------------------------------------------------------------------------------------------
-
-
 def barrier():
     if dist.is_initialized():
         dist.barrier()
@@ -169,11 +159,6 @@ def average(tensors):
         flat /= world()
         for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
-
-
-# ---------------------------------------------------------------------------------------------
-# Sharded networks
-# ---------------------------------------------------------------------------------------------
 
 
 @functools.cache
