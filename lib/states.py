@@ -42,7 +42,6 @@ def newest_state(out, stage):
         try:
             facts = read(folder / "state.pt")
             check_files(folder, facts["files"])
-            check_list(folder / ".metadata")
             return folder, facts
         except CheckpointError as error:
             print(f"{error} Trying the state before it.", file=sys.stderr)
@@ -53,7 +52,9 @@ def newest_state(out, stage):
 
 
 def check_files(folder, files):
-    """Raises CheckpointError in all processes where one finds a damaged file of a state.
+    """Raises CheckpointError in all processes where one finds a damaged file of a state, or where
+    its list of tensors would run code: PyTorch reads that without care.
+
     files: {name: SHA-256}, of which each process reads its share."""
     bad = []
     for name in my_share(sorted(files)):
@@ -63,6 +64,12 @@ def check_files(folder, files):
     bad = [path for found in gather(bad) for path in found]
     if bad:
         raise CheckpointError(f"{bad[0]}: missing or damaged, its checksum differs.")
+    try:
+        with open(folder / ".metadata", "rb") as file:
+            TensorList(file).load()
+    except Exception as error:
+        pass_on(error, folder)
+        raise CheckpointError(f"{folder}/.metadata: can't be read ({reason(error)}).") from None
 
 
 class TensorList(pickle.Unpickler):
@@ -80,17 +87,6 @@ class TensorList(pickle.Unpickler):
             if isinstance(found, type) and issubclass(found, (enum.Enum, PurePath)):
                 return found
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def check_list(path):
-    """Raises CheckpointError where a state's list of tensors would run code: PyTorch reads it
-    without care."""
-    try:
-        with open(path, "rb") as file:
-            TensorList(file).load()
-    except Exception as error:
-        pass_on(error, path)
-        raise CheckpointError(f"{path}: can't be read ({reason(error)}).") from None
 
 
 def delete(folder):
