@@ -8,10 +8,10 @@ import data
 import ladd
 from lib.files import save
 from lib.loop import Watch
-from lib.memory import peak_bytes
 from lib.run import Run
 from lib.streams import RULE
 from mmdit import MMDiT
+from tests.peak import peak_bytes
 from tools.command import given_settings
 from tools.plan import main, meta_networks, plan
 
@@ -85,7 +85,7 @@ def test_the_plan_with_adapters_counts_the_base_once():
 MEASURE = """
 import json, os, sys
 import ladd
-from lib.memory import peak_bytes
+from tests.peak import peak_bytes
 from tools import report
 
 report.report = lambda run: None
