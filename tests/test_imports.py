@@ -23,7 +23,7 @@ MAY["tools"] = MAY["ladd"] | {"ladd", "tools"}
 # What it may import besides, in the moment that it is needed. A star stands for a computed name.
 LATER = {
     "data": {"sd3.shards"},
-    "sample": {"tools.*"},
+    "sample": {"tools.draw"},
     "ladd": {"tools.command"},
     "tools.command": {"tools.*", "tools.train"},
     "tools.draw": {"sd3.encoders", "sd3.weights"},

@@ -1,6 +1,7 @@
-"""Pictures from a finished run: the command line of sample.py.
+"""The command line of sample.py: pictures from a finished run, or its scores, or its weights.
 
 python sample.py runs/nano --prompt "a large red circle on a dotted blue background" --out a.png
+python sample.py runs/nano --evaluate                       tools/score.py
 python sample.py runs/nano --export student.safetensors     under SD3's names
 python sample.py RUN --decode SD3_DIR --prompt "a red fox" --size 832x1216 --out fox.png
 python sample.py runs/nano-inpaint --init-image a.png --mask m.png --prompt "a red circle"
@@ -22,6 +23,7 @@ from lib.files import read_lines
 from lib.images import decode_file, size_of
 from lib.masks import hide
 from lib.pictures import refuse_strangers, save_gif, save_pictures, square
+from tools.score import READ, data_of, score
 
 
 def parse(argv):
@@ -30,13 +32,13 @@ def parse(argv):
     add("run", help="a run folder, or a checkpoint")
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
     add("--prompts", metavar="FILE", help="a file of one prompt a line, or @captions of the data")
-    add("--num", type=int, help="images (default: one per prompt; @captions: 16)")
+    add("--num", type=int, help="images (default: one per prompt; @captions: 16); or per row")
     add("--steps", type=int, help="network steps (default: as the model was made for)")
     add("--teacher", action="store_true", help="sample from the teacher instead of the student")
     add("--cfg", type=float, help="guidance scale w (default: the teacher's own; students: 1)")
     add("--sampler", choices=("renoise", "euler"), help="default: renoise, for a teacher euler")
     add("--eta", type=float, help="share of fresh noise between the student's steps (0 to 1)")
-    add("--seed", type=int, default=0, help="of the noise")
+    add("--seed", type=int, help="of the noise (default: 0; of scores the run's own)")
     add("--size", type=data.parse_size, metavar="HxW", help="pixels (default: as it was trained)")
     add("--out", default="samples.png", help="a grid as .png, or a folder for one PNG per image")
     add("--trajectory", metavar="FILE.gif", help="x̂_0 along the steps, as an animation")
@@ -49,13 +51,24 @@ def parse(argv):
     add("--merge", action="store_true", help="--export of a run with --lora: whole weights instead")
     add("--adapter", metavar="FILE", help="add the adapter of another run's student.pt …")
     add("--adapter-scale", type=float, default=1.0, help="… times this; its --export is whole")
-    add("--data", help="take @captions of other data than the run's own")
-    add("--data-dir", default="data", help="where downloads are kept")
+    add(
+        "--evaluate",
+        action="store_true",
+        help="the table of scores; --steps and --cfg are the "
+        "teacher's, --num and --seed the run's own if not given",
+    )
+    add("--other-judge", action="store_true", help="--evaluate by a second classifier")
+    add("--data", help="take @captions of other data than the run's own, or score by it")
+    add("--data-dir", default="data", help="where downloads and judges are kept")
     add("--device", default="auto")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     add("--batch", type=int, default=256, help="images at a time")
-    parser.epilog = "Also: --evaluate, the table of scores, which is tools/score.py."
     args = parser.parse_args(argv)
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    for name in given if args.evaluate else ():
+        if name not in READ:
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(f"{flag}: no place beside --evaluate, which scores the report's rows")
     if args.strength is not None and not 0 < args.strength <= 1:
         parser.error(f"--strength {args.strength:g}: must be above 0 and at most 1")
     if args.eta is not None and not 0 <= args.eta <= 1:
@@ -66,24 +79,19 @@ def parse(argv):
             parser.error(f"--{name.replace('_', '-')} {value:g}: must be finite")
     if args.mask and not args.init_image:
         parser.error(f"--mask {args.mask}: is for --init-image")
+    if args.other_judge and not args.evaluate:
+        parser.error("--other-judge: is for --evaluate")
     if args.merge and not args.export:
         parser.error("--merge: is for --export")
     if args.adapter_scale != 1 and not args.adapter:
         parser.error(f"--adapter-scale {args.adapter_scale:g}: is for --adapter")
     for name, most in dict(num=10**6, steps=10_000, batch=10**6).items():
-        if getattr(args, name) is not None and not 1 <= getattr(args, name) <= most:
-            parser.error(f"--{name}: must be from 1 to {most:,}")
+        least = 8 if args.evaluate and name == "num" else 1
+        if getattr(args, name) is not None and not least <= getattr(args, name) <= most:
+            parser.error(f"--{name}: must be from {least} to {most:,}")
     if args.trajectory and not args.trajectory.lower().endswith(".gif"):
         parser.error(f"--trajectory {args.trajectory}: is written as .gif; let it end so")
     return args
-
-
-def data_of(generator, args):
-    """The data set that a model was trained on, or --data."""
-    s = generator.settings
-    return data.load(
-        args.data or s.data, sample.latent_sizes(s), data_dir=args.data_dir, seed=s.seed
-    )
 
 
 def read_prompts(args, generator):
@@ -184,7 +192,7 @@ def make_pictures(args):
     if args.decode:
         codec.learn([*prompts, ""])  # all at once: every encoder moves to the device one time
     steps, cfg, sampler = generator.way(args.steps, args.cfg, args.sampler)
-    options = dict(seed=args.seed, steps=steps, cfg=cfg, sampler=sampler, eta=args.eta)
+    options = dict(seed=args.seed or 0, steps=steps, cfg=cfg, sampler=sampler, eta=args.eta)
     if args.eta is not None and sampler == "euler":
         raise UsageError(f"--eta {args.eta:g}: Euler steps draw no noise; leave it out")
     if args.size:
@@ -199,7 +207,7 @@ def make_pictures(args):
         options["start"] = (codec.encode(picture), args.strength or 0.6)
     if args.trajectory:
         refuse_strangers(args.trajectory)
-    notes = dict(seed=args.seed, steps=steps, cfg=cfg, model=f"{generator.kind} of {args.run}")
+    notes = dict(seed=args.seed or 0, steps=steps, cfg=cfg, model=f"{generator.kind} of {args.run}")
 
     def images():
         with tqdm(total=len(prompts), desc="sampling", disable=None) as bar:
@@ -223,7 +231,9 @@ def make_pictures(args):
 def main(argv):
     try:
         args = parse(argv)
-        if args.export:
+        if args.evaluate:
+            score(args)
+        elif args.export:
             from sd3.weights import export
 
             given = sample.read_network(args.run, args.teacher, args.adapter, args.adapter_scale)

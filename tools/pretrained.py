@@ -19,7 +19,6 @@ from lib.errors import Parser, UsageError, UserError, exit_status
 from lib.files import read_object, save, write_json
 from lib.lora import merged
 from lib.report import fingerprints, read_metrics
-from tools import score
 
 PROMPT = "a large red circle on a plain blue background"
 
@@ -81,7 +80,7 @@ def main(argv=None):
         publish(args.run, args.out, args.data_dir)
     except (UserError, OSError) as error:
         return exit_status("tools/pretrained.py", error)
-    return score.main([f"{args.out}", "--evaluate", "--data-dir", args.data_dir])
+    return sample.main([f"{args.out}", "--evaluate", "--data-dir", args.data_dir])
 
 
 if __name__ == "__main__":
