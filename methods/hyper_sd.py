@@ -27,6 +27,7 @@ The sampler is sample.renoise; docs/methods.md says where the paper's differs: a
 """
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import torch
@@ -132,10 +133,7 @@ def distil(run):
                 optimizer.state.clear()
         b = draw_batch(run, samples, step, own_noise="none" if part < FEEDBACK else "low")
         players = [(optimizers, student, s.clip, ladd.student_rate(s, step))]
-
-        def guided(xt, t, text=b.text):
-            return guided_velocity(teacher, xt, t, text, uncond, s.synthetic_cfg)
-
+        guided = partial(guided_velocity, teacher, text=b.text, uncond=uncond, cfg=s.synthetic_cfg)
         with run.autocast():
             if part < FEEDBACK:
                 i = draw_times(run, step)

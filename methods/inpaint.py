@@ -24,7 +24,6 @@ import data
 import ladd
 import sample
 from lib.masks import hide, random_masks
-from lib.optim import learning_rate, make_optimizers, step_all, update_ema
 from lib.parallel import leave
 from lib.settings import refuse, setting
 from lib.states import forget_states
@@ -84,23 +83,7 @@ def tune(run):
         return
     model = conditioned(run, checkpoint)
     ema = conditioned(run, checkpoint).requires_grad_(False)
-    optimizers = make_optimizers(model, s.tune_lr, s.tune_muon_lr, 0.9, s.adam_eps)
-    words = run.text.ids(run.dataset.captions)
-    loop = run.loop("tuning", s.tune_iterations, s.teacher_batch, dict(model=model, ema=ema),
-                    optimizers)  # fmt: skip
-    for step in loop:
-        x0, text, t, noise = ladd.draw_teacher_batch(run, step, words)
-        with run.autocast():
-            loss = ladd.teacher_loss(model, x0, text, t, noise)
-        loss.backward()
-        rate = learning_rate(step, loop.total, 0.6)
-        (norm,) = step_all((optimizers, model, s.clip, rate))
-        update_ema(ema, model, s.teacher_ema, step)
-        loop.log(loss=loss, grad_norm=norm)
-        if loop.due(s.sample_every):
-            run.show("tuned", step + 1, ema)
-    run.save("teacher", ema, s.tune_iterations)
-    loop.finish()
+    ladd.teach(run, "tuning", model, ema, s.tune_iterations, s.tune_lr, s.tune_muon_lr)
 
 
 def distil(run):

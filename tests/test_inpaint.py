@@ -173,7 +173,7 @@ def test_the_teacher_is_tuned_from_the_given_one(fills, whole):
     moved = {k: (w - after["weights"][k]).abs().max() for k, w in before["weights"].items()}
     assert max(moved.values()) < 0.1 and moved["joint_blocks.0.x_block.attn.qkv.weight"] > 0
     assert [row["step"] for row in updates(fills) if row["stage"] == "tuning"] == [1, 2, 3, 4]
-    assert {path.name for path in fills.glob("samples/*")} >= {"tuned-000004.png"}
+    assert {path.name for path in fills.glob("samples/*")} >= {"tuning-000004.png"}
 
 
 def test_the_report_keeps_known_pixels_in_every_row(fills):
