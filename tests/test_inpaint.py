@@ -276,7 +276,7 @@ BAD = {
     "nothing of it": ("{run} --init-image a.png --mask none.png", "none of it is white"),
     "no picture": ("{run} --init-image a.png --mask text.png", "--mask text.png: can't be read"),
     "no file": ("{run} --init-image a.png --mask gone.png", "--mask gone.png: can't be read"),
-    "without an image": ("{run} --mask m.png", "--mask m.png: is for --init-image"),
+    "without an image": ("{run} --mask m.png", "--mask: is for --init-image"),
     "no mask": ("{run} --init-image a.png", "give one with --init-image, and --mask"),
     "neither": ("{run}", "give one with --init-image, and --mask"),
     "bad image": ("{run} --init-image text.png --mask m.png", "--init-image text.png"),

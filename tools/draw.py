@@ -51,12 +51,7 @@ def parse(argv):
     add("--merge", action="store_true", help="--export of a run with --lora: whole weights instead")
     add("--adapter", metavar="FILE", help="add the adapter of another run's student.pt …")
     add("--adapter-scale", type=float, default=1.0, help="… times this; its --export is whole")
-    add(
-        "--evaluate",
-        action="store_true",
-        help="the table of scores; --steps and --cfg are the "
-        "teacher's, --num and --seed the run's own if not given",
-    )
+    add("--evaluate", action="store_true", help="the table of scores, with the teacher's --steps")
     add("--other-judge", action="store_true", help="--evaluate by a second classifier")
     add("--data", help="take @captions of other data than the run's own, or score by it")
     add("--data-dir", default="data", help="where downloads and judges are kept")
@@ -65,30 +60,21 @@ def parse(argv):
     add("--batch", type=int, default=256, help="images at a time")
     args = parser.parse_args(argv)
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    flags = {name: f"--{name.replace('_', '-')}" for name in given}
     for name in given if args.evaluate else ():
         if name not in READ:
-            flag = f"--{name.replace('_', '-')}"
-            parser.error(f"{flag}: no place beside --evaluate, which scores the report's rows")
-    if args.strength is not None and not 0 < args.strength <= 1:
-        parser.error(f"--strength {args.strength:g}: must be above 0 and at most 1")
-    if args.eta is not None and not 0 <= args.eta <= 1:
-        parser.error(f"--eta {args.eta:g}: must be from 0 to 1")
-    for name in ("cfg", "adapter_scale"):
-        value = getattr(args, name)
-        if value is not None and not math.isfinite(value):
-            parser.error(f"--{name.replace('_', '-')} {value:g}: must be finite")
-    if args.mask and not args.init_image:
-        parser.error(f"--mask {args.mask}: is for --init-image")
-    if args.other_judge and not args.evaluate:
-        parser.error("--other-judge: is for --evaluate")
-    if args.merge and not args.export:
-        parser.error("--merge: is for --export")
-    if args.adapter_scale != 1 and not args.adapter:
-        parser.error(f"--adapter-scale {args.adapter_scale:g}: is for --adapter")
-    for name, most in dict(num=10**6, steps=10_000, batch=10**6).items():
-        least = 8 if args.evaluate and name == "num" else 1
-        if getattr(args, name) is not None and not least <= getattr(args, name) <= most:
-            parser.error(f"--{name}: must be from {least} to {most:,}")
+            parser.error(
+                f"{flags[name]}: no place beside --evaluate, which scores the report's rows"
+            )
+    needs = dict(mask="init_image", merge="export", adapter_scale="adapter", other_judge="evaluate")
+    limits = dict(num=(8 if args.evaluate else 1, 10**6), steps=(1, 10_000), batch=(1, 10**6))
+    limits |= dict(eta=(0, 1), strength=(0.001, 1), cfg=(-1000, 1000), adapter_scale=(-1000, 1000))
+    for name, (low, high) in limits.items():
+        if name in given and not low <= getattr(args, name) <= high:
+            parser.error(f"{flags[name]} {getattr(args, name)}: must be from {low:,} to {high:,}")
+    for name, other in needs.items():
+        if name in given and not getattr(args, other):
+            parser.error(f"{flags[name]}: is for --{other.replace('_', '-')}")
     if args.trajectory and not args.trajectory.lower().endswith(".gif"):
         parser.error(f"--trajectory {args.trajectory}: is written as .gif; let it end so")
     return args
