@@ -66,14 +66,6 @@ class Settings(ladd.Settings):
         return told
 
 
-def conditioned(run, checkpoint):
-    """The network of a teacher, which is told more: it starts with the same output."""
-    more = dict(condition_channels=run.settings.condition_channels)
-    model = run.make(MMDiT, **checkpoint["model"], **more)
-    model.load_state_dict(checkpoint["weights"], strict=False)
-    return model
-
-
 def tune(run):
     """Training 1: the teacher, tuned to what it is told, takes the plain one's place."""
     s, checkpoint = run.settings, sample.read_checkpoint(run.path("teacher"))
@@ -81,8 +73,10 @@ def tune(run):
     if "condition_channels" in checkpoint["model"]:  # done before, or by the run of --from
         forget_states(run.out, "tuning")
         return
-    model = conditioned(run, checkpoint)
-    ema = conditioned(run, checkpoint).requires_grad_(False)
+    more = dict(condition_channels=s.condition_channels)
+    model = run.make(MMDiT, **checkpoint["model"], **more)
+    model.load_state_dict(checkpoint["weights"], strict=False)  # with the same output at first
+    ema = copy.deepcopy(model).requires_grad_(False)
     ladd.teach(run, "tuning", model, ema, s.tune_iterations, s.tune_lr, s.tune_muon_lr)
 
 

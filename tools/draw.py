@@ -10,6 +10,7 @@ python sample.py runs/nano-edit --init-image a.png --prompt "make it blue"
 
 import math
 import sys
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -111,12 +112,9 @@ def latent_size(pixels, s, unit):
     return pixels[0] // unit, pixels[1] // unit
 
 
-class Pixels:
-    """The way from pictures to x_0 and back of models on pixels. SD3's has the same names: the VAE
-    and the text encoders of sd3/encoders.py."""
-
-    unit = 1  # pixels per position of x_0
-    encode, decode = staticmethod(data.to_float), staticmethod(data.to_picture)
+# The way from pictures to x_0 and back of models on pixels, of which a position is one pixel. SD3's
+# has the same names: the VAE and the text encoders of sd3/encoders.py.
+PIXELS = SimpleNamespace(unit=1, encode=data.to_float, decode=data.to_picture)
 
 
 def read_picture(flag, path, height, width):
@@ -167,7 +165,7 @@ def make_pictures(args):
     generator = sample.load_generator(
         args.run, args.teacher, args.device, args.precision, **adapter
     )
-    codec = Pixels()
+    codec = PIXELS
     if args.decode:
         from sd3.encoders import codec_of
 

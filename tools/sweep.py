@@ -55,9 +55,7 @@ def method_of(name):
     """A method's stage of distillation, its forwards of the network in an update, its settings."""
     if name not in METHODS:
         raise UsageError(f"--sweep method={name}: must be one of {', '.join(METHODS)}")
-    if name == "ladd":
-        return ladd.distil, UNITS, ladd.Settings
-    module = importlib.import_module(f"methods.{name}")
+    module = ladd if name == "ladd" else importlib.import_module(f"methods.{name}")
     own = vars(module)
     return module.distil, own.get("UNITS", UNITS), own.get("Settings", ladd.Settings)
 

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 from lib.errors import plural
+from lib.report import COLUMNS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 DOCUMENTS = ("../README.md", "results.md", "ablations.md", "exercises.md")
-TITLES = dict(alignment="alignment", frechet="Fréchet", precision="precision", recall="recall")
-TITLES |= dict(inside="inside", outside="outside")
+TITLES = {key: title for key, title, _ in COLUMNS}
 FAR = dict(inside=1, outside=1)  # the digits of what pictures that are filled or edited have, too
 STEPS = (1, 2, 4, 8)  # of a sweep's students, those that there are
 
