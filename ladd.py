@@ -611,10 +611,10 @@ def generator(run, kind, model=None):
 
 
 def main(argv=None, distil=distil, method="ladd", kind=Settings):
-    """The program, which is tools/command.py; a method of methods/ brings its own stage `distil`,
+    """The program, which is tools/train.py; a method of methods/ brings its own stage `distil`,
     and with `kind` settings of its own, a dataclass that adds to Settings."""
     argv = sys.argv[1:] if argv is None else argv
-    return importlib.import_module("tools.command").main(argv, distil, method, kind)
+    return importlib.import_module("tools.train").main(argv, distil, method, kind)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,10 @@ MAY["tools"] = MAY["ladd"] | {"ladd", "tools"}
 LATER = {
     "data": {"sd3.shards"},
     "sample": {"tools.draw"},
-    "ladd": {"tools.command"},
-    "tools.command": {"tools.*", "tools.train"},
+    "ladd": {"tools.train"},
     "tools.draw": {"sd3.encoders", "sd3.weights"},
     "tools.report": {"sd3.weights"},
-    "tools.train": {"sd3.weights"},
+    "tools.train": {"sd3.weights", "tools.*"},
     "tools.sweep": {"methods.*"},
 }
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tools import benchmark, gpu_check
-from tools.command import given_settings
+from tools.train import given_settings
 
 
 def python(name, code, limit=60):

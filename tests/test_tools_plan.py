@@ -12,8 +12,8 @@ from lib.run import Run
 from lib.streams import RULE
 from mmdit import MMDiT
 from tests.peak import peak_bytes
-from tools.command import given_settings
 from tools.plan import main, meta_networks, plan
+from tools.train import given_settings
 
 
 def plan_of(words, gpus=1):

@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 
 import ladd
-from tools.command import given_settings
 from tools.plan import meta_networks, random_batch
+from tools.train import given_settings
 
 # Fill and edge of a box; arrows have the colour of the edge.
 BLUE, GREEN, YELLOW = ("#dbe9f8", "#2f6fb4"), ("#dcf0e1", "#2e8653"), ("#fcefcb", "#b5840f")

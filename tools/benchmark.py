@@ -31,8 +31,8 @@ from lib.optim import make_optimizers, step_all, update_ema
 from lib.run import compile_blocks
 from lib.samples import Joined
 from mmdit import MMDiT
-from tools.command import given_settings
 from tools.plan import plan, random_batch
+from tools.train import given_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 

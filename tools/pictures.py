@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import ladd
 from lib.errors import Parser, UsageError, exit_status
 from tools.architecture import draw_architecture, read_code
-from tools.command import given_settings
 from tools.plan import meta_networks, random_batch
+from tools.train import given_settings
 
 NUMBERS = {"loss_d": (2.0, "chance"), "ranked": (0.5, "chance"), "diversity": (0.7, "too alike")}
 
