@@ -351,12 +351,17 @@ def train_teacher(run):
     s = run.settings
     model = run.make(MMDiT, **s.model())
     ema = run.make(MMDiT, **s.model()).requires_grad_(False)
+    teach(run, "teacher", model, ema, s.teacher_iterations, s.teacher_lr, s.muon_lr)
+
+
+def teach(run, stage, model, ema, total, lr, muon_lr):
+    """The updates of a teacher; also of one that is tuned (methods/inpaint.py)."""
+    s = run.settings
     model.checkpointing = s.checkpointing
-    optimizers = make_optimizers(model, s.teacher_lr, s.muon_lr, 0.9, s.adam_eps)
+    optimizers = make_optimizers(model, lr, muon_lr, 0.9, s.adam_eps)
     words = run.text.ids(run.dataset.captions)
     networks = dict(model=model, ema=ema)
-    loop = run.loop("teacher", s.teacher_iterations, s.teacher_batch, networks, optimizers,
-                    signs=SIGNS["teacher"])  # fmt: skip
+    loop = run.loop(stage, total, s.teacher_batch, networks, optimizers, signs=SIGNS.get(stage, ()))
     run.compile(model)
     for step in loop:
         for part in split(draw_teacher_batch(run, step, words), s.accumulate):
@@ -364,13 +369,13 @@ def train_teacher(run):
                 loss = teacher_loss(model, *part)
             (loss / s.accumulate).backward()
             loop.add(loss=loss)
-        rate = learning_rate(step, loop.total, 0.6)
+        rate = learning_rate(step, total, 0.6)
         (norm,) = step_all((optimizers, model, s.clip, rate))
         update_ema(ema, model, s.teacher_ema, step)
         loop.log(grad_norm=norm)
         if loop.due(s.sample_every):
-            run.show("teacher", step + 1, ema)
-    run.save("teacher", ema, s.teacher_iterations)
+            run.show(stage, step + 1, ema)
+    run.save("teacher", ema, total)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -604,10 +609,10 @@ def generator(run, kind, model=None):
 
 
 def main(argv=None, distil=distil, method="ladd", kind=Settings):
-    """The program, which is tools/command.py; a method of methods/ brings its own stage `distil`,
+    """The program, which is tools/train.py; a method of methods/ brings its own stage `distil`,
     and with `kind` settings of its own, a dataclass that adds to Settings."""
     argv = sys.argv[1:] if argv is None else argv
-    return importlib.import_module("tools.command").main(argv, distil, method, kind)
+    return importlib.import_module("tools.train").main(argv, distil, method, kind)
 
 
 if __name__ == "__main__":

@@ -298,10 +298,9 @@ def evaluate(dataset, judge, teacher, student, count, seed=0):
 
 
 def main(argv=None):
-    """The command line, which is tools/draw.py, or with --evaluate tools/score.py."""
+    """The command line, which is tools/draw.py."""
     argv = sys.argv[1:] if argv is None else argv
-    tool = "score" if "--evaluate" in argv else "draw"
-    return importlib.import_module(f"tools.{tool}").main(argv)
+    return importlib.import_module("tools.draw").main(argv)
 
 
 if __name__ == "__main__":

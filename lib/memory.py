@@ -1,10 +1,8 @@
-"""How much memory a computation takes: what autograd keeps, and what the allocator held."""
+"""How much memory a computation takes: what autograd keeps of it."""
 
 import math
 import weakref
 
-import numpy as np
-import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 
@@ -24,19 +22,6 @@ def kept_by(networks, function, *arguments):
         result = function(*arguments)
     storages = [tensor().untyped_storage() for tensor in kept if tensor() is not None]
     return result, {x._cdata: x.nbytes() for x in storages if x._cdata not in own}
-
-
-def peak_bytes(work):
-    """The most bytes that PyTorch's allocator held at a time on the CPU during work(), beyond
-    those before it.
-
-    Resident memory tells less: the C library keeps what was given back, as much of it as happened
-    to lie together."""
-    cpu = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[cpu], profile_memory=True) as record:
-        work()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return int(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max())
 
 
 def in_bytes(n):

@@ -10,6 +10,8 @@ Ours: the average that is the target is the result, too.
     python -m methods.consistency --preset nano --from runs/nano
 """
 
+from functools import partial
+
 import torch
 
 import ladd
@@ -53,10 +55,7 @@ def distil(run):
     for step in loop:
         b = draw_batch(run, samples, step, own_noise="none")
         i = draw_times(run, step)
-
-        def guided(xt, t, text=b.text):
-            return guided_velocity(teacher, xt, t, text, uncond, s.synthetic_cfg)
-
+        guided = partial(guided_velocity, teacher, text=b.text, uncond=uncond, cfg=s.synthetic_cfg)
         with run.autocast():
             loss = consistency_loss(student, ema, guided, b, times[i], times[i + 1])
         loss.backward()

@@ -13,6 +13,8 @@ learns the student's own samples. One update:
     python -m methods.dmd --preset nano --from runs/nano
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -46,11 +48,8 @@ def matching_losses(run, student, fake_score, b, velocity, step):
     n = run.settings.batch
     levels = rng(run.settings.seed, "dmd", step).uniform(0.02, 0.98, (n, 2)).astype(np.float32)
     t, t_score = moved(torch.from_numpy(my_share(levels)), run.device).unbind(dim=1)
-
-    def fakes(xt, t):
-        return fake_score(xt, t, *b.text)[0]
-
     x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
+    fakes = partial(guided_velocity, fake_score, text=b.text, uncond=None, cfg=1)
     gradient = matching_gradient(x0_hat, b.noise_hat, t, velocity, fakes)
     loss_score = teacher_loss(fake_score, x0_hat.detach(), b.text, t_score, b.noise_hat)
     return matching_loss(x0_hat, gradient), loss_score
@@ -67,10 +66,7 @@ def distil(run):
     loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers + score_optimizers)
     for step in loop:
         b = draw_batch(run, samples, step, own_noise="none")
-
-        def guided(xt, t, text=b.text):
-            return guided_velocity(teacher, xt, t, text, uncond, s.synthetic_cfg)
-
+        guided = partial(guided_velocity, teacher, text=b.text, uncond=uncond, cfg=s.synthetic_cfg)
         with run.autocast():
             loss, loss_score = matching_losses(run, student, fake_score, b, guided, step)
         (loss + loss_score).backward()

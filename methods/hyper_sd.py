@@ -27,6 +27,7 @@ The sampler is sample.renoise; docs/methods.md says where the paper's differs: a
 """
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import torch
@@ -95,19 +96,15 @@ def feedback_loss(judge, x0_hat, labels, anchor, weight):
     return weight * (x0_hat - anchor).square().mean() - reward, reward
 
 
-def labels_of(run, samples):
-    """What every caption of the samples says, as answers to the classifier's questions: (n, A)."""
-    captions = map(tuple, run.text.ids(run.dataset.captions).tolist())
-    known = dict(zip(captions, run.dataset.labels, strict=True))
-    return torch.stack([known[tuple(ids)] for ids in samples.words.tolist()])
+def draw_labels(run, samples, known, step):
+    """What the captions of `draw_batch` say, as answers to the classifier's questions. -> (B, A)
 
-
-def draw_labels(run, samples, labels, step):
-    """Those of the captions of `draw_batch`. -> (B, A)"""
+    known: {ids of a caption: its answers}"""
     s = run.settings
     index = my_share(np.arange(step * s.batch, (step + 1) * s.batch))
     bucket = data.draw_bucket(samples.dataset, s.seed, "distillation", step)
-    return moved(labels[bucket.batch(index)[1]], run.device)
+    ids = samples.words[bucket.batch(index)[1]].tolist()
+    return moved(torch.stack([known[tuple(own)] for own in ids]), run.device)
 
 
 def distil(run):
@@ -122,7 +119,8 @@ def distil(run):
         if not run.dataset.attributes:
             refuse(s, "shares", "these captions ask a classifier nothing; the fifth must be 0")
         judge = classifier_of(run)
-        labels = labels_of(run, samples)
+        ids = run.text.ids(run.dataset.captions).tolist()
+        known = dict(zip(map(tuple, ids), run.dataset.labels, strict=True))
     networks = dict(student=student, ema=ema, score=fake_score)
     loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers + score_optimizers)
     for step in loop:
@@ -132,10 +130,7 @@ def distil(run):
                 optimizer.state.clear()
         b = draw_batch(run, samples, step, own_noise="none" if part < FEEDBACK else "low")
         players = [(optimizers, student, s.clip, ladd.student_rate(s, step))]
-
-        def guided(xt, t, text=b.text):
-            return guided_velocity(teacher, xt, t, text, uncond, s.synthetic_cfg)
-
+        guided = partial(guided_velocity, teacher, text=b.text, uncond=uncond, cfg=s.synthetic_cfg)
         with run.autocast():
             if part < FEEDBACK:
                 i = draw_times(run, step)
@@ -144,7 +139,7 @@ def distil(run):
                 x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)  # line 4
                 with torch.no_grad():
                     anchor = student_predict(ema, b.x0, b.text, b.t, b.noise)
-                told = draw_labels(run, samples, labels, step)
+                told = draw_labels(run, samples, known, step)
                 loss, reward = feedback_loss(judge, x0_hat, told, anchor, s.anchor)
                 loop.add(reward=reward)
             else:

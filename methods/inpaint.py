@@ -24,7 +24,6 @@ import data
 import ladd
 import sample
 from lib.masks import hide, random_masks
-from lib.optim import learning_rate, make_optimizers, step_all, update_ema
 from lib.parallel import leave
 from lib.settings import refuse, setting
 from mmdit import MMDiT
@@ -66,38 +65,17 @@ class Settings(ladd.Settings):
         return told
 
 
-def conditioned(run, checkpoint):
-    """The network of a teacher, which is told more: it starts with the same output."""
-    more = dict(condition_channels=run.settings.condition_channels)
-    model = run.make(MMDiT, **checkpoint["model"], **more)
-    model.load_state_dict(checkpoint["weights"], strict=False)
-    return model
-
-
 def tune(run):
     """Training 1: the teacher, tuned to what it is told, takes the plain one's place."""
     s, checkpoint = run.settings, sample.read_checkpoint(run.path("teacher"))
     run.dataset = s.told(run.dataset)
     if "condition_channels" in checkpoint["model"]:  # done before, or by the run of --from
         return
-    model = conditioned(run, checkpoint)
-    ema = conditioned(run, checkpoint).requires_grad_(False)
-    optimizers = make_optimizers(model, s.tune_lr, s.tune_muon_lr, 0.9, s.adam_eps)
-    words = run.text.ids(run.dataset.captions)
-    loop = run.loop("tuning", s.tune_iterations, s.teacher_batch, dict(model=model, ema=ema),
-                    optimizers)  # fmt: skip
-    for step in loop:
-        x0, text, t, noise = ladd.draw_teacher_batch(run, step, words)
-        with run.autocast():
-            loss = ladd.teacher_loss(model, x0, text, t, noise)
-        loss.backward()
-        rate = learning_rate(step, loop.total, 0.6)
-        (norm,) = step_all((optimizers, model, s.clip, rate))
-        update_ema(ema, model, s.teacher_ema, step)
-        loop.log(loss=loss, grad_norm=norm)
-        if loop.due(s.sample_every):
-            run.show("tuned", step + 1, ema)
-    run.save("teacher", ema, s.tune_iterations)
+    more = dict(condition_channels=s.condition_channels)
+    model = run.make(MMDiT, **checkpoint["model"], **more)
+    model.load_state_dict(checkpoint["weights"], strict=False)  # with the same output at first
+    ema = copy.deepcopy(model).requires_grad_(False)
+    ladd.teach(run, "tuning", model, ema, s.tune_iterations, s.tune_lr, s.tune_muon_lr)
 
 
 def distil(run):

@@ -28,7 +28,7 @@ from lib.loop import Loop
 from lib.run import Run
 from mmdit import MMDiT
 from tools import report
-from tools.command import given_settings
+from tools.train import given_settings
 
 # nohup and "&" have signals ignored, in all programs that the tests start, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -19,7 +19,7 @@ from lib.run import Run
 from lib.scores import Judge
 from methods import dpo
 from tools import sweep
-from tools.command import given_settings
+from tools.train import given_settings
 
 HOW = dict(distil=dpo.distil, method="dpo", kind=dpo.Settings)
 BOTH = "--judge-steps 5 --evaluation 8 --save-every 2"

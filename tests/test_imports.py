@@ -23,12 +23,11 @@ MAY["tools"] = MAY["ladd"] | {"ladd", "tools"}
 # What it may import besides, in the moment that it is needed. A star stands for a computed name.
 LATER = {
     "data": {"sd3.shards"},
-    "sample": {"tools.*"},
-    "ladd": {"tools.command"},
-    "tools.command": {"tools.*", "tools.train"},
+    "sample": {"tools.draw"},
+    "ladd": {"tools.train"},
     "tools.draw": {"sd3.encoders", "sd3.weights"},
     "tools.report": {"sd3.weights"},
-    "tools.train": {"sd3.weights"},
+    "tools.train": {"sd3.weights", "tools.*"},
     "tools.sweep": {"methods.*"},
 }
 

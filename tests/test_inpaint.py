@@ -173,7 +173,7 @@ def test_the_teacher_is_tuned_from_the_given_one(fills, whole):
     moved = {k: (w - after["weights"][k]).abs().max() for k, w in before["weights"].items()}
     assert max(moved.values()) < 0.1 and moved["joint_blocks.0.x_block.attn.qkv.weight"] > 0
     assert [row["step"] for row in updates(fills) if row["stage"] == "tuning"] == [1, 2, 3, 4]
-    assert {path.name for path in fills.glob("samples/*")} >= {"tuned-000004.png"}
+    assert {path.name for path in fills.glob("samples/*")} >= {"tuning-000004.png"}
 
 
 def test_the_report_keeps_known_pixels_in_every_row(fills):
@@ -276,7 +276,7 @@ BAD = {
     "nothing of it": ("{run} --init-image a.png --mask none.png", "none of it is white"),
     "no picture": ("{run} --init-image a.png --mask text.png", "--mask text.png: can't be read"),
     "no file": ("{run} --init-image a.png --mask gone.png", "--mask gone.png: can't be read"),
-    "without an image": ("{run} --mask m.png", "--mask m.png: is for --init-image"),
+    "without an image": ("{run} --mask m.png", "--mask: is for --init-image"),
     "no mask": ("{run} --init-image a.png", "give one with --init-image, and --mask"),
     "neither": ("{run}", "give one with --init-image, and --mask"),
     "bad image": ("{run} --init-image text.png --mask m.png", "--init-image text.png"),

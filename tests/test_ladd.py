@@ -34,7 +34,7 @@ from discriminator import Discriminator
 from lib.loop import Loop
 from lib.streams import rng
 from mmdit import MMDiT
-from tools.command import given_settings
+from tools.train import given_settings
 
 EXACT = dict(rtol=1e-10, atol=1e-12)
 

@@ -5,8 +5,8 @@ import torch
 
 import ladd
 from lib.optim import make_optimizers
-from tools.command import given_settings
 from tools.plan import meta_networks
+from tools.train import given_settings
 
 SIZES = {  # of the released networks, position tables apart
     "--preset sd3-2b": 2_028_328_000,

@@ -17,7 +17,7 @@ PROGRAMS = {
     "explain.explain": "--explain",
     "sweep.sweep": "--sweep batch=8,16",
     "draw.make_pictures": "sample",
-    "score.score": "sample --evaluate",
+    "draw.score": "sample --evaluate",
 }
 
 

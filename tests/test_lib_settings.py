@@ -22,8 +22,8 @@ from lib.settings import (
     text_of,
 )
 from mmdit import MMDiT
-from tools.command import base_of, given_settings
 from tools.score import MOST
+from tools.train import base_of, given_settings
 
 FIELDS = dataclasses.fields(ladd.Settings)
 

@@ -27,7 +27,7 @@ from mmdit import MMDiT
 from sd3.encode import main
 from sd3.encoders import Encoders
 from sd3.weights import open_sd3
-from tools.command import given_settings
+from tools.train import given_settings
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")

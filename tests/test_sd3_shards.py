@@ -10,7 +10,7 @@ import data
 import ladd
 from lib.errors import DataError
 from sd3.shards import SHARDS
-from tools.command import given_settings
+from tools.train import given_settings
 
 pytest.importorskip("safetensors")
 

@@ -53,7 +53,7 @@ from lib.streams import RULE
 from mmdit import MMDiT
 from sd3.weights import open_sd3
 from tools import train
-from tools.command import given_settings
+from tools.train import given_settings
 
 ROUNDS = 700
 

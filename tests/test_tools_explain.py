@@ -3,7 +3,7 @@
 from conftest import FEW, snapshot
 
 import ladd
-from tools.command import given_settings
+from tools.train import given_settings
 
 
 def test_explain_follows_a_batch_and_says_who_receives_gradient(train, tmp_path, capsys):

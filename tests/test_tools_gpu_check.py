@@ -1,6 +1,5 @@
 """tools/gpu_check.py: its parts end at their limits, and one that fails stops no other."""
 
-import importlib.util
 import json
 import os
 import re
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from tools import benchmark, gpu_check
-from tools.command import given_settings
+from tools.train import given_settings
 
 
 def python(name, code, limit=60):
@@ -57,12 +56,6 @@ def test_a_part_ends_at_its_limit_with_all_that_it_started_and_what_it_said_is_k
     assert result["parts"][0]["table"] == ["| x |"]
     time.sleep(1.5)
     assert not mark.exists()
-
-
-def test_without_pytest_its_part_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    (part, *_) = gpu_check.parts_of("shapes", tmp_path)
-    assert gpu_check.run_part(part, 1, tmp_path / "log") == "left out: pip install pytest"
 
 
 def test_the_files_name_no_folder_of_this_machine(check):

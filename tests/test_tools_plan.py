@@ -8,12 +8,12 @@ import data
 import ladd
 from lib.files import save
 from lib.loop import Watch
-from lib.memory import peak_bytes
 from lib.run import Run
 from lib.streams import RULE
 from mmdit import MMDiT
-from tools.command import given_settings
+from tests.peak import peak_bytes
 from tools.plan import main, meta_networks, plan
+from tools.train import given_settings
 
 
 def plan_of(words, gpus=1):
@@ -85,7 +85,7 @@ def test_the_plan_with_adapters_counts_the_base_once():
 MEASURE = """
 import json, os, sys
 import ladd
-from lib.memory import peak_bytes
+from tests.peak import peak_bytes
 from tools import report
 
 report.report = lambda run: None

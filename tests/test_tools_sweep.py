@@ -14,7 +14,7 @@ import data
 import ladd
 import sample
 from tools import sweep
-from tools.command import given_settings
+from tools.train import given_settings
 
 SWEEP = FEW + " --teacher-iterations 2 --iterations 2 --evaluation 8 --judge-steps 2 --synthetic 6"
 AXES = "--sweep t_hat_mean=-2,0 --sweep taps=0,1/2 --seeds 3,4"

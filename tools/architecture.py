@@ -1,31 +1,20 @@
-"""Draws docs/architecture.png: one batch of LADD, the network, its joint block, a head.
+"""docs/architecture.png: one batch of LADD, the network, its joint block, a head.
 
-python -m tools.architecture            draws it, from nano's networks as they run (matplotlib)
-python -m tools.architecture --check    compares its numbers with those of the code; status 1 if not
-
-Every shape and number is read off a pass of `nano`, and is kept in the PNG as text, too.
+Every shape and number is read off a pass of `nano`. tools/pictures.py draws it.
 """
 
-import io
-import json
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import torch
-from PIL import Image, PngImagePlugin
 
 import ladd
-from lib.errors import Parser, UsageError, exit_status
-from lib.files import replacing
-from tools.command import given_settings
 from tools.plan import meta_networks, random_batch
+from tools.train import given_settings
 
-PICTURE = Path(__file__).resolve().parent.parent / "docs" / "architecture.png"
 # Fill and edge of a box; arrows have the colour of the edge.
 BLUE, GREEN, YELLOW = ("#dbe9f8", "#2f6fb4"), ("#dcf0e1", "#2e8653"), ("#fcefcb", "#b5840f")
 GREY, VIOLET, RED = ("#e9edf1", "#7c8896"), ("#ebe1f7", "#7a4fb5"), ("white", "#d1495b")
-WHITE = ("white", "#1f2a37")
+WHITE, PLAIN = ("white", "#1f2a37"), ("white", "white")
 
 
 def shape_of(tensor):
@@ -70,10 +59,8 @@ class Diagram:
     """A picture in units of a column and a row; rows go downwards."""
 
     def __init__(self, columns, rows):
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise UsageError("matplotlib is missing: pip install matplotlib") from None
+        from matplotlib.figure import Figure  # optional
+
         self.figure = Figure(figsize=(2.3 * columns, 1.1 * rows), dpi=100)
         self.axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, columns), ylim=(rows, 0))
         self.axes.axis("off")
@@ -81,13 +68,11 @@ class Diagram:
     def heading(self, x, y, text):
         self.axes.text(x, y, text, fontsize=20, va="center")
 
-    def note(self, x, y, text, **style):
-        return self.axes.text(x, y, text, fontsize=13, ha="center", va="center", **style)
-
     def box(self, x, y, colour, text):
         """A box around (x, y) with centred text. -> what `join` takes"""
         shape = dict(boxstyle="round,pad=0.5", facecolor=colour[0], edgecolor=colour[1])
-        return self.note(x, y, text, linespacing=1.5, bbox=shape)
+        style = dict(fontsize=13, ha="center", va="center", linespacing=1.5, bbox=shape)
+        return self.axes.text(x, y, text, **style)
 
     def boxes(self, x, y, right, down, colour, *texts):
         """Boxes in a row or a column, joined by arrows."""
@@ -102,16 +87,6 @@ class Diagram:
         for a, b in pairwise(boxes):
             ends = dict(patchA=a.get_bbox_patch(), patchB=b.get_bbox_patch())
             self.axes.annotate("", b.get_position(), a.get_position(), arrowprops=style | ends)
-
-    def save(self, path, **notes):
-        """Writes a PNG that carries the notes as text."""
-        with io.BytesIO() as drawn, replacing(path) as file:
-            self.figure.savefig(drawn, format="png")
-            info = PngImagePlugin.PngInfo()
-            for key, value in notes.items():
-                info.add_itxt(key, value)
-            picture = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-            picture.save(file, "PNG", pnginfo=info, optimize=True)
 
 
 def draw_batch(d, n):
@@ -183,7 +158,8 @@ def draw_block(d, n):
         d.join(YELLOW, adaln, above[1])
         for box in below:
             d.join(YELLOW, again, box)
-    d.note(5.75, 13.1, f"the last block's text gives q, k, v alone: {n['last_vectors']} vectors")
+    told = f"the last block's text gives q, k, v alone: {n['last_vectors']} vectors"
+    d.box(5.75, 13.1, PLAIN, told)
 
 
 def draw_head(d, n):
@@ -201,25 +177,9 @@ def draw_head(d, n):
     d.join(YELLOW, linear, row[4])
 
 
-def main(argv=None):
-    parser = Parser("tools/architecture.py", "Draws docs/architecture.png from the code.")
-    parser.add_argument("--check", action="store_true", help="compare the numbers, draw nothing")
-    args, n = parser.parse_args(argv), read_code()
-    if args.check:
-        with Image.open(PICTURE) as old:
-            same = json.loads(old.text.get("numbers", "{}")) == n
-        if not same:
-            print("docs/architecture.png is not of this code: python -m tools.architecture")
-        return 0 if same else 1
-    try:
-        diagram = Diagram(8, 16.1)
-    except UsageError as error:
-        return exit_status("tools/architecture.py", error)
+def draw_architecture(n):
+    """The whole picture. n: of `read_code`"""
+    diagram = Diagram(8, 16.1)
     for draw in (draw_batch, draw_network, draw_block, draw_head):
         draw(diagram, n)
-    diagram.save(PICTURE, numbers=json.dumps(n))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return diagram.figure

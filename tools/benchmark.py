@@ -1,7 +1,6 @@
 """Speed and memory, as ratios measured in one run on one machine; the comparisons take turns.
 
-    python -m tools.benchmark            prints the table
-    python -m tools.benchmark --write    and keeps it in docs/benchmark.md
+    python -m tools.benchmark > docs/benchmark.md
     python -m tools.benchmark --gpu      tiny and SD3's real sizes with random weights, on one GPU
 
 The network is compared with diffusers' SD3Transformer2DModel (pip install diffusers).
@@ -12,35 +11,28 @@ import dataclasses
 import functools
 import itertools
 import math
-import pickle
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
-from PIL import Image
 
 import data
 import ladd
 import sample
 from discriminator import Discriminator
-from lib.cifar10 import NAMES
 from lib.errors import Parser, reason
-from lib.files import write_text
 from lib.machine import arithmetic, autocast, device_of, facts, keep_memory
-from lib.memory import in_bytes, peak_bytes
+from lib.memory import in_bytes
 from lib.optim import make_optimizers, step_all, update_ema
 from lib.run import compile_blocks
 from lib.samples import Joined
-from lib.states import Saver
 from mmdit import MMDiT
-from tools.command import given_settings
 from tools.plan import plan, random_batch
+from tools.train import given_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -130,11 +122,6 @@ class Distillation:
         step_all((self.optimizers, student, s.clip, 1.0))
         update_ema(ema, student, s.student_ema, step=10_000)
 
-    def save(self, folder):
-        """A state, as a run saves it every so many updates."""
-        saver = Saver(Path(folder), "distillation", self.device, divided=False)
-        saver.save(1, self.networks, self.optimizers + self.heads_optimizers, {}, wait=True)
-
 
 # ---------------------------------------------------------------------------------------------
 # What is measured
@@ -142,7 +129,7 @@ class Distillation:
 
 
 def training_step(preset, precision, device, n):
-    """A teacher's step: seconds of diffusers' network, and of ours."""
+    """A teacher's step beside that of diffusers' network: a row."""
     s = settings(preset)
     b = random_batch(s, 32, device)
 
@@ -160,7 +147,10 @@ def training_step(preset, precision, device, n):
         return call
 
     ours = step(MMDiT(**s.model()), MMDiT.__call__)
-    return rounds(dict(theirs=step(theirs(s), call_theirs), ours=ours), n).values()
+    seconds = rounds(dict(theirs=step(theirs(s), call_theirs), ours=ours), n)
+    what = f"training step, {preset}, {precision}: diffusers' time over ours"
+    ratio = seconds["theirs"] / seconds["ours"]
+    yield what, f"{ratio:.2f}", "≥ 1.5" if device.type == "cpu" else "≥ 1.15"
 
 
 def sampling(device, n):
@@ -189,43 +179,6 @@ def sampling(device, n):
 
     seconds = rounds(dict(ours=mine, theirs=diffusers), n)
     return seconds["theirs"] / seconds["ours"]
-
-
-def memory(s):
-    """The most memory that two iterations of LADD take on the CPU, over the plan's."""
-
-    def work():
-        d = Distillation(s, torch.device("cpu"))
-        d.iteration()
-        d.iteration()
-
-    return peak_bytes(work) / plan(s)["ways"][False]["total"]
-
-
-def reading(folder, n):
-    """Seconds that a batch of 64 takes, per data set; what must be files is made in `folder`."""
-    sizes = [(16, 16)]
-    shapes = data.load("shapes", sizes)
-    images, caption = shapes.batch(np.arange(256))
-    for i, (image, row) in enumerate(zip(images, caption.tolist(), strict=True)):
-        path = folder / "images" / shapes.captions[row].split()[3] / f"{i}.png"
-        path.parent.mkdir(exist_ok=True, parents=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    random, batches = np.random.default_rng(0), folder / "cifar-10-batches-py"
-    batches.mkdir()
-    for name in NAMES:  # noise in files of CIFAR-10's size and format
-        pixels = random.integers(0, 256, (10_000, 3072), np.uint8)
-        labels = random.integers(0, 10, 10_000).tolist()
-        (batches / name).write_bytes(pickle.dumps({b"data": pixels, b"labels": labels}))
-    sets = {"shapes": shapes, "a folder of images": data.load(str(folder / "images"), sizes)}
-    sets["CIFAR-10"] = data.load("cifar10", sizes, data_dir=folder)
-    index = itertools.count()
-
-    def batch(dataset):
-        first = 64 * next(index)
-        dataset.batch(np.arange(first, first + 64))
-
-    return rounds({name: lambda d=d: batch(d) for name, d in sets.items()}, n)
 
 
 def drawing(preset, n):
@@ -266,27 +219,15 @@ def start_up(n):
 
 
 def measure(n):
-    device, step = device_of("auto"), None
+    device = device_of("auto")
     for preset, turns in (("nano", n), ("tiny", min(n, 3))):
         for precision in ("bf16", "fp32"):
-            other, ours = training_step(preset, precision, device, turns)
-            step = step or ours  # of nano in bf16
-            what = f"training step, {preset}, {precision}: diffusers' time over ours"
-            yield what, f"{other / ours:.2f}", "≥ 1.5" if device.type == "cpu" else "≥ 1.15"
+            yield from training_step(preset, precision, device, turns)
     d = Distillation(settings("nano"), device)
-    with tempfile.TemporaryDirectory() as folder:
-        calls = dict(unit=d.forward, iteration=d.iteration, save=lambda: d.save(folder))
-        seconds = rounds(calls, n)
+    seconds = rounds(dict(unit=d.forward, iteration=d.iteration), n)
     units = seconds["iteration"] / seconds["unit"]
     yield "LADD iteration in forwards of the network", f"{units:.2f}", "≤ 6.6"
-    used = memory(settings("nano", "--precision", "fp32"))
-    yield "its peak memory over the plan's, float32 on a CPU", f"{used:.2f}", "0.9 to 1.1"
-    share = seconds["save"] / (seconds["iteration"] * d.s.save_every)
-    yield "saved states, share of the time", f"{share:.2%}", "< 2 %"
     yield "64 images in 4 steps: diffusers' time over ours", f"{sampling(device, n):.2f}", "≥ 1.3"
-    with tempfile.TemporaryDirectory() as folder:
-        for name, seconds in reading(Path(folder), n).items():
-            yield f"a batch of {name} over a training step", f"{seconds / step:.1%}", "≤ 5 %"
     for stage, seconds in drawing("tiny", n).items():
         yield f"{stage}, tiny: the host's time per update, ms", f"{1000 * seconds:.1f}", "≤ 3"
     for name, ratio in start_up(3).items():
@@ -305,14 +246,10 @@ def matrix_rate(device):
 
 
 @functools.cache
-def planned(preset, batch):
-    return plan(settings(preset, "--batch", f"{batch}"))["ways"][False]
-
-
 def fitting(preset, most):
     """The preset with the largest batch, up to `most`, whose planned update fits on the GPU.
     -> its settings, the plan's FLOPs, FLOPs of one forward, bytes"""
-    way = planned(preset, most)
+    way = plan(settings(preset, "--batch", f"{most}"))["ways"][False]
     image, free = way["activations"] / most, torch.cuda.mem_get_info()[0]
     fixed = way["total"] - way["activations"]
     batch = min(most, int((0.9 * free - fixed) / image))
@@ -321,12 +258,6 @@ def fitting(preset, most):
     flops = way["flops"] * batch / most
     s = settings(preset, "--batch", f"{batch}")
     return s, flops, flops / way["forwards"], fixed + image * batch
-
-
-def measure_step(preset, device):
-    other, ours = training_step(preset, "bf16", device, 5)
-    what = f"training step, {preset}, bf16: diffusers' time over ours"
-    yield what, f"{other / ours:.2f}", "≥ 1.15"
 
 
 def measure_iteration(preset, most, device, rate):
@@ -358,44 +289,13 @@ def measure_compile(preset, most, device):
     yield what, f"{seconds[0] / seconds[1]:.2f}", "–"
 
 
-def measure_theirs(preset, most, device, rate):
-    s, _, forward, _ = fitting(preset, most)
-    b = random_batch(s, s.batch, device)
-    x, t, *text = (v.bfloat16() for v in (b.x0, b.t, *b.text))
-    other = awake(theirs(s)).to(device, torch.bfloat16).eval()
-    with torch.no_grad():
-        seconds = rounds(dict(other=lambda: call_theirs(other, x, t, *text)), 5)["other"]
-    share = forward / seconds / rate
-    yield f"{preset}, diffusers' forward alone, share", f"{share:.2f}", "not above ours"
-
-
-def measure_sample(preset, device):
-    s = settings(preset)
-    with device:
-        model = awake(MMDiT(**s.model()).bfloat16()).eval()
-    b = random_batch(s, 1, device)
-    torch.cuda.reset_peak_memory_stats()
-
-    @torch.no_grad()
-    def draw():
-        with autocast(device, "bf16"):
-            list(sample.renoise(model, b.x0, s.levels, b.text, lambda step: b.noise))
-
-    seconds = rounds(dict(draw=draw), 3)["draw"]
-    used = torch.cuda.max_memory_allocated() / 1e9
-    yield f"{preset}, one sample in 4 steps at {s.size[0]}², seconds", f"{seconds:.2f}", "–"
-    yield "its memory, GB", f"{used:.1f}", "one GPU's"
-
-
 def measure_gpu(device):
     """What takes seconds first: a time limit may end it."""
     rate = matrix_rate(device)
     yield "bf16 matrix product of 8192³, TFLOP/s", f"{rate / 1e12:.0f}", "–"
     yield from tried("tiny", measure_iteration("tiny", 256, device, rate))
     yield from tried("sd3-2b", measure_iteration("sd3-2b", 4, device, rate))
-    yield from tried("a training step", measure_step("tiny", device))
-    yield from tried("sd3-2b, diffusers", measure_theirs("sd3-2b", 4, device, rate))
-    yield from tried("sd3-8b", measure_sample("sd3-8b", device))
+    yield from tried("a training step", training_step("tiny", "bf16", device, 5))
     for preset, most in (("tiny", 256), ("sd3-2b", 4)):
         yield from tried(f"{preset}, --compile", measure_compile(preset, most, device))
 
@@ -410,30 +310,21 @@ def tried(what, rows):
 
 def main(argv=None):
     parser = Parser("tools/benchmark.py", "Speed and memory, beside diffusers'.")
-    parser.add_argument("--write", action="store_true", help="keep the output in docs/benchmark.md")
     parser.add_argument("--rounds", type=int, default=11, help="calls of which the median is taken")
     parser.add_argument("--gpu", action="store_true", help="measure the real sizes instead")
     args = parser.parse_args(argv)
     if args.gpu and not torch.cuda.is_available():
         parser.error("--gpu: no GPU is here")
     keep_memory()  # as ladd.py does; it serves all contestants
-    lines = ["| what | measured | goal |", "|---|---|---|"]
-    print(*lines, sep="\n", flush=True)
-    rows = measure(args.rounds)
-    if args.gpu:
-        rows = measure_gpu(torch.device("cuda"))
-    for row in rows:
-        lines.append("| " + " | ".join(row) + " |")
-        print(lines[-1], flush=True)
     where = facts()
     dirty = " with uncommitted changes" if where["dirty"] else ""
-    told = f"\n`python -m tools.benchmark --rounds {args.rounds}`, commit {where['commit']}{dirty}"
-    told += f", torch {where['torch']}, {where['gpu'] or where['processor']}, "
-    told += f"{where['threads']} threads."
-    print(told)
-    if args.write:
-        text = ["# Benchmark\n", "Ratios of one run on one machine.\n", *lines, f"{told}\n"]
-        write_text("\n".join(text), ROOT / "docs" / "benchmark.md")
+    made = f"commit {where['commit']}{dirty}, torch {where['torch']}"
+    made += f", {where['gpu'] or where['processor']}, {where['threads']} threads"
+    print("# Benchmark\n\nRatios of one run on one machine.")
+    print(f"`python -m tools.benchmark --rounds {args.rounds}`, {made}.\n")
+    print("| what | measured | goal |\n|---|---|---|")
+    for row in measure_gpu(torch.device("cuda")) if args.gpu else measure(args.rounds):
+        print("| " + " | ".join(row) + " |", flush=True)
     return 0
 
 

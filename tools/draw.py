@@ -1,6 +1,7 @@
-"""Pictures from a finished run: the command line of sample.py.
+"""The command line of sample.py: pictures from a finished run, or its scores, or its weights.
 
 python sample.py runs/nano --prompt "a large red circle on a dotted blue background" --out a.png
+python sample.py runs/nano --evaluate                       tools/score.py
 python sample.py runs/nano --export student.safetensors     under SD3's names
 python sample.py RUN --decode SD3_DIR --prompt "a red fox" --size 832x1216 --out fox.png
 python sample.py runs/nano-inpaint --init-image a.png --mask m.png --prompt "a red circle"
@@ -9,6 +10,7 @@ python sample.py runs/nano-edit --init-image a.png --prompt "make it blue"
 
 import math
 import sys
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -22,6 +24,7 @@ from lib.files import read_lines
 from lib.images import decode_file, size_of
 from lib.masks import hide
 from lib.pictures import refuse_strangers, save_gif, save_pictures, square
+from tools.score import READ, data_of, score
 
 
 def parse(argv):
@@ -30,13 +33,13 @@ def parse(argv):
     add("run", help="a run folder, or a checkpoint")
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
     add("--prompts", metavar="FILE", help="a file of one prompt a line, or @captions of the data")
-    add("--num", type=int, help="images (default: one per prompt; @captions: 16)")
+    add("--num", type=int, help="images (default: one per prompt; @captions: 16); or per row")
     add("--steps", type=int, help="network steps (default: as the model was made for)")
     add("--teacher", action="store_true", help="sample from the teacher instead of the student")
     add("--cfg", type=float, help="guidance scale w (default: the teacher's own; students: 1)")
     add("--sampler", choices=("renoise", "euler"), help="default: renoise, for a teacher euler")
     add("--eta", type=float, help="share of fresh noise between the student's steps (0 to 1)")
-    add("--seed", type=int, default=0, help="of the noise")
+    add("--seed", type=int, help="of the noise (default: 0; of scores the run's own)")
     add("--size", type=data.parse_size, metavar="HxW", help="pixels (default: as it was trained)")
     add("--out", default="samples.png", help="a grid as .png, or a folder for one PNG per image")
     add("--trajectory", metavar="FILE.gif", help="x̂_0 along the steps, as an animation")
@@ -49,41 +52,33 @@ def parse(argv):
     add("--merge", action="store_true", help="--export of a run with --lora: whole weights instead")
     add("--adapter", metavar="FILE", help="add the adapter of another run's student.pt …")
     add("--adapter-scale", type=float, default=1.0, help="… times this; its --export is whole")
-    add("--data", help="take @captions of other data than the run's own")
-    add("--data-dir", default="data", help="where downloads are kept")
+    add("--evaluate", action="store_true", help="the table of scores, with the teacher's --steps")
+    add("--other-judge", action="store_true", help="--evaluate by a second classifier")
+    add("--data", help="take @captions of other data than the run's own, or score by it")
+    add("--data-dir", default="data", help="where downloads and judges are kept")
     add("--device", default="auto")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     add("--batch", type=int, default=256, help="images at a time")
-    parser.epilog = "Also: --evaluate, the table of scores, which is tools/score.py."
     args = parser.parse_args(argv)
-    if args.strength is not None and not 0 < args.strength <= 1:
-        parser.error(f"--strength {args.strength:g}: must be above 0 and at most 1")
-    if args.eta is not None and not 0 <= args.eta <= 1:
-        parser.error(f"--eta {args.eta:g}: must be from 0 to 1")
-    for name in ("cfg", "adapter_scale"):
-        value = getattr(args, name)
-        if value is not None and not math.isfinite(value):
-            parser.error(f"--{name.replace('_', '-')} {value:g}: must be finite")
-    if args.mask and not args.init_image:
-        parser.error(f"--mask {args.mask}: is for --init-image")
-    if args.merge and not args.export:
-        parser.error("--merge: is for --export")
-    if args.adapter_scale != 1 and not args.adapter:
-        parser.error(f"--adapter-scale {args.adapter_scale:g}: is for --adapter")
-    for name, most in dict(num=10**6, steps=10_000, batch=10**6).items():
-        if getattr(args, name) is not None and not 1 <= getattr(args, name) <= most:
-            parser.error(f"--{name}: must be from 1 to {most:,}")
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    flags = {name: f"--{name.replace('_', '-')}" for name in given}
+    for name in given if args.evaluate else ():
+        if name not in READ:
+            parser.error(
+                f"{flags[name]}: no place beside --evaluate, which scores the report's rows"
+            )
+    needs = dict(mask="init_image", merge="export", adapter_scale="adapter", other_judge="evaluate")
+    limits = dict(num=(8 if args.evaluate else 1, 10**6), steps=(1, 10_000), batch=(1, 10**6))
+    limits |= dict(eta=(0, 1), strength=(0.001, 1), cfg=(-1000, 1000), adapter_scale=(-1000, 1000))
+    for name, (low, high) in limits.items():
+        if name in given and not low <= getattr(args, name) <= high:
+            parser.error(f"{flags[name]} {getattr(args, name)}: must be from {low:,} to {high:,}")
+    for name, other in needs.items():
+        if name in given and not getattr(args, other):
+            parser.error(f"{flags[name]}: is for --{other.replace('_', '-')}")
     if args.trajectory and not args.trajectory.lower().endswith(".gif"):
         parser.error(f"--trajectory {args.trajectory}: is written as .gif; let it end so")
     return args
-
-
-def data_of(generator, args):
-    """The data set that a model was trained on, or --data."""
-    s = generator.settings
-    return data.load(
-        args.data or s.data, sample.latent_sizes(s), data_dir=args.data_dir, seed=s.seed
-    )
 
 
 def read_prompts(args, generator):
@@ -117,12 +112,9 @@ def latent_size(pixels, s, unit):
     return pixels[0] // unit, pixels[1] // unit
 
 
-class Pixels:
-    """The way from pictures to x_0 and back of models on pixels. SD3's has the same names: the VAE
-    and the text encoders of sd3/encoders.py."""
-
-    unit = 1  # pixels per position of x_0
-    encode, decode = staticmethod(data.to_float), staticmethod(data.to_picture)
+# The way from pictures to x_0 and back of models on pixels, of which a position is one pixel. SD3's
+# has the same names: the VAE and the text encoders of sd3/encoders.py.
+PIXELS = SimpleNamespace(unit=1, encode=data.to_float, decode=data.to_picture)
 
 
 def read_picture(flag, path, height, width):
@@ -173,7 +165,7 @@ def make_pictures(args):
     generator = sample.load_generator(
         args.run, args.teacher, args.device, args.precision, **adapter
     )
-    codec = Pixels()
+    codec = PIXELS
     if args.decode:
         from sd3.encoders import codec_of
 
@@ -184,7 +176,7 @@ def make_pictures(args):
     if args.decode:
         codec.learn([*prompts, ""])  # all at once: every encoder moves to the device one time
     steps, cfg, sampler = generator.way(args.steps, args.cfg, args.sampler)
-    options = dict(seed=args.seed, steps=steps, cfg=cfg, sampler=sampler, eta=args.eta)
+    options = dict(seed=args.seed or 0, steps=steps, cfg=cfg, sampler=sampler, eta=args.eta)
     if args.eta is not None and sampler == "euler":
         raise UsageError(f"--eta {args.eta:g}: Euler steps draw no noise; leave it out")
     if args.size:
@@ -199,7 +191,7 @@ def make_pictures(args):
         options["start"] = (codec.encode(picture), args.strength or 0.6)
     if args.trajectory:
         refuse_strangers(args.trajectory)
-    notes = dict(seed=args.seed, steps=steps, cfg=cfg, model=f"{generator.kind} of {args.run}")
+    notes = dict(seed=args.seed or 0, steps=steps, cfg=cfg, model=f"{generator.kind} of {args.run}")
 
     def images():
         with tqdm(total=len(prompts), desc="sampling", disable=None) as bar:
@@ -223,7 +215,9 @@ def make_pictures(args):
 def main(argv):
     try:
         args = parse(argv)
-        if args.export:
+        if args.evaluate:
+            score(args)
+        elif args.export:
             from sd3.weights import export
 
             given = sample.read_network(args.run, args.teacher, args.adapter, args.adapter_scale)

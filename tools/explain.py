@@ -15,8 +15,7 @@ import ladd
 from lib.run import Run
 from mmdit import MMDiT
 from sample import add_noise
-from tools.command import given_settings
-from tools.train import given_heads, open_data, run_program
+from tools.train import given_heads, given_settings, open_data, run_program
 
 
 def show(symbol, value, what):

@@ -7,11 +7,7 @@ Every part has its own time limit, and one that fails stops no other. The figure
 gpu-check.json and gpu-check.md; what the parts say and make is in runs/gpu-check-TIME/.
 """
 
-import contextlib
-import importlib.util
-import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -23,11 +19,11 @@ import torch
 from lib.errors import Parser
 from lib.files import write_json, write_text
 from lib.machine import facts
+from tools.table import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOGRAPHS = ROOT.parent / "cifar10-train.zip"
 MINUTES = 11.8
-KEPT = 40  # lines of a part's output that the JSON keeps
 
 
 class Part(NamedTuple):
@@ -52,26 +48,17 @@ def parts_of(data, out):
 
 
 def run_part(part, seconds, log):
-    """Runs a part for at most so many seconds; what it starts ends with it. -> its status"""
-    if "pytest" in part.words and importlib.util.find_spec("pytest") is None:
-        return "left out: pip install pytest"
+    """Runs a part; after so many seconds it ends, with all that it has started. -> its status"""
+    words = ["timeout", "--signal=KILL", f"{seconds}", sys.executable, "-u", *part.words]
     with open(log, "wb") as file:
-        options = dict(cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
-        options |= dict(env=os.environ | dict(PYTHONUNBUFFERED="1"))
-        process = subprocess.Popen([sys.executable, *part.words], **options)
-        try:
-            status = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return "out of time"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    return {0: "passed", 75: "stopped by --stop-after"}.get(status, f"failed: status {status}")
+        status = subprocess.run(words, cwd=ROOT, stdout=file, stderr=file).returncode
+    known = {0: "passed", 75: "stopped by --stop-after", -9: "out of time", 137: "out of time"}
+    return known.get(status, f"failed: status {status}")
 
 
 def lines_of(log):
     """What a part said, without the names of this machine's folders."""
-    text = log.read_text("utf-8", "replace") if log.exists() else ""
+    text = log.read_text("utf-8", "replace")
     return text.replace(f"{ROOT}/", "").replace(f"{ROOT.parent}/", "").splitlines()
 
 
@@ -88,23 +75,22 @@ def check(parts, out, folder, minutes):
         print(f"{part.name}: {status}, {seconds} s", flush=True)
         command = shlex.join(["python", *(Path(w).name if w[:1] == "/" else w for w in part.words)])
         row = dict(name=part.name, command=command, limit=limit, seconds=seconds, status=status)
-        row |= dict(table=[line for line in lines if line[:1] == "|"], output=lines[-KEPT:])
+        row |= dict(table=[line for line in lines if line[:1] == "|"], output=lines[-40:])
         result["parts"].append(row)
         write_json(result, folder / "gpu-check.json")
-        write_text(markdown(result), folder / "gpu-check.md")
+        write_text(page(result), folder / "gpu-check.md")
     return [row["status"] for row in result["parts"]]
 
 
-def markdown(result):
+def page(result):
+    """What the JSON says, as Markdown."""
     dirty = " with uncommitted changes" if result["dirty"] else ""
     where = f"{result['gpu'] or result['processor']}, torch {result['torch']}, "
     where += f"Python {result['python']}, commit {result['commit']}{dirty}."
-    lines = ["# GPU check", "", f"`bash tools/gpu_check.sh`. {where}", ""]
-    lines += ["| part | command | limit, s | took, s | status |", "|---|---|---|---|---|"]
-    for row in result["parts"]:
-        cells = row["name"], f"`{row['command']}`", row["limit"], row["seconds"], row["status"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    for row in result["parts"]:
+    names, parts = ("name", "command", "limit", "seconds", "status"), result["parts"]
+    table = markdown([names, *([row[name] for name in names] for row in parts)])
+    lines = ["# GPU check", "", f"`bash tools/gpu_check.sh`. {where}", "", table]
+    for row in parts:
         lines += ["", f"## {row['name']}", "", *row["table"]]
         if row["status"] != "passed":
             lines += ["", "```", *row["output"][-15:], "```"]

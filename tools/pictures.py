@@ -1,6 +1,8 @@
-"""Draws docs/levels.png and docs/health.png, and prints the table of docs/passes.md.
+"""Draws the pictures of docs/ that explain LADD: architecture.png, levels.png and health.png; and
+prints the table of docs/passes.md.
 
-python -m tools.pictures docs/results/health-healthy.jsonl docs/results/health-broken.jsonl
+python -m tools.pictures            with matplotlib
+python -m tools.pictures docs/results/health-healthy.jsonl runs/nano/log.jsonl     your own log
 """
 
 import json
@@ -13,18 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ladd
 from lib.errors import Parser, UsageError, exit_status
-from tools.command import given_settings
+from tools.architecture import draw_architecture, read_code
 from tools.plan import meta_networks, random_batch
+from tools.train import given_settings
 
 NUMBERS = {"loss_d": (2.0, "chance"), "ranked": (0.5, "chance"), "diversity": (0.7, "too alike")}
 
 
 def subplots(rows):
-    """The axes of a figure, one above the other. Nothing else here needs matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("matplotlib is missing: pip install matplotlib") from None
+    """The axes of a figure, one above the other."""
+    from matplotlib.figure import Figure  # optional
+
     figure = Figure(figsize=(8, 1.1 + 1.8 * rows), layout="constrained")
     return figure.subplots(rows, sharex=True, squeeze=False)[:, 0]
 
@@ -98,14 +99,21 @@ def draw_health(logs):
 
 def main(argv=None):
     parser = Parser("tools/pictures.py", "Draws the pictures that explain LADD.")
-    parser.add_argument("healthy", help="log.jsonl of a healthy run")
-    parser.add_argument("broken", help="log.jsonl of a broken run")
+    for name in ("healthy", "broken"):
+        kept = f"docs/results/health-{name}.jsonl"
+        parser.add_argument(name, nargs="?", default=kept, help=f"log.jsonl of a {name} run")
     args = parser.parse_args(argv)
     print(pass_table())
+    numbers = read_code()
     try:
+        picture = draw_architecture(numbers)
+        picture.savefig("docs/architecture.png", metadata=dict(numbers=json.dumps(numbers)))
         draw_levels().savefig("docs/levels.png", dpi=110)
         draw_health(vars(args)).savefig("docs/health.png", dpi=110)
-    except (UsageError, OSError) as error:
+    except ImportError:
+        missing = UsageError("matplotlib is missing: pip install matplotlib")
+        return exit_status("tools/pictures.py", missing)
+    except OSError as error:
         return exit_status("tools/pictures.py", error)
     return 0
 

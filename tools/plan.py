@@ -18,7 +18,7 @@ from lib.errors import Parser, UserError, exit_status
 from lib.lora import adapt
 from lib.memory import in_bytes, kept_by
 from mmdit import MMDiT
-from tools.command import given_settings
+from tools.train import given_settings
 
 NETWORK = 50e9  # bytes a second that one GPU exchanges with the others: 400 Gbit/s
 

@@ -5,47 +5,26 @@
 What is scored as in the run's report goes to its metrics.json; other scores are printed alone.
 """
 
-import math
 from pathlib import Path
 
 import data
 import sample
-from lib.errors import ENDS, CheckpointError, DataError, Parser, UsageError, exit_status
+from lib.errors import CheckpointError, DataError, UsageError
 from lib.files import read_object, write_json
 from lib.report import accuracy_line, fingerprints, markdown_table, read_metrics
 from lib.scores import held_out, judge_accuracy
-from tools.draw import data_of
 
 MOST = dict(evaluation=10**6, judge_steps=10**6, judge_width=1024)  # of a stranger's settings
+READ = ("run", "evaluate", "num", "seed", "data", "steps", "cfg", "other_judge", "data_dir")
+READ += ("device", "precision")  # of the command line, which is in tools/draw.py
 
 
-def parse(argv):
-    parser = Parser("sample.py", "Scores a finished run.")
-    add = parser.add_argument
-    add("run", help="a run folder")
-    add("--evaluate", action="store_true")
-    add("--num", type=int, help="samples of every row (default, as of all: the run's own)")
-    add("--seed", type=int, help="of the noise")
-    add("--data", help="score against other data")
-    add("--steps", type=int, help="the teacher's")
-    add("--cfg", type=float, help="the teacher's guidance scale w")
-    add(
-        "--other-judge", action="store_true", help="score by a second classifier, to compare orders"
+def data_of(generator, args):
+    """The data set that a model was trained on, or --data."""
+    s = generator.settings
+    return data.load(
+        args.data or s.data, sample.latent_sizes(s), data_dir=args.data_dir, seed=s.seed
     )
-    add("--data-dir", default="data", help="where downloads and judges are kept")
-    add("--device", default="auto")
-    add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
-    args, strangers = parser.parse_known_args(argv)
-    if strangers:
-        what = " ".join(strangers)
-        parser.error(f"{what}: no place beside --evaluate, which scores the report's rows")
-    if args.num is not None and not 8 <= args.num <= MOST["evaluation"]:
-        parser.error(f"--num: must be from 8 to {MOST['evaluation']:,}")
-    if args.steps is not None and not 1 <= args.steps <= 10_000:
-        parser.error("--steps: must be from 1 to 10,000")
-    if args.cfg is not None and not math.isfinite(args.cfg):
-        parser.error(f"--cfg {args.cfg:g}: must be finite")
-    return args
 
 
 def score(args):
@@ -89,11 +68,3 @@ def score(args):
     else:
         metrics |= dict(rows=rows, judge_accuracy=accuracy, samples=count)
         write_json(metrics | dict(checkpoints=fingerprints(folder)), folder / "metrics.json")
-
-
-def main(argv):
-    try:
-        score(parse(argv))
-    except ENDS as error:
-        return exit_status("sample.py", error)
-    return 0

@@ -34,10 +34,9 @@ from lib.parallel import world
 from lib.pictures import panels, save_png, stack
 from lib.report import read_metrics, write_metrics
 from lib.settings import bound, command_of, locked
-from tools.command import base_of, given_settings
 from tools.report import given_and_truth, pictures_of
 from tools.table import STEPS, sweep_table
-from tools.train import run_program, train
+from tools.train import base_of, given_settings, run_program, train
 
 UNITS = 6  # forwards of the network, an update of LADD; methods with other updates bring theirs
 METHODS = ("ladd", "regression", "consistency", "add", "dmd", "hyper_sd", "dpo", "inpaint", "edit")
@@ -55,9 +54,7 @@ def method_of(name):
     """A method's stage of distillation, its forwards of the network in an update, its settings."""
     if name not in METHODS:
         raise UsageError(f"--sweep method={name}: must be one of {', '.join(METHODS)}")
-    if name == "ladd":
-        return ladd.distil, UNITS, ladd.Settings
-    module = importlib.import_module(f"methods.{name}")
+    module = ladd if name == "ladd" else importlib.import_module(f"methods.{name}")
     own = vars(module)
     return module.distil, own.get("UNITS", UNITS), own.get("Settings", ladd.Settings)
 

@@ -15,8 +15,7 @@ from lib.errors import plural
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 DOCUMENTS = ("../README.md", "results.md", "ablations.md", "exercises.md")
-TITLES = dict(alignment="alignment", frechet="Fréchet", precision="precision", recall="recall")
-TITLES |= dict(inside="inside", outside="outside")
+TITLES = dict(frechet="Fréchet")  # of the others the name is the title
 FAR = dict(inside=1, outside=1)  # the digits of what pictures that are filled or edited have, too
 STEPS = (1, 2, 4, 8)  # of a sweep's students, those that there are
 
@@ -56,7 +55,7 @@ def run_table(name, short):
         del digits["precision"]
     if "inside" in runs[0]["rows"][-1]:
         digits |= FAR
-    rows = [["samples", *(TITLES[key] for key in digits), "evaluations"]]
+    rows = [["samples", *(TITLES.get(key, key) for key in digits), "evaluations"]]
     for same in zip(*(run["rows"] for run in runs), strict=True):
         title = same[0]["name"]
         if not short or title.startswith("teacher") or title.endswith(("4 steps", "1 step")):
@@ -87,7 +86,7 @@ def sweep_table(result):
             found = [row[key] for table in tables for row in table if row["name"] == name]
             yield mean_and_deviation(found, digits[key])
 
-    columns = [f"{TITLES[key]}, {n}" for key, n in itertools.product(digits, steps)]
+    columns = [f"{TITLES.get(key, key)}, {n}" for key, n in itertools.product(digits, steps)]
     rows = [[*names, *columns, "s"]]
     blank = [""] * (len(names) - 1)
     rows.append(["*untrained*", *blank, *scores("untrained", [result["reference"]]), ""])

@@ -1,9 +1,9 @@
-"""The life of a run: what it is given, its folder, its stages.
-
-The program behind ladd.py and behind every method of methods/.
+"""The program behind ladd.py and behind every method of methods/: its command line, and the life of
+a run: what it is given, its folder, its stages.
 """
 
 import dataclasses
+import importlib
 import shlex
 import sys
 from pathlib import Path
@@ -25,10 +25,30 @@ from lib.parallel import barrier, broadcast, processes, rank, world
 from lib.pictures import refuse_strangers
 from lib.report import read_metrics
 from lib.run import Run
-from lib.settings import check_same, lasting, refuse
+from lib.settings import check_same, lasting, parse_settings, refuse
 from mmdit import MMDiT
 from tools import report
-from tools.command import base_of, given_settings
+
+TOOLS = {"--explain": "explain", "--dry-run": "plan", "--sweep": "sweep"}
+EPILOG = "Also: --explain, --dry-run and --sweep, which are tools/explain.py, plan.py and sweep.py."
+
+
+def base_of(s):
+    """The settings of the preset alone."""
+    return type(s)(**ladd.PRESETS[s.preset]).scaled()
+
+
+def given_settings(argv, program="ladd.py", kind=ladd.Settings):
+    """The command line -> settings of that kind, and whether --data was given: a preset's row, with
+    every flag replacing a field; then --smoke and --steps-scale are worked in."""
+    about = ladd.__doc__.splitlines()[0]
+    s, given = parse_settings(kind, ladd.PRESETS, argv, program, about, EPILOG)
+    out = f"runs/{s.preset}"
+    if program.startswith("-m methods."):
+        out += "-" + program.split(".")[-1]
+    if s.data != ladd.PRESETS[s.preset].get("data", "shapes"):
+        out += "-" + Path(s.data).stem
+    return dataclasses.replace(s, out=s.out or out).scaled(), "data" in given
 
 
 def given_teacher(s):
@@ -98,13 +118,13 @@ def to_take(run, given=None):
 
 def finished(run, coming=()):
     """Which stages have left their result in the run's folder, or have it among what is coming."""
-    there = {path.name for path in run.out.glob("*")} | set(coming)
-    samples = {path.name for path in run.out.glob("synthetic/*.pt")}
-    samples |= {Path(name).name for name in coming if name.startswith("synthetic/")}
-    made = len(samples) == len(ladd.planned_samples(run)[0])
+    found = [*run.out.glob("*"), *run.out.glob("synthetic/*.pt")]
+    there = {path.relative_to(run.out).as_posix() for path in found} | set(coming)
+    planned = len(ladd.planned_samples(run)[0])
+    made = sum(name.startswith("synthetic/") for name in there)
     return dict(
         teacher="teacher.pt" in there,
-        synthesis=run.settings.targets == "real" or made,
+        synthesis=run.settings.targets == "real" or made == planned,
         distillation="student.pt" in there,
         report="report.md" in there,
     )
@@ -192,7 +212,10 @@ def run_program(argv, program, parse, work):
 
 
 def main(argv, distil, method, kind):
-    """The program of ladd.py and of methods/, after its command line."""
+    """The program of ladd.py and of methods/, after its command line; or the tool of a flag."""
+    for flag, tool in TOOLS.items():
+        if any(word.split("=")[0] == flag for word in argv):
+            return importlib.import_module(f"tools.{tool}").main(argv)
     program = "ladd.py" if method == "ladd" else f"-m methods.{method}"
     return run_program(
         argv,
