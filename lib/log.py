@@ -1,9 +1,11 @@
-"""log.jsonl of a run folder: a row of numbers every few updates."""
+"""log.jsonl of a run folder: a row of numbers every few updates, and tensorboard's copy of them."""
 
 import contextlib
+import functools
 import json
 import os
 
+from lib.errors import RunError
 from lib.files import write_text
 from lib.parallel import rank
 
@@ -11,14 +13,24 @@ from lib.parallel import rank
 class Log:
     """The rows of a run folder's log.jsonl. Rank 0 alone writes."""
 
-    def __init__(self, folder):
-        self.path = folder / "log.jsonl"
+    def __init__(self, folder, tensorboard=False):
+        self.path, self.board = folder / "log.jsonl", None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise RunError("--tensorboard needs: pip install tensorboard") from None
+            # made at its first number: a folder must be empty to become a run's
+            self.board = functools.cache(lambda: SummaryWriter(str(folder / "tensorboard")))
 
     def write(self, **row):
         if rank() > 0:
             return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        if self.board is not None and "step" in row:
+            for name in row.keys() - {"stage", "step"}:
+                self.board().add_scalar(f"{row['stage']}/{name}", row[name], row["step"])
 
     def rows(self):
         """The rows; what a cut or damage left of others is passed over."""

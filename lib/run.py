@@ -57,7 +57,7 @@ class Run:
         self.method, self.base = method, base or settings
         self.show = functools.partial(show, self)
         self.divided = settings.shard and world() > 1
-        self.log = Log(self.out)
+        self.log = Log(self.out, settings.tensorboard)
         self.notes = []  # lines that the report must repeat
         self.earlier = 0.0  # seconds that earlier processes worked at the stage
 

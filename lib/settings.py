@@ -102,6 +102,7 @@ class HowToRun:
     stop_after: float = free(0.0, "minutes after which to save and exit with 75; 0: never", low=0)
     sample_every: int = free(250, "updates between sample grids and curves", low=1, smoke=2)
     log_every: int = free(20, "updates between lines of log.jsonl", low=1, smoke=1)
+    tensorboard: bool = free(False, "also write logs for tensorboard: pip install tensorboard")
     steps_scale: float = free(1.0, "factor of updates and samples", above=0, high=1e3)
     smoke: bool = setting(False, "two updates of every stage, to see that all of it runs")
 

@@ -315,6 +315,12 @@ def test_a_run_leaves_the_callers_random_numbers_alone(launch):
     assert torch.equal(torch.rand(2), want)
 
 
+def test_a_new_run_may_log_for_tensorboard(launch, tmp_path):
+    pytest.importorskip("tensorboard")
+    assert launch("run", f"{FEW} --stage teacher --tensorboard") == 0
+    assert list(tmp_path.glob("run/tensorboard/events*"))
+
+
 def test_deterministic_kernels_are_asked_for_by_the_run_that_wants_them_alone(
     launch, whole, monkeypatch
 ):
