@@ -208,7 +208,7 @@ class Generator:
         text, uncond, known = self.text(captions), self.text([""]), None
         if self.condition is not None:
             told = self.condition(indices).to(self.device)
-            text, uncond = data.Told(*text, told), data.Told(*uncond, told)
+            text, uncond = (*text, told), (*uncond, told)
             known = told if told.shape[1] == shape[0] + 1 else None  # inpainting: with its mask
         elif "condition_channels" in self.model.config:
             raise UsageError("this network fills or edits a picture: sample.py's --init-image")

@@ -86,6 +86,8 @@ class Pairs(data.Shapes):
         before, *_ = self.edited(index, held_out)
         return data.to_float(self.draw(*before))
 
+    told = inpaint.tell
+
     def region(self, index, held_out=False):
         before, after, _ = self.edited(index, held_out)
         return (self.draw(*before) != self.draw(*after)).any(dim=1, keepdim=True)

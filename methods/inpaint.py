@@ -19,16 +19,33 @@ the run's folder teacher.pt is the tuned teacher.
 
 import copy
 import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import torch
 
 import data
 import ladd
 import sample
+from lib.machine import moved
 from lib.masks import hide, random_masks
 from lib.optim import learning_rate, make_optimizers, step_all, update_ema
 from lib.parallel import leave
 from lib.settings import refuse, setting
 from lib.states import forget_states
 from mmdit import MMDiT
+
+
+class Told(NamedTuple):
+    """c*: the features of B captions, and what else the network is told of B images."""
+
+    context: torch.Tensor  # (B, M, D_c)
+    pooled: torch.Tensor  # (B, D_p)
+    condition: torch.Tensor  # (B, C', H, W)
+
+
+def tell(dataset, text, index):
+    return Told(*text, moved(dataset.condition(index), text.context.device))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +80,7 @@ class Settings(ladd.Settings):
             x0 = data.to_float(dataset.batch(index, held_out)[0])
             return hide(x0, region(index, held_out).to(x0.device))
 
-        told.region, told.condition = region, condition
+        told.region, told.condition, told.told = region, condition, partial(tell, told)
         return told
 
 

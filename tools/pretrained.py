@@ -45,7 +45,7 @@ def known_numbers(folder, data_dir="data"):
     the student draws by default of `prompt`."""
     teacher, student = (sample.load_generator(folder, t, "cpu", "fp32") for t in (True, False))
     s = teacher.settings
-    dataset = data.buckets_of(data.load(s.data, sample.latent_sizes(s), data_dir=data_dir))[0]
+    dataset = data.load(s.data, sample.latent_sizes(s), data_dir=data_dir).sets[0]
     images, caption = dataset.batch(range(64), held_out=True)
     x0, text = data.to_float(images), teacher.text([dataset.captions[i] for i in caption])
     noise = sample.noise_of(0, "known numbers", range(64), x0.shape[1:])
