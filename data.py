@@ -309,18 +309,16 @@ class Shapes(DataSet):
     def draw(self, u, values):
         """B images of what `choose` gives. -> (B, 3, H, W) uint8"""
         size, colour, shape, background, pattern, *more = values
-        cover = object_cover(*self.size, size, shape, u[:, 4:7])
+        relation = more[0] if more else np.zeros_like(size)  # 0: one object alone
+        cover = object_cover(*self.size, size, shape, u[:, 4:7], relation - 1)
         tone = pattern_cover(*self.size, pattern, u[:, 16:19])
         ground, second_tone = self.palette[background], self.tones[background]
         canvas = ground[:, None, None] * (1 - tone) + second_tone[:, None, None] * tone
         if more:
-            relation, two = more[0], more[0] > 0
             size2, colour2, shape2 = (value - 1 for value in more[1:])  # -1 where there is none
-            first = object_cover(*self.size, size, shape, u[:, 4:7], relation - 1)
-            cover = np.where(two[:, None, None, None], first, cover)
-            opposite = np.array([1, 0, 3, 2])[relation - 1]  # where the second object stands
+            opposite = np.array([-1, 1, 0, 3, 2])[relation]  # where the second object stands
             second = object_cover(*self.size, size2, shape2, u[:, 12:15], opposite)
-            second = second * two[:, None, None, None]
+            second = second * (relation > 0)[:, None, None, None]
             canvas = canvas * (1 - second) + self.palette[colour2][:, None, None] * second
         image = canvas * (1 - cover) + self.palette[colour][:, None, None] * cover  # (B, H, W, 3)
         return torch.from_numpy((image + 0.5).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()

@@ -22,6 +22,7 @@ import torch
 import data
 import ladd
 from lib.captions import known_words
+from lib.conditions import tell
 from lib.files import write_text
 from lib.parallel import leave, rank
 from lib.settings import refuse, setting
@@ -86,7 +87,7 @@ class Pairs(data.Shapes):
         before, *_ = self.edited(index, held_out)
         return data.to_float(self.draw(*before))
 
-    told = inpaint.tell
+    told = tell
 
     def region(self, index, held_out=False):
         before, after, _ = self.edited(index, held_out)

@@ -20,32 +20,17 @@ the run's folder teacher.pt is the tuned teacher.
 import copy
 import dataclasses
 from functools import partial
-from typing import NamedTuple
-
-import torch
 
 import data
 import ladd
 import sample
-from lib.machine import moved
+from lib.conditions import tell
 from lib.masks import hide, random_masks
 from lib.optim import learning_rate, make_optimizers, step_all, update_ema
 from lib.parallel import leave
 from lib.settings import refuse, setting
 from lib.states import forget_states
 from mmdit import MMDiT
-
-
-class Told(NamedTuple):
-    """c*: the features of B captions, and what else the network is told of B images."""
-
-    context: torch.Tensor  # (B, M, D_c)
-    pooled: torch.Tensor  # (B, D_p)
-    condition: torch.Tensor  # (B, C', H, W)
-
-
-def tell(dataset, text, index):
-    return Told(*text, moved(dataset.condition(index), text.context.device))
 
 
 @dataclasses.dataclass(frozen=True)
