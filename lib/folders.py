@@ -30,22 +30,27 @@ THUMBNAILS = re.compile(
 SPLITS = {"train", "training", "val", "valid", "validation", "eval", "dev", "test", "testing"}
 
 
+def read_rows(files, name, keys):
+    """The texts of `keys` in every line of a .jsonl. Yields where it stands, [text, …]"""
+    form = ", ".join(f'"{key}": "…"' for key in keys)
+    for number, line in enumerate(io.StringIO(files.text(name)), 1):
+        where = f"{files.path}: {name} line {number}"
+        if line.strip():
+            try:
+                row = json.loads(line)
+                texts = [row[key] + "" for key in keys]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise DataError(f"{where} is not {{{form}}}.") from None
+            yield where, texts
+
+
 def read_list(files, name, captions):
     """Adds the captions of a captions.jsonl to {image name: caption}."""
-    for number, line in enumerate(io.StringIO(files.text(name)), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            file = posixpath.join(posixpath.dirname(name), row["file"])
-            file, caption = posixpath.normpath(file), clean(row["caption"] + "")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise DataError(
-                f'{files.path}: {name} line {number} is not {{"file": "…", "caption": "…"}}.'
-            ) from None
+    for where, (file, caption) in read_rows(files, name, ("file", "caption")):
+        file = posixpath.normpath(posixpath.join(posixpath.dirname(name), file))
         if file in captions:
-            raise DataError(f"{files.path}: {name} line {number} names {file} a second time.")
-        captions[file] = caption
+            raise DataError(f"{where} names {file} a second time.")
+        captions[file] = clean(caption)
     missing = sorted(set(captions) - set(files.names))
     if missing:
         number = plural(len(missing), "missing file")
