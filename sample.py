@@ -20,7 +20,6 @@ import importlib
 import math
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -253,15 +252,9 @@ class Generator:
         return out
 
 
-def checkpoint_of(run, teacher=False):
-    """The file of the student (or teacher) of a run folder; a file stands for itself."""
-    path, kind = Path(run), "teacher" if teacher else "student"
-    return path / f"{kind}.pt" if path.is_dir() else path
-
-
 def read_network(run, teacher=False, adapter=None, scale=1.0):
     """The checkpoint of a run's student (or teacher), with another run's adapter added to it."""
-    checkpoint = read_checkpoint(checkpoint_of(run, teacher))
+    checkpoint = read_checkpoint(run, ("teacher", "student") if teacher else ("student", "teacher"))
     if adapter:
         kinds = ("student", "teacher", "adapter")
         other = checkpoints.read_checkpoint(adapter, kinds, MMDiT, alone=True)

@@ -66,7 +66,6 @@ def find_captions(files):
     lists = [n for n in files.names if posixpath.basename(n) == "captions.jsonl"]
     beside = {n: posixpath.splitext(n)[0] + ".txt" for n in images}
     classes = not lists and names.isdisjoint(beside.values())
-    others = sorted(names.difference(images, lists, beside.values()))
     if classes:
         left_out["in thumbnail or system folders"] = [n for n in images if THUMBNAILS.match(n)]
         images = [n for n in images if not THUMBNAILS.match(n)]
@@ -83,11 +82,9 @@ def find_captions(files):
             'captions.jsonl of {"file": "…", "caption": "…"} lines, or a .txt beside each image.'
         )
     left_out["without a caption"] = [n for n in images if n not in captions]
-    for name in others:
-        if name not in captions:
-            left_out.setdefault(
-                posixpath.splitext(name)[1].lower() or "without a suffix", []
-            ).append(name)
+    for name in sorted(names.difference(images, lists, beside.values(), captions)):
+        kind = posixpath.splitext(name)[1].lower() or "without a suffix"
+        left_out.setdefault(kind, []).append(name)
     rest = listed(left_out)
     if not images:
         raise DataError(
@@ -96,12 +93,11 @@ def find_captions(files):
     if not captions:
         raise DataError(f"{files.path}: none of its images has a caption.")
     found = sorted(set(captions.values()))
-    what = f"{plural(len(captions), 'image')}, {plural(len(found), 'caption')}"
+    kinds = plural(len(found), "caption")
     if classes:
-        classed = plural(len(found), "class", "es")
-        what = f"{plural(len(captions), 'image')}, {classed} ({some(found)})"
-    parts = merged_parts(captions, classes)
-    print(clean(f"{files.path}: {what}{parts}{rest}", 2000), file=sys.stderr)
+        kinds = f"{plural(len(found), 'class', 'es')} ({some(found)})"
+    what = f"{plural(len(captions), 'image')}, {kinds}{merged_parts(captions, classes)}{rest}"
+    print(clean(f"{files.path}: {what}", 2000), file=sys.stderr)
     return captions, classes
 
 

@@ -607,5 +607,5 @@ def test_heads_of_another_network_are_refused(run, tmp_path, capsys):
     assert ladd.main([*FEW.split(), *out, "--discriminator", str(run / "teacher.pt")]) == 2
     assert "teacher.pt: holds teacher, not heads" in capsys.readouterr().err
     assert sample.main([str(run / "heads.pt"), "--prompt", "x"]) == 2
-    assert "heads.pt: holds heads, not teacher or student" in capsys.readouterr().err
+    assert "heads.pt: holds heads, not student or teacher" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
