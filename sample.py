@@ -192,7 +192,7 @@ class Generator:
         sampler follows the number of positions, SD3's rule: α·√(H·W / that of the training).
 
         indices: the number of every image, which with seed and stream decides its noise.
-        start: (x0, strength), to begin at an image noised to that level, not at pure noise."""
+        start: (x0 of one image, strength), to begin at it noised to that level, not at noise."""
         s = self.settings
         steps, cfg, sampler = self.way(steps, cfg, sampler)
         shape = (self.model.config["channels"], *(size or self.size))
@@ -222,15 +222,12 @@ class Generator:
         for x0 in path:
             yield (x0 if known is None else paste(x0, known)).float().cpu()
 
-    def batches(
-        self, captions, indices=None, *, batch=256, progress=None, start=None, **options
-    ):  # fmt: skip
+    def batches(self, captions, indices=None, *, batch=256, progress=None, **options):
         """captions -> samples (B, C, H, W) in [-1, 1], batch by batch; options: of `trajectory`."""
         indices = range(len(captions)) if indices is None else indices
         for a in range(0, len(captions), batch):
             part = slice(a, a + batch)
-            own = start and (start[0][part] if len(start[0]) > 1 else start[0], start[1])
-            for x0 in self.trajectory(captions[part], indices[part], start=own, **options):
+            for x0 in self.trajectory(captions[part], indices[part], **options):
                 last = x0
             if progress is not None:
                 progress.update(len(last))

@@ -89,7 +89,7 @@ def features_of(encoders, captions, pixels):
     tensors = dict(context=context[rows], pooled=pooled[rows])
     if pixels is not None:
         tensors["latents"] = encoders.encode(torch.from_numpy(np.stack(list(pixels.values()))))
-    tensors = {name: x.bfloat16().contiguous() for name, x in tensors.items()}
+    tensors = {name: x.bfloat16() for name, x in tensors.items()}
     for name, x in tensors.items():
         if not x.isfinite().all():
             raise DataError(f"{encoders.folder}: its {name} of {captions[0]!r} … are not finite.")

@@ -22,7 +22,7 @@ SD3_PARTS = dict(
     text_encoder_3="T5EncoderModel",
     vae="AutoencoderKL",
 )
-NEEDS = "SD3's encoders and shards need: pip install diffusers transformers safetensors"
+NEEDS = "SD3's encoders need: pip install diffusers transformers safetensors"
 
 
 class Encoders:
