@@ -15,6 +15,7 @@ sd3/encode.py, are a data set, too.
 """
 
 import copy
+import functools
 import hashlib
 import math
 import os
@@ -67,14 +68,20 @@ class DataSet:
     train_size = None  # images that are trained on; None: endless
     held_out_size = None  # images that never are; None: endless
     captions, attributes, labels = (), {}, torch.empty(0, 0, dtype=torch.int64)
-    # What else the network is told of images, and which pixels it is to make: functions as `batch`,
-    # -> (B, C', H, W) in [-1, 1], and (B, 1, H, W) bool. None: nothing, and all of them.
-    condition = region = None
+
+    @property
+    def sets(self):
+        """The sets of one size that it consists of."""
+        return [self]
 
     def batch(self, index, held_out=False):
         """index (B,) of int -> images (B, C, H, W), pixels as uint8 or x_0 as floats (latents, and
         the teacher's samples); caption (B,) int64, rows of `captions`."""
         raise NotImplementedError
+
+    def told(self, text, index):
+        """What the network is told of images: their text features. Some methods tell it more."""
+        return text
 
     def to(self, device):
         """Where the images are in memory, keeps them on the device; batches then come from it."""
@@ -122,11 +129,6 @@ def one_or_buckets(sets):
     return sets[0] if len(sets) == 1 else Buckets(sets)
 
 
-def buckets_of(dataset):
-    """The sets of one size that a data set consists of: itself, or its buckets."""
-    return getattr(dataset, "sets", [dataset])
-
-
 def share_ends(sets, total):
     """Where each set's share of `total` ends, in proportion to its images (endless: equally)."""
     ends = np.cumsum([s.train_size or 1 for s in sets])
@@ -135,9 +137,8 @@ def share_ends(sets, total):
 
 def shares(dataset, count):
     """[(bucket, how many of `count` things are its)], in proportion; without buckets of none."""
-    sets = buckets_of(dataset)
-    each = np.diff(share_ends(sets, count).round().astype(int), prepend=0).tolist()
-    return [(bucket, n) for bucket, n in zip(sets, each, strict=True) if n]
+    each = np.diff(share_ends(dataset.sets, count).round().astype(int), prepend=0).tolist()
+    return [(bucket, n) for bucket, n in zip(dataset.sets, each, strict=True) if n]
 
 
 def held_out_captions(dataset, count):
@@ -152,9 +153,8 @@ def held_out_captions(dataset, count):
 def draw_bucket(dataset, seed, stage, step):
     """The bucket of one batch, drawn in proportion from (seed, stage, step) alone: the same
     on every rank and after every resume. On average each image is then shown equally often."""
-    sets = buckets_of(dataset)
     u = uniform(seed, f"bucket, {stage}", [step], 1)[0, 0]
-    return sets[int(np.searchsorted(share_ends(sets, 1), u, side="right"))]
+    return dataset.sets[int(np.searchsorted(share_ends(dataset.sets, 1), u, side="right"))]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -167,21 +167,6 @@ class Text(NamedTuple):
 
     context: torch.Tensor  # (B, M, D_c) c, one row a token
     pooled: torch.Tensor  # (B, D_p) y
-
-
-class Told(NamedTuple):
-    """The same, and what else the network is told of B images."""
-
-    context: torch.Tensor
-    pooled: torch.Tensor
-    condition: torch.Tensor  # (B, C', H, W)
-
-
-def tell(text, bucket, index):
-    """Text features of images with the data set's condition, if it has one."""
-    if bucket.condition is None:
-        return text
-    return Told(*text, moved(bucket.condition(index), text.context.device))
 
 
 class HashedText:
@@ -324,18 +309,16 @@ class Shapes(DataSet):
     def draw(self, u, values):
         """B images of what `choose` gives. -> (B, 3, H, W) uint8"""
         size, colour, shape, background, pattern, *more = values
-        cover = object_cover(*self.size, size, shape, u[:, 4:7])
+        relation = more[0] if more else np.zeros_like(size)  # 0: one object alone
+        cover = object_cover(*self.size, size, shape, u[:, 4:7], relation - 1)
         tone = pattern_cover(*self.size, pattern, u[:, 16:19])
         ground, second_tone = self.palette[background], self.tones[background]
         canvas = ground[:, None, None] * (1 - tone) + second_tone[:, None, None] * tone
         if more:
-            relation, two = more[0], more[0] > 0
             size2, colour2, shape2 = (value - 1 for value in more[1:])  # -1 where there is none
-            first = object_cover(*self.size, size, shape, u[:, 4:7], relation - 1)
-            cover = np.where(two[:, None, None, None], first, cover)
-            opposite = np.array([1, 0, 3, 2])[relation - 1]  # where the second object stands
+            opposite = np.array([-1, 1, 0, 3, 2])[relation]  # where the second object stands
             second = object_cover(*self.size, size2, shape2, u[:, 12:15], opposite)
-            second = second * two[:, None, None, None]
+            second = second * (relation > 0)[:, None, None, None]
             canvas = canvas * (1 - second) + self.palette[colour2][:, None, None] * second
         image = canvas * (1 - cover) + self.palette[colour][:, None, None] * cover  # (B, H, W, 3)
         return torch.from_numpy((image + 0.5).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
@@ -344,6 +327,12 @@ class Shapes(DataSet):
 # ---------------------------------------------------------------------------------------------
 # Images in memory
 # ---------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(8)
+def order(seed, epoch, n):
+    """In which order a set of n images is passed over."""
+    return rng(seed, "order of an epoch", epoch).permutation(n)
 
 
 class ImageSet(DataSet):
@@ -361,21 +350,12 @@ class ImageSet(DataSet):
         self.captions, self.attributes, self.labels = captions, attributes, labels
         self.train_size, self.size = len(self.images), tuple(self.images.shape[2:])
         self.held_out_size = 0 if held_out[0] is None else len(held_out[0])
-        self.orders = {}  # epoch -> its order; the last few are kept
         self.device = torch.device("cpu")  # of the images that are trained on
 
     def to(self, device):
         if self.images.nbytes <= RESIDENT:
             self.images, self.device = self.images.to(device), torch.device(device)
         return self
-
-    def order(self, epoch):
-        if epoch not in self.orders:
-            if len(self.orders) == 3:
-                del self.orders[next(iter(self.orders))]  # the oldest
-            random = rng(self.seed, "order of an epoch", epoch)
-            self.orders[epoch] = random.permutation(self.train_size)
-        return self.orders[epoch]
 
     def batch(self, index, held_out=False):
         index = np.asarray(index, np.int64)
@@ -385,7 +365,7 @@ class ImageSet(DataSet):
         epoch, place = index // self.train_size, index % self.train_size
         rows = np.empty_like(place)
         for e in np.unique(epoch):
-            rows[epoch == e] = self.order(int(e))[place[epoch == e]]
+            rows[epoch == e] = order(self.seed, int(e), self.train_size)[place[epoch == e]]
         images = self.images[moved(torch.from_numpy(rows), self.device)]
         if self.flip:
             mirrored = torch.from_numpy(uniform(self.seed, "mirrored", index, 1) < 0.5)
@@ -406,10 +386,9 @@ def text_features(dataset, dim, length):
 
 def judge_batches(dataset):
     """A function step, n -> images, labels: what a judge learns from, the same for every seed."""
-    buckets = [copy.copy(bucket) for bucket in buckets_of(dataset)]
-    for bucket in buckets:
-        bucket.seed, bucket.orders = 0, {}
-    seedless = Buckets(buckets)
+    seedless = Buckets([copy.copy(bucket) for bucket in dataset.sets])
+    for bucket in seedless.sets:
+        bucket.seed = 0
 
     def draw(step, n):
         index = np.arange(step * n, (step + 1) * n) + JUDGE_INDEX
@@ -429,7 +408,7 @@ def check(dataset, s, processes, needs_images):
             f"--preset {s.preset} learns from latents of {s.channels} channels, and --data "
             f"{s.data} has images of {dataset.channels}: it needs a folder of encoded shards."
         )
-    finite = [bucket for bucket in buckets_of(dataset) if bucket.train_size]
+    finite = [bucket for bucket in dataset.sets if bucket.train_size]
     held_out = sum(bucket.held_out_size for bucket in finite)
     if finite and held_out < 8:
         images = held_out + sum(bucket.train_size for bucket in finite)

@@ -339,7 +339,7 @@ def draw_teacher_batch(run, step, words):
     index = my_share(np.arange(step * s.teacher_batch, (step + 1) * s.teacher_batch))
     images, caption = bucket.batch(index)
     kept = torch.from_numpy(my_share(random.random(s.teacher_batch)) >= s.drop)
-    text = data.tell(run.text.features(words[caption] * kept[:, None]), bucket, index)
+    text = bucket.told(run.text.features(words[caption] * kept[:, None]), index)
     x0 = data.to_float(moved(images, run.device))
     mean = s.t_mean + s.logit_shift(x0.shape[2:])
     t = moved(my_share(logit_normal(s.teacher_batch, mean, s.t_std, random)), run.device)
@@ -388,7 +388,7 @@ FILE = 512  # samples of one file, all of one size
 def planned_samples(run):
     """Which samples stand in which file. -> their numbers, the bucket of every file"""
     s = run.settings
-    size = min(FILE, math.ceil(s.synthetic / len(data.buckets_of(run.dataset))))
+    size = min(FILE, math.ceil(s.synthetic / len(run.dataset.sets)))
     numbers = [np.arange(a, min(a + size, s.synthetic)) for a in range(0, s.synthetic, size)]
     shares = data.shares(run.dataset, len(numbers))
     return numbers, [bucket for bucket, n in shares for _ in range(n)]
@@ -456,7 +456,7 @@ def draw_batch(run, samples, step, heads_warmup=0, own_noise="low"):
     index = my_share(np.arange(step * s.batch, (step + 1) * s.batch))
     images, caption = bucket.batch(index)
     x0 = data.to_float(moved(images, device))
-    text = data.tell(run.text.features(words[caption]), bucket, index)
+    text = bucket.told(run.text.features(words[caption]), index)
     since = max(0, step - heads_warmup)  # the student's own updates: 0 while the heads learn alone
     t = moved(my_share(draw_levels(s, s.batch, since, random)), device)
     m = s.t_hat_mean + s.logit_shift(x0.shape[2:])

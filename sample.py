@@ -20,7 +20,6 @@ import importlib
 import math
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -193,7 +192,7 @@ class Generator:
         sampler follows the number of positions, SD3's rule: α·√(H·W / that of the training).
 
         indices: the number of every image, which with seed and stream decides its noise.
-        start: (x0, strength), to begin at an image noised to that level, not at pure noise."""
+        start: (x0 of one image, strength), to begin at it noised to that level, not at noise."""
         s = self.settings
         steps, cfg, sampler = self.way(steps, cfg, sampler)
         shape = (self.model.config["channels"], *(size or self.size))
@@ -208,7 +207,7 @@ class Generator:
         text, uncond, known = self.text(captions), self.text([""]), None
         if self.condition is not None:
             told = self.condition(indices).to(self.device)
-            text, uncond = data.Told(*text, told), data.Told(*uncond, told)
+            text, uncond = (*text, told), (*uncond, told)
             known = told if told.shape[1] == shape[0] + 1 else None  # inpainting: with its mask
         elif "condition_channels" in self.model.config:
             raise UsageError("this network fills or edits a picture: sample.py's --init-image")
@@ -223,15 +222,12 @@ class Generator:
         for x0 in path:
             yield (x0 if known is None else paste(x0, known)).float().cpu()
 
-    def batches(
-        self, captions, indices=None, *, batch=256, progress=None, start=None, **options
-    ):  # fmt: skip
+    def batches(self, captions, indices=None, *, batch=256, progress=None, **options):
         """captions -> samples (B, C, H, W) in [-1, 1], batch by batch; options: of `trajectory`."""
         indices = range(len(captions)) if indices is None else indices
         for a in range(0, len(captions), batch):
             part = slice(a, a + batch)
-            own = start and (start[0][part] if len(start[0]) > 1 else start[0], start[1])
-            for x0 in self.trajectory(captions[part], indices[part], start=own, **options):
+            for x0 in self.trajectory(captions[part], indices[part], **options):
                 last = x0
             if progress is not None:
                 progress.update(len(last))
@@ -253,15 +249,9 @@ class Generator:
         return out
 
 
-def checkpoint_of(run, teacher=False):
-    """The file of the student (or teacher) of a run folder; a file stands for itself."""
-    path, kind = Path(run), "teacher" if teacher else "student"
-    return path / f"{kind}.pt" if path.is_dir() else path
-
-
 def read_network(run, teacher=False, adapter=None, scale=1.0):
     """The checkpoint of a run's student (or teacher), with another run's adapter added to it."""
-    checkpoint = read_checkpoint(checkpoint_of(run, teacher))
+    checkpoint = read_checkpoint(run, ("teacher", "student") if teacher else ("student", "teacher"))
     if adapter:
         kinds = ("student", "teacher", "adapter")
         other = checkpoints.read_checkpoint(adapter, kinds, MMDiT, alone=True)

@@ -30,22 +30,27 @@ THUMBNAILS = re.compile(
 SPLITS = {"train", "training", "val", "valid", "validation", "eval", "dev", "test", "testing"}
 
 
+def read_rows(files, name, keys):
+    """The texts of `keys` in every line of a .jsonl. Yields where it stands, [text, …]"""
+    form = ", ".join(f'"{key}": "…"' for key in keys)
+    for number, line in enumerate(io.StringIO(files.text(name)), 1):
+        where = f"{files.path}: {name} line {number}"
+        if line.strip():
+            try:
+                row = json.loads(line)
+                texts = [row[key] + "" for key in keys]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise DataError(f"{where} is not {{{form}}}.") from None
+            yield where, texts
+
+
 def read_list(files, name, captions):
     """Adds the captions of a captions.jsonl to {image name: caption}."""
-    for number, line in enumerate(io.StringIO(files.text(name)), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            file = posixpath.join(posixpath.dirname(name), row["file"])
-            file, caption = posixpath.normpath(file), clean(row["caption"] + "")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise DataError(
-                f'{files.path}: {name} line {number} is not {{"file": "…", "caption": "…"}}.'
-            ) from None
+    for where, (file, caption) in read_rows(files, name, ("file", "caption")):
+        file = posixpath.normpath(posixpath.join(posixpath.dirname(name), file))
         if file in captions:
-            raise DataError(f"{files.path}: {name} line {number} names {file} a second time.")
-        captions[file] = caption
+            raise DataError(f"{where} names {file} a second time.")
+        captions[file] = clean(caption)
     missing = sorted(set(captions) - set(files.names))
     if missing:
         number = plural(len(missing), "missing file")
@@ -61,7 +66,6 @@ def find_captions(files):
     lists = [n for n in files.names if posixpath.basename(n) == "captions.jsonl"]
     beside = {n: posixpath.splitext(n)[0] + ".txt" for n in images}
     classes = not lists and names.isdisjoint(beside.values())
-    others = sorted(names.difference(images, lists, beside.values()))
     if classes:
         left_out["in thumbnail or system folders"] = [n for n in images if THUMBNAILS.match(n)]
         images = [n for n in images if not THUMBNAILS.match(n)]
@@ -78,11 +82,9 @@ def find_captions(files):
             'captions.jsonl of {"file": "…", "caption": "…"} lines, or a .txt beside each image.'
         )
     left_out["without a caption"] = [n for n in images if n not in captions]
-    for name in others:
-        if name not in captions:
-            left_out.setdefault(
-                posixpath.splitext(name)[1].lower() or "without a suffix", []
-            ).append(name)
+    for name in sorted(names.difference(images, lists, beside.values(), captions)):
+        kind = posixpath.splitext(name)[1].lower() or "without a suffix"
+        left_out.setdefault(kind, []).append(name)
     rest = listed(left_out)
     if not images:
         raise DataError(
@@ -91,12 +93,11 @@ def find_captions(files):
     if not captions:
         raise DataError(f"{files.path}: none of its images has a caption.")
     found = sorted(set(captions.values()))
-    what = f"{plural(len(captions), 'image')}, {plural(len(found), 'caption')}"
+    kinds = plural(len(found), "caption")
     if classes:
-        classed = plural(len(found), "class", "es")
-        what = f"{plural(len(captions), 'image')}, {classed} ({some(found)})"
-    parts = merged_parts(captions, classes)
-    print(clean(f"{files.path}: {what}{parts}{rest}", 2000), file=sys.stderr)
+        kinds = f"{plural(len(found), 'class', 'es')} ({some(found)})"
+    what = f"{plural(len(captions), 'image')}, {kinds}{merged_parts(captions, classes)}{rest}"
+    print(clean(f"{files.path}: {what}", 2000), file=sys.stderr)
     return captions, classes
 
 

@@ -59,11 +59,8 @@ def to_rgb(image):
 
 def nearest(sizes, height, width):
     """The one of `sizes` [(H, W)] whose aspect ratio is nearest to that of height × width."""
-
-    def difference(size):
-        return abs(math.log(size[1] / size[0]) - math.log(width / height))
-
-    return min(sizes, key=difference)
+    aspect = math.log(width / height)
+    return min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - aspect))
 
 
 def fit(image, height, width):

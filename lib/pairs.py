@@ -8,16 +8,16 @@ In a program a pair is the winner over the loser, (6, H, W) uint8, and the capti
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from lib.archive import MOST_BYTES
+from lib.archive import Files
 from lib.errors import DataError, clean, pass_on, reason
 from lib.files import write_text
-from lib.images import decode, size_of
+from lib.folders import decode_all, read_rows
+from lib.images import size_of
 from lib.pictures import save_png
 
 LIST = "pairs.jsonl"
@@ -28,65 +28,49 @@ SIDES = ("winner", "loser")
 # ---------------------------------------------------------------------------------------------
 
 
-def read_list(folder):
-    """What the folder's list names: [(winner's path, loser's path, caption)].
+def read_list(path):
+    """What the list in a folder or a zip names: its files, [(winner, loser, caption)].
 
     DataError says what is wrong and where; of the pictures only the sizes are read."""
-    folder, where = Path(folder), f"--pairs {folder}"
-    if not folder.is_dir():
-        raise DataError(f"{where}: no such folder.")
-    if not (folder / LIST).is_file():
-        raise DataError(f"{where}: no {LIST} in it, which names the pairs.")
+    files, pairs = Files(path), []
+    there = set(files.names)
+    if LIST not in there:
+        raise DataError(f"{path}: no {LIST} in it, which names the pairs.")
+    for where, (*names, caption) in read_rows(files, LIST, (*SIDES, "caption")):
+        if not clean(caption):
+            raise DataError(f"{where} has no caption.")
+        if missing := [name for name in names if name not in there]:
+            raise DataError(f"{where} names {missing[0]}, which is not there.")
+        first, second = (read_size(files, name, where) for name in names)
+        if first != second:
+            told = "{}×{} and {}×{}".format(*first, *second)
+            raise DataError(f"{where}: pictures of {told} pixels; those of a pair have one size.")
+        pairs.append((*names, clean(caption)))
+    if len(pairs) < 2:
+        raise DataError(f"{path}: its {LIST} has {len(pairs)} pairs, and 2 are the least.")
+    return files, pairs
+
+
+def read_size(files, name, where):
+    """The (H, W) of a picture, or the DataError that says why not."""
     try:
-        lines = (folder / LIST).read_text("utf-8-sig").splitlines()
-    except ValueError:
-        raise DataError(f"{where}: its {LIST} is no text in UTF-8.") from None
-    lines = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
-    if len(lines) < 2:
-        raise DataError(f"{where}: its {LIST} has {len(lines)} pairs, and 2 are the least.")
-    return [read_line(folder, line, f"{where}: {LIST} line {i}") for i, line in lines]
-
-
-def read_line(folder, line, where):
-    """A line of the list -> winner's path, loser's path, caption."""
-    try:
-        row = json.loads(line)
-        paths, caption = [folder / row[side] for side in SIDES], clean(row["caption"] + "")
-    except (ValueError, KeyError, TypeError, RecursionError):
-        form = '{"winner": "FILE", "loser": "FILE", "caption": "TEXT"}'
-        raise DataError(f"{where} is not {form}.") from None
-    if not caption:
-        raise DataError(f"{where} has no caption.")
-    sizes = [read_picture(path, where, size_of) for path in paths]
-    if sizes[0] != sizes[1]:
-        told = " and ".join(f"{h}×{w}" for h, w in sizes)
-        raise DataError(f"{where}: pictures of {told} pixels; those of a pair have one size.")
-    return *paths, caption
-
-
-def read_picture(path, where, read):
-    """read(path), or the DataError that says why not."""
-    if not path.is_file():
-        raise DataError(f"{where} names {path.name}, which is not there.")
-    try:
-        return read(path)
+        with files.open(name) as file:
+            return size_of(file)
     except Exception as error:  # Pillow raises nearly anything on damaged files
-        pass_on(error, path)
-        raise DataError(f"{where}: {path.name} can't be read ({reason(error)}).") from None
+        pass_on(error, files.path / name)
+        raise DataError(f"{where}: {name} can't be read ({reason(error)}).") from None
 
 
-def read_pairs(folder, sizes):
+def read_pairs(path, sizes):
     """All pairs of a folder, cropped to that of `sizes` whose aspect is nearest."""
-
-    def pixels(path):
-        with open(path, "rb") as file:
-            return decode(file.read(MOST_BYTES), sizes)
-
-    pairs = []
-    for *paths, caption in read_list(folder):
-        both = [read_picture(path, f"--pairs {folder}", pixels) for path in paths]
-        pairs.append((torch.from_numpy(np.concatenate(both)), caption))
-    return pairs
+    files, pairs = read_list(path)
+    names = sorted({name for *both, _ in pairs for name in both})
+    pixels = decode_all(files, names, sizes, [], len(names))
+    return [
+        (torch.from_numpy(np.concatenate([pixels[name] for name in both])), caption)
+        for *both, caption in pairs
+        if pixels.keys() >= set(both)
+    ]
 
 
 def write_pairs(pairs, folder):

@@ -247,7 +247,7 @@ def held_out(shares):
         images, caption = bucket.batch(index, held_out=True)
         captions = [bucket.captions[i] for i in caption]
         reference, _ = bucket.batch(rest, held_out=True)
-        more = (bucket.condition, bucket.region)
+        more = (getattr(bucket, name, None) for name in ("condition", "region"))
         more = [function and function(index, held_out=True) for function in more]
         found.append(HeldOut(images, caption, captions, bucket.size, reference, *more))
     return found

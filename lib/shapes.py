@@ -3,22 +3,17 @@
 import numpy as np
 
 
-def object_cover(height, width, size, shape, u, half=None):
+def object_cover(height, width, size, shape, u, half):
     """Share of every pixel that each of B objects covers. -> (B, H, W, 1)
 
     size (B,): 0 small, 1 large. shape (B,): circle, square, triangle, cross. u (B, 3) in [0, 1)
-    places it: exact size, x, y. half (B,) keeps it in the left, right, upper or lower half of the
-    image and makes it smaller; None leaves it the whole image."""
+    places it: exact size, x, y. half (B,): 0 to 3 keep it in the left, right, upper or lower half
+    of the image and make it smaller; -1 leaves it the whole image."""
     side = min(height, width)
     low, high = np.where(size, 0.37, 0.26), np.where(size, 0.44, 0.30)  # half of its extent
-    r = (low + (high - low) * u[:, 0]) * side * (1.0 if half is None else 0.55)
-    left, right = np.zeros_like(r), np.full_like(r, width)
-    top, bottom = np.zeros_like(r), np.full_like(r, height)
-    if half is not None:
-        left = np.where(half == 1, width / 2, left)
-        right = np.where(half == 0, width / 2, right)
-        top = np.where(half == 3, height / 2, top)
-        bottom = np.where(half == 2, height / 2, bottom)
+    r = (low + (high - low) * u[:, 0]) * side * np.where(half < 0, 1.0, 0.55)
+    left, right = np.where(half == 1, width / 2, 0), np.where(half == 0, width / 2, width)
+    top, bottom = np.where(half == 3, height / 2, 0), np.where(half == 2, height / 2, height)
     cx = left + r + (right - left - 2 * r) * u[:, 1]
     cy = top + r + (bottom - top - 2 * r) * u[:, 2]
     r, cx, cy = (a.astype(np.float32)[:, None, None] for a in (r, cx, cy))

@@ -22,6 +22,7 @@ import torch
 import data
 import ladd
 from lib.captions import known_words
+from lib.conditions import tell
 from lib.files import write_text
 from lib.parallel import leave, rank
 from lib.settings import refuse, setting
@@ -85,6 +86,8 @@ class Pairs(data.Shapes):
     def condition(self, index, held_out=False):
         before, *_ = self.edited(index, held_out)
         return data.to_float(self.draw(*before))
+
+    told = tell
 
     def region(self, index, held_out=False):
         before, after, _ = self.edited(index, held_out)

@@ -19,10 +19,12 @@ the run's folder teacher.pt is the tuned teacher.
 
 import copy
 import dataclasses
+from functools import partial
 
 import data
 import ladd
 import sample
+from lib.conditions import tell
 from lib.masks import hide, random_masks
 from lib.parallel import leave
 from lib.settings import refuse, setting
@@ -61,7 +63,7 @@ class Settings(ladd.Settings):
             x0 = data.to_float(dataset.batch(index, held_out)[0])
             return hide(x0, region(index, held_out).to(x0.device))
 
-        told.region, told.condition = region, condition
+        told.region, told.condition, told.told = region, condition, partial(tell, told)
         return told
 
 

@@ -17,12 +17,12 @@ from tqdm import tqdm
 from data import bucket_sizes
 from lib.archive import Files
 from lib.errors import DataError, Parser, RunError, UserError, exit_status, reason
-from lib.files import read_lines, replacing, write_json
+from lib.files import read_lines, read_object, save, write_json
 from lib.folders import decode_all, find_captions, in_threads
 from lib.images import nearest, size_of
 from lib.machine import device_of
-from sd3.encoders import NEEDS, Encoders
-from sd3.shards import SHARDS, shard_note
+from sd3.encoders import Encoders
+from sd3.shards import SHARDS
 
 
 def by_bucket(files, sizes):
@@ -48,14 +48,9 @@ def encode(encoders, args, sizes):
     """Writes the shards i of --prompts or of --images for which i mod --world is --rank.
 
     sizes: the (H, W) in pixels of images; each is cropped to that of the nearest aspect ratio.
-    NNNNNN.safetensors holds bf16 tensors of samples of one size: context, pooled, and of images
-    latents. Beside it NNNNNN.json has its captions, its length in bytes and its SHA-256, and is
-    written last: a shard with it is finished, and not made again. Shard 0 is the empty caption
-    alone. shards.json says of what the folder is made."""
-    try:
-        from safetensors.torch import save
-    except ImportError:
-        raise DataError(NEEDS) from None
+    NNNNNN.pt holds captions of samples of one size, and bf16 tensors: context, pooled, and of
+    images latents. A shard that is there is finished, and not made again. Shard 0 is the empty
+    caption alone. shards.json says of what the folder is made."""
     files = Files(args.images) if args.images else None
     if files:
         groups = by_bucket(files, sizes)
@@ -72,8 +67,8 @@ def encode(encoders, args, sizes):
 
     bad, mine = [], list(enumerate(plan))[args.rank :: args.world]
     for i, (bucket, rows) in tqdm(mine, "shards", disable=None):
-        path, pixels = out / f"{i:06d}.safetensors", None
-        if path.exists() and path.stat().st_size == shard_note(path).get("bytes"):
+        path, pixels = out / f"{i:06d}.pt", None
+        if path.exists():
             continue
         captions = [caption for _, caption in rows]
         if bucket != (0, 0):
@@ -81,12 +76,7 @@ def encode(encoders, args, sizes):
             pixels = decode_all(files, list(caption_of), [bucket], bad, made_of["samples"])
             captions = [caption_of[name] for name in pixels]
         tensors = features_of(encoders, captions, pixels) if captions else {}
-        content = save(tensors)
-        with replacing(path) as file:
-            file.write(content)
-        note = dict(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-        latents = list(tensors["latents"].shape[1:]) if "latents" in tensors else None
-        write_json(note | dict(latents=latents, captions=captions), path.with_suffix(".json"))
+        save(tensors | dict(captions=captions), path)
     encoders.tell_cut()
     print(f"{len(mine)} of {len(plan)} shards: {out}")
 
@@ -99,7 +89,7 @@ def features_of(encoders, captions, pixels):
     tensors = dict(context=context[rows], pooled=pooled[rows])
     if pixels is not None:
         tensors["latents"] = encoders.encode(torch.from_numpy(np.stack(list(pixels.values()))))
-    tensors = {name: x.bfloat16().contiguous() for name, x in tensors.items()}
+    tensors = {name: x.bfloat16() for name, x in tensors.items()}
     for name, x in tensors.items():
         if not x.isfinite().all():
             raise DataError(f"{encoders.folder}: its {name} of {captions[0]!r} … are not finite.")
@@ -113,7 +103,7 @@ def claim(out, made_of):
     out.mkdir(parents=True, exist_ok=True)
     # .tmp: other processes that started with this one are signing
     strangers = [path.name for path in out.iterdir() if path.suffix != ".tmp"]
-    signed = shard_note(out / "shards")
+    signed = read_object(out / "shards.json") if (out / "shards.json").exists() else {}
     if strangers and not signed:
         raise DataError(f"--out {out}: has {strangers[0]} and is no shard folder; choose another.")
     if signed and (differing := [k for k in made_of if signed.get(k) != made_of[k]]):

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import importlib
-import json
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ SD3_PARTS = dict(
     text_encoder_3="T5EncoderModel",
     vae="AutoencoderKL",
 )
-NEEDS = "SD3's encoders and shards need: pip install diffusers transformers safetensors"
+NEEDS = "SD3's encoders need: pip install diffusers transformers safetensors"
 
 
 class Encoders:
@@ -120,9 +119,8 @@ class Encoders:
         if self.t5:
             (t5,) = self.read("_3", captions)
         else:
-            path, width = self.folder / "text_encoder_3" / "config.json", 4096
-            if path.exists():
-                width = json.loads(path.read_text(encoding="utf-8"))["d_model"]
+            path = self.folder / "text_encoder_3" / "config.json"
+            width = read_object(path)["d_model"] if path.exists() else 4096
             t5 = torch.zeros(len(captions), TOKENS, width)
         clip = torch.nn.functional.pad(clip, (0, t5.shape[2] - clip.shape[2]))
         return torch.cat([clip, t5], dim=1), torch.cat([l_pooled, g_pooled], dim=1)

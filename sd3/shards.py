@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import operator
 import sys
 from pathlib import Path
 
@@ -10,18 +9,37 @@ import numpy as np
 import torch
 
 from data import SYNTHETIC_INDEX, Buckets, ImageSet, Text
-from lib.errors import DataError, pass_on, plural
-from lib.files import read_object, sha256
+from lib.checkpoints import check_weights
+from lib.errors import DataError, pass_on, plural, reason
+from lib.files import checksum, load, read_object
 from lib.machine import moved
-from sd3.encoders import NEEDS
 
-SHARDS = "ladd-shards-1"
+SHARDS = "ladd-shards-2"
+DIMENSIONS = dict(context=3, pooled=2, latents=4)  # of a shard's tensors
 
 
-def shard_note(path):
-    """What stands in the JSON file beside a shard; nothing, if the shard was not finished."""
-    path = path.with_suffix(".json")
-    return read_object(path) if path.exists() else {}
+def read_shard(file, check):
+    """What `encode` wrote, memory-mapped: n captions, and if n > 0 in bf16 their context
+    (n, M, D_c), pooled (n, D_p), and of images latents (n, C, h, w). check: the checksum."""
+    try:
+        shard = load(file, check=check, mmap=True)
+        tensors = {name: shard[name] for name in shard if name != "captions"}
+        n = len([caption + "" for caption in shard["captions"] + []])
+        check_weights(tensors, file.stat().st_size)
+        for name in tensors if n else ():
+            shape, dtype = tuple(tensors[name].shape), tensors[name].dtype
+            wanted = (DIMENSIONS[name], n, torch.bfloat16)
+            if (len(shape), shape[0], dtype) != wanted or 0 in shape:
+                raise ValueError(f"{name} {shape} in {dtype} of {n} captions")
+        if n and not tensors.keys() >= {"context", "pooled"}:
+            raise ValueError("without text features")
+        return shard
+    except FileNotFoundError:
+        raise DataError(f"{file} is missing; run the same encode again.") from None
+    except Exception as error:  # a damaged file raises nearly anything
+        pass_on(error, file)
+        why = f"({reason(error)}); delete it and run the same encode again."
+        raise DataError(f"{file}: not a shard {why}") from None
 
 
 class ShardBucket(ImageSet):
@@ -31,7 +49,7 @@ class ShardBucket(ImageSet):
         rows = (torch.tensor(samples), caption[samples])
         captions, labels = shards.captions, shards.labels
         super().__init__(shards.name, rows, rows, captions, {}, labels, shards.seed, flip=False)
-        self.shards, self.size = shards, size
+        self.shards, self.size = shards, tuple(size)
 
     def batch(self, index, held_out=False):
         """index (B,) -> x_0 (B, C, h, w) float32, or None of prompts alone; caption (B,)"""
@@ -46,8 +64,8 @@ class Shards(Buckets):
     """A folder that `encode` wrote: data sets of one size each, and their text features.
 
     In place of HashedText: the id of a caption is its row of `captions`, and row 0 is the empty
-    caption. Tensors stay on disk, memory-mapped, and are read sample by sample. Every file's size
-    is checked at once; its SHA-256 too, or in large folders (4 GB) when it is first opened.
+    caption. Tensors stay on disk, memory-mapped, and are read sample by sample. Every file's
+    checksum is compared at once, or in large folders (4 GB) when it is first read from.
 
     sizes: those of the samples to be made where there are prompts alone, (H, W) of x_0; each prompt
     belongs to one of them."""
@@ -55,68 +73,56 @@ class Shards(Buckets):
     attributes, device = {}, torch.device("cpu")
 
     def __init__(self, path, sizes, seed=0):
-        self.path, self.seed = Path(path), seed
-        index = shard_note(self.path / "shards")
+        self.path, self.seed, self.opened = Path(path), seed, {}
+        index = read_object(self.path / "shards.json")
         if index.get("format") != SHARDS or type(index.get("shards")) is not int:
-            raise DataError(f"{path}: its shards.json is not that of a shard folder.")
-        self.files, self.notes, self.opened = [], [], {}
+            raise DataError(f"{path}: its shards.json is of no shard folder, or of an older one.")
+        few = sum(file.stat().st_size for file in self.path.glob("*.pt")) <= 4e9
+        captions, self.place, sums, kinds = [], [], [], set()
+        members = {}  # (C, h, w) of latents, or None of prompts alone -> their samples
         for i in range(index["shards"]):
-            self.files.append(self.path / f"{i:06d}.safetensors")
-            self.notes.append(self.checked_note(self.files[i]))
-        kinds = {(note["latents"] or [None])[0] for note in self.notes[1:] if note["captions"]}
-        if len(kinds) != 1 or not self.notes[0]["captions"]:
+            shard = read_shard(self.file(i), check=few)
+            if few:
+                self.opened[i] = shard
+            first, n = len(captions), len(shard["captions"])
+            captions += shard["captions"]
+            sums.append(checksum(self.file(i)))
+            self.place += [(i, k) for k in range(n)]
+            if n:
+                kinds.add((*shard["context"].shape[1:], *shard["pooled"].shape[1:]))
+            if n and i > 0:  # the first has the empty caption alone
+                latents = tuple(shard["latents"].shape[1:]) if "latents" in shard else None
+                members.setdefault(latents, []).extend(range(first, first + n))
+        channels = {latents and latents[0] for latents in members}
+        if len(kinds) != 1 or len(channels) != 1 or captions[0] != "":
             raise DataError(f"{path}: its shards have no samples, or of several kinds.")
+        ((_, self.context_dim, self.pooled_dim),) = kinds
+        (self.channels,) = channels
 
-        captions = [caption for note in self.notes for caption in note["captions"]]
         self.captions = list(dict.fromkeys(captions))
-        content = repr((captions, [note["sha256"] for note in self.notes]))
-        digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-        self.name = f"{len(captions)} samples, {len(self.captions)} captions, digest {digest}"
+        digest = hashlib.sha256(repr((captions, sums)).encode("utf-8", "surrogatepass"))
+        self.name = f"{len(captions)} samples, {len(self.captions)} captions, "
+        self.name += f"digest {digest.hexdigest()[:16]}"
         self.rows = {caption: row for row, caption in enumerate(self.captions)}
         caption = torch.tensor([self.rows[c] for c in captions])
         # the first sample of every caption
         self.first = torch.from_numpy(np.unique(caption.numpy(), return_index=True)[1])
         self.labels = torch.zeros(len(self.captions), 0, dtype=torch.int64)
-        self.counts = [len(note.pop("captions")) for note in self.notes]
-        self.place = [(i, k) for i, n in enumerate(self.counts) for k in range(n)]
-
-        self.channels = kinds.pop()
-        members = {}  # (h, w) of latents -> their samples; None -> prompts alone
-        for sample in range(self.counts[0], len(self.place)):
-            latents = self.notes[self.place[sample][0]]["latents"]
-            members.setdefault(latents and tuple(latents[1:]), []).append(sample)
-        prompts = members.pop(None, [])
         if self.channels is None:
-            members = {size: prompts[i :: len(sizes)] for i, size in enumerate(sizes)}
+            prompts = members[None]
+            members = {(None, *size): prompts[i :: len(sizes)] for i, size in enumerate(sizes)}
         self.sets = [
             ShardBucket(self, size, samples, caption)
-            for size, samples in sorted(members.items())
+            for (_, *size), samples in sorted(members.items())
             if samples
         ]
-        samples = plural(sum(self.counts[1:]), "sample")  # without the empty caption
-        what = f"{samples}, {plural(len(set(captions[self.counts[0] :])), 'caption')}, of "
+        samples, different = len(captions) - 1, len(set(captions[1:]))
+        what = f"{plural(samples, 'sample')}, {plural(different, 'caption')}, of "
         what += f"{self.channels} channels" if self.channels else "prompts alone"
         print(f"{path}: {what}", file=sys.stderr)
-        few = sum(note["bytes"] for note in self.notes) <= 4e9
-        for i in range(len(self.files) if few else 1):
-            self.open(i)
 
-    def checked_note(self, file):
-        """What stands beside a shard: bytes, sha256, captions, (C, h, w) of latents or None."""
-        note = shard_note(file)
-        try:
-            note["captions"] = [caption + "" for caption in note["captions"] + []]
-            note["sha256"] += ""
-            latents = (0, 0, 0) if note["latents"] is None else note["latents"]
-            size, _, _, _ = map(operator.index, (note["bytes"], *latents))
-        except (KeyError, TypeError, ValueError):
-            raise DataError(
-                f"{self.path}: {file.name} is missing; run the same encode again."
-            ) from None
-        found = file.stat().st_size if file.is_file() else 0
-        if not found or found != size:
-            raise DataError(f"{file}: {found:,} of {size:,} bytes; encode it again.")
-        return note
+    def file(self, i):
+        return self.path / f"{i:06d}.pt"
 
     def check(self, s, processes, needs_images):
         """Raises DataError where a run with these settings can't use the folder."""
@@ -151,46 +157,13 @@ class Shards(Buckets):
                 f"--data {s.data}: has prompts alone: that takes --teacher and --targets synthetic."
             )
 
-    def open(self, i):
-        """File i, memory-mapped; DataError where it is not what its note and the first file say."""
-        if i in self.opened:
-            return self.opened[i]
-        try:
-            from safetensors import safe_open
-        except ImportError:
-            raise DataError(NEEDS) from None
-        file, wanted = self.files[i], self.notes[i]["sha256"]
-        found = sha256(file)
-        if found != wanted:
-            raise DataError(
-                f"{file}: altered since it was made (SHA-256 {found[:16]}…, expected "
-                f"{wanted[:16]}…); delete it and run the same encode again."
-            )
-        try:
-            opened = safe_open(file, "pt")
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
-            if i == 0:
-                self.tokens, self.context_dim = shapes["context"][1:]
-                (self.pooled_dim,) = shapes["pooled"][1:]
-            n, latents = self.counts[i], self.notes[i]["latents"]
-            wanted = dict(context=(n, self.tokens, self.context_dim), pooled=(n, self.pooled_dim))
-            if latents:
-                wanted["latents"] = (n, *latents)
-            if n and shapes != wanted:
-                raise ValueError(f"{shapes} in it, but {wanted} expected")
-            if any(s.get_dtype() != "BF16" for s in slices.values()):
-                raise ValueError("not bfloat16")
-        except Exception as error:  # safetensors' own, of a damaged header
-            pass_on(error, file)
-            raise DataError(f"{file}: not a shard ({error}).") from None
-        self.opened[i] = opened
-        return opened
-
     def read(self, name, samples):
         """One tensor of samples (B,) -> (B, …) float32 on the device."""
-        places = [self.place[sample] for sample in samples.tolist()]
-        rows = [self.open(i).get_slice(name)[k] for i, k in places]
+        rows = []
+        for i, k in (self.place[sample] for sample in samples.tolist()):
+            if i not in self.opened:
+                self.opened[i] = read_shard(self.file(i), check=True)
+            rows.append(self.opened[i][name][k])
         return moved(torch.stack(rows), self.device).float()
 
     def ids(self, captions):

@@ -3,10 +3,9 @@
 Our parameters carry the names and shapes of the released files, so that they load as they are.
 """
 
-import json
 import math
 import re
-from collections.abc import Mapping
+from collections import UserDict
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +23,7 @@ OTHERS = (  # how the names of other networks begin that stand beside it
     "first_stage_model.", "vae.", "text_encoder", "cond_stage_model.", "conditioner.", "clip_",
     "t5xxl.", "model_ema.", "optimizer.",
 )  # fmt: skip
-EXPORTS = dict(fp32="F32", bf16="BF16", fp16="F16")  # as safetensors names them
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 # The layers of diffusers' SD3Transformer2DModel and ours; some of ours are several of theirs.
 DIFFUSERS = {
     "pos_embed.pos_embed": "pos_embed",
@@ -59,28 +57,23 @@ DIFFUSERS = {
 }
 
 
-class Weights(Mapping):
+class Weights(UserDict):
     """The network's tensors in a file, {official name: tensor}; `ignored` others were beside them.
 
     Each is a view of the memory-mapped file, read where it is touched; what the file has in parts
     (diffusers' q, k, v) is joined at every access."""
 
     def __init__(self, parts, ignored=0):
-        self.parts, self.ignored = parts, ignored
+        super().__init__(parts)
+        self.ignored = ignored
         self.shapes = {
             name: (sum(map(len, p)), *p[0].shape[1:]) if len(p) > 1 else tuple(p[0].shape)
             for name, p in parts.items()
         }
 
     def __getitem__(self, name):
-        parts = self.parts[name]
+        parts = self.data[name]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def __iter__(self):
-        return iter(self.parts)
-
-    def __len__(self):
-        return len(self.parts)
 
 
 def own_names(names):
@@ -152,16 +145,6 @@ def meta_sd3(shapes, heads=None):
     return model
 
 
-def from_sd3(state_dict):
-    """The network of an official state dict: SD3-medium, SD3.5-medium, SD3.5-large.
-
-    The tensors are used as they are: no second copy, their dtype and device kept."""
-    state_dict = {name: state_dict[stored] for name, stored in own_names(state_dict).items()}
-    model = meta_sd3({name: tuple(tensor.shape) for name, tensor in state_dict.items()})
-    model.load_state_dict(state_dict, assign=True)
-    return model
-
-
 def from_diffusers(tensors):
     """diffusers' {name: tensor} -> {official name: [parts to be joined]}; views, no copies."""
     places = {t: (o, i) for ts, o in DIFFUSERS.items() for i, t in enumerate(ts.split())}
@@ -213,14 +196,11 @@ def files_of(path):
     config = path / "config.json"
     heads = read_object(config).get("num_attention_heads") if config.exists() else None
     for kind in (".safetensors", ".bin"):
-        by_length = sorted(path.glob(f"diffusion_pytorch_model*{kind}*"), key=lambda f: len(f.name))
-        for file in by_length:  # the shortest name is no variant like .fp16
-            if file.suffix == ".json" and ".index" in file.name:
-                names = json.loads(file.read_text("utf-8"))["weight_map"].values()
-                return [path / Path(name).name for name in sorted(set(names))], heads
-        if whole := [file for file in by_length if file.suffix == kind]:
-            alike = [f for f in whole if "-of-" in f.name and len(f.name) == len(whole[0].name)]
-            return alike or whole[:1], heads
+        if names := [file.name for file in path.glob(f"diffusion_pytorch_model*{kind}")]:
+            name = min(names, key=len)  # no variant like .fp16
+            many = re.search(r"-of-(\d{5})\.", name)
+            numbers = range(1, int(many[1]) + 1) if many else [1]
+            return [path / re.sub(r"\d+-of-", f"{i:05d}-of-", name) for i in numbers], heads
     others = sorted(path.glob("*.safetensors"))
     if len(others) > 1:
         few = some([file.name for file in others])
@@ -266,7 +246,7 @@ def open_sd3(path):
             tensors[name] = stored[full]()
             if tensors[name].dtype not in DTYPES.values():
                 kind = f"{name!r:.90} is {tensors[name].dtype}"
-                raise ValueError(f"{kind}, not one of {', '.join(EXPORTS)}; give such a file")
+                raise ValueError(f"{kind}, not one of {', '.join(DTYPES)}; give such a file")
         theirs = any(name.startswith("transformer_blocks.") for name in tensors)
         parts = from_diffusers(tensors) if theirs else {k: [v] for k, v in tensors.items()}
         weights = Weights(parts, len(stored) - len(own))
@@ -284,14 +264,7 @@ def released_checkpoint(path, settings):
     model, weights = open_sd3(path)
     if weights.ignored:
         print(f"--teacher {path}: {weights.ignored} tensors of other networks are ignored")
-    checkpoint = dict(format="ladd-1", model=model.config, weights=weights, step=0)
-    return checkpoint | dict(settings=settings)
-
-
-def write_sd3(path, weights, heads, dtype):
-    """Writes {official name: tensor} as the released files have them."""
-    named = {PREFIX + name: weights[name] for name in weights}
-    write_tensors(path, named, dtype, heads=str(heads))
+    return dict(format="ladd-1", model=model.config, weights=weights, settings=settings, step=0)
 
 
 def write_tensors(path, weights, dtype, **notes):
@@ -331,8 +304,8 @@ def export(checkpoint, out, dtype="bf16", merge=False):
     if checkpoint.get("lora") and not merge:
         kind += "'s adapter"
         adapter = to_diffusers(adapter_of(checkpoint["weights"]))
-        write_tensors(out, adapter, EXPORTS[dtype])
+        write_tensors(out, adapter, dtype)
     else:
-        weights = merged(checkpoint)["weights"]
-        write_sd3(out, weights, checkpoint["model"]["heads"], EXPORTS[dtype])
+        named = {PREFIX + name: w for name, w in merged(checkpoint)["weights"].items()}
+        write_tensors(out, named, dtype, heads=str(checkpoint["model"]["heads"]))
     print(f"{kind}, {dtype}: {out}")

@@ -3,7 +3,6 @@
 Functions are imported (`from conftest import same`), fixtures are asked for by name.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -352,27 +351,18 @@ def cifar_tar(change=lambda member: None, content=None):
     return out.getvalue()
 
 
-def shard_of(n, dtype=torch.bfloat16, **more):
-    """The content of a shard of n samples for text features 6 wide."""
+def shard_of(captions, dtype=torch.bfloat16, **more):
+    """The content of a shard for text features 6 wide."""
+    n = len(captions)
     tensors = dict(context=torch.ones(n, 4, 6), pooled=torch.ones(n, 6)) | more
-    save = pytest.importorskip("safetensors.torch").save
-    return save({k: v.to(dtype) for k, v in tensors.items()})
-
-
-def note_of(content, **changes):
-    """What stands beside a shard, by whoever made it: right in size and SHA-256."""
-    note = dict(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    note |= dict(latents=[16, 4, 4], captions=["a", "b"])
-    return json.dumps(note | changes).encode()
+    return saved({k: v.to(dtype) for k, v in tensors.items()} | dict(captions=captions))
 
 
 def encoded(path, **changes):
     """A folder of encoded shards that is sound but for the changes; -> its files."""
-    first, second = shard_of(1), shard_of(2, latents=torch.ones(2, 16, 4, 4))
-    files = {"shards.json": json.dumps(dict(format="ladd-shards-1", shards=2)).encode()}
-    files |= {"000000.json": note_of(first, latents=None, captions=[""])}
-    files |= {"000001.json": note_of(second), "000000.safetensors": first}
-    files |= {"000001.safetensors": second}
+    files = {"shards.json": json.dumps(dict(format="ladd-shards-2", shards=2)).encode()}
+    files["000000.pt"] = shard_of([""])
+    files["000001.pt"] = shard_of(["a", "b"], latents=torch.ones(2, 16, 4, 4))
     folder(path, files | {k.replace("_", "."): v for k, v in changes.items()})
     return files
 

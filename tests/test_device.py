@@ -122,7 +122,7 @@ def test_images_are_kept_on_the_device_where_they_fit(finished, photos, monkeypa
     def sets():
         run = run_of([*SMALL.split(), "--data", photos, "--aspects", "1:1,1:2", "--out", finished])
         samples = ladd.distillation_samples(run).dataset
-        return [*data.buckets_of(run.dataset), *data.buckets_of(samples)]
+        return [*run.dataset.sets, *samples.sets]
 
     kept = sets()
     monkeypatch.setattr(data, "RESIDENT", 0)

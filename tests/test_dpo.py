@@ -199,14 +199,14 @@ def test_pairs_that_can_not_be_used_are_refused_in_one_line(case, refused, tmp_p
     if case == "an empty list":
         files["pairs.jsonl"], told = b"\n\n", "has 0 pairs"
     if case == "no text":
-        files["pairs.jsonl"], told = b"\xff\xfe", "no text in UTF-8"
+        files["pairs.jsonl"], told = b"\xff\xfe", "pairs.jsonl can't be read"
     given = folder(tmp_path / "mine", files)
     if case == "no folder":
-        given, told = tmp_path / "none", "no such folder"
+        given, told = tmp_path / "none", "neither a folder nor a file"
     told = "no pairs.jsonl in it" if case == "no list" else told
     words = ["--smoke", "--pairs", given, "--out", tmp_path / "run", *CPU]
     named = SimpleNamespace(main=program, __file__="-m methods.dpo")
-    refused(named, words, 2, f"--pairs {given}", told)
+    refused(named, words, 2, given, told)
 
 
 # ---------------------------------------------------------------------------------------------

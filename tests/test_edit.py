@@ -68,7 +68,7 @@ def test_the_rest_of_the_picture_is_the_same_pixel_by_pixel(pairs):
     (u, values), (place, after), caption = pairs.edited(INDEX)
     region = pairs.region(INDEX)[:, 0].numpy()
     covers = [
-        object_cover(16, 20, v[0], v[2], p[:, 4:7])[..., 0]
+        object_cover(16, 20, v[0], v[2], p[:, 4:7], np.full(len(u), -1))[..., 0]
         for p, v in ((u, values), (place, after))
     ]
     for i in INDEX:

@@ -396,4 +396,5 @@ def test_a_cifar_archive_that_only_its_hash_would_vouch_for_is_refused(
     refused(ladd, run_on("cifar10"), 2, "not the official CIFAR-10 archive", archive.name)
     monkeypatch.setattr(cifar10, "sha256", lambda path: cifar10.SHA256)
     refused(ladd, run_on("cifar10", "--size", 32), 2, "data", "CIFAR-10" if case in (
-        "a member elsewhere", "cut", "no gzip") else "data_batch_3")  # fmt: skip
+        "a link", "a hard link", "a device", "a member elsewhere", "cut", "no gzip",
+    ) else "data_batch_3")  # fmt: skip

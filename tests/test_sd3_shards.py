@@ -1,10 +1,10 @@
-"""sd3/shards.py: encoded shards whose notes vouch for whatever a stranger put there."""
+"""sd3/shards.py: encoded shards from strangers."""
 
 import json
 
 import pytest
 import torch
-from conftest import TINY, encoded, note_of, shard_of
+from conftest import TINY, encoded, saved, shard_of
 
 import data
 import ladd
@@ -12,60 +12,68 @@ from lib.errors import DataError
 from sd3.shards import SHARDS
 from tools.train import given_settings
 
-pytest.importorskip("safetensors")
+
+def shard_with(captions=("a", "b"), **more):
+    """The second shard with something else in it."""
+    more = {"latents": torch.ones(2, 16, 4, 4)} | more
+    return {"000001_pt": shard_of(list(captions), **more)}
 
 
-def shard_with(note=(), **more):
-    """The second shard with another content, or with something changed in its note."""
-    content = shard_of(2, **({"latents": torch.ones(2, 16, 4, 4)} | more))
-    return {"000001_safetensors": content, "000001_json": note_of(content, **dict(note))}
+def second(value):
+    return {"000001_pt": saved(value)}
 
 
-def first_with(**more):
-    """The first shard, that of the empty caption, with another content."""
-    content = shard_of(1, **more)
-    note = note_of(content, latents=None, captions=[""])
-    return {"000000_safetensors": content, "000000_json": note}
+def first_with(captions=("",), **more):
+    """The first shard, that of the empty caption, with something else in it."""
+    return {"000000_pt": shard_of(list(captions), **more)}
 
 
 def index_with(**changes):
     return {"shards_json": json.dumps(dict(format=SHARDS, shards=2) | changes).encode()}
 
 
+def claimed(*shape):
+    """A tensor that claims to be large, and holds one number."""
+    return torch.ones(1).bfloat16().expand(shape)
+
+
+TWO = dict(context=torch.ones(2, 4, 6).bfloat16(), pooled=torch.ones(2, 6).bfloat16())
 ENCODED = {
     "10^12 shards": lambda: index_with(shards=10**12),
     "a number that is a text": lambda: index_with(shards="2"),
-    "another format": lambda: index_with(format="x"),
+    "another format": lambda: index_with(format="ladd-shards-1"),
     "no samples": lambda: index_with(shards=1),
     "deep JSON": lambda: {"shards_json": b"[" * 100_000},
-    "no note": lambda: {"000001_json": b"{}"},
-    "captions that are numbers": lambda: shard_with(dict(captions=[1, 2])),
-    "captions that are a text": lambda: shard_with(dict(captions="ab")),
-    "a caption too many": lambda: shard_with(dict(captions=["a", "b", "c"])),
-    "latents of 10^9": lambda: shard_with(dict(latents=[16, 10**9, 10**9])),
-    "latents that are a text": lambda: shard_with(dict(latents="abc")),
-    "latents of another size": lambda: shard_with(latents=torch.ones(2, 16, 2, 8)),
-    "latents that no patches fit": lambda: shard_with(
-        dict(latents=[16, 3, 4]), latents=torch.ones(2, 16, 3, 4)),
-    "no latents": lambda: shard_with(latents=torch.ones(0)),
+    "captions that are numbers": lambda: second(TWO | dict(captions=[1, 2])),
+    "captions that are a text": lambda: second(TWO | dict(captions="ab")),
+    "no captions": lambda: second(TWO),
+    "a caption too many": lambda: shard_with("abc", context=torch.ones(2, 4, 6)),
+    "a list": lambda: second([1]),
+    "a number in the place of a tensor": lambda: second(TWO | dict(captions=["a", "b"], pooled=1)),
+    "latents of 10^8": lambda: second(
+        TWO | dict(captions=["a", "b"], latents=claimed(2, 16, 10**8, 10**8))),
+    "latents of nothing": lambda: shard_with(latents=torch.ones(2, 16, 0, 0)),
+    "latents that no patches fit": lambda: shard_with(latents=torch.ones(2, 16, 3, 4)),
+    "a sample without latents": lambda: shard_with(latents=torch.ones(1, 16, 4, 4)),
     "context of another width": lambda: shard_with(context=torch.ones(2, 4, 7)),
+    "no context": lambda: second(dict(captions=["a", "b"], pooled=TWO["pooled"])),
     "pooled with a dimension more": lambda: shard_with(pooled=torch.ones(2, 6, 1)),
+    "a tensor of another name": lambda: shard_with(more=torch.ones(2)),
     "a first context of two dimensions": lambda: first_with(context=torch.ones(1, 6)),
     "a first pooled of one dimension": lambda: first_with(pooled=torch.ones(1)),
     "a first context that is none": lambda: first_with(context=torch.ones(0)),
+    "a first caption that is not empty": lambda: first_with("a"),
     "numbers of another type": lambda: shard_with(dtype=torch.float64),
-    "latents wider than the position table": lambda: shard_with(
-        dict(latents=[16, 2, 66]), latents=torch.ones(2, 16, 2, 66)),
-    "latents of half the size": lambda: shard_with(
-        dict(latents=[16, 2, 2]), latents=torch.ones(2, 16, 2, 2)),
-    "latents of 5/4 of the size": lambda: shard_with(
-        dict(latents=[16, 4, 6]), latents=torch.ones(2, 16, 4, 6)),
-    "no safetensors": lambda: {"000001_safetensors": b"x", "000001_json": note_of(b"x")},
+    "latents wider than the position table": lambda: shard_with(latents=torch.ones(2, 16, 2, 66)),
+    "latents of half the size": lambda: shard_with(latents=torch.ones(2, 16, 2, 2)),
+    "latents of 5/4 of the size": lambda: shard_with(latents=torch.ones(2, 16, 4, 6)),
+    "no file of torch.save": lambda: {"000001_pt": b"x"},
+    "none": lambda: {"000001_pt": b""},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ENCODED)
-def test_strange_shards_are_refused_by_name_though_their_hash_is_right(tmp_path, refused, case):
+def test_strange_shards_are_refused_by_name(tmp_path, refused, case):
     words = [*TINY.split(), "--downscale", 8, "--channels", 16, "--size", 32, "--out", "run"]
     encoded(tmp_path / "sound")  # which is none of it
     encoded(tmp_path / "shards", **ENCODED[case]())

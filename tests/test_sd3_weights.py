@@ -17,7 +17,7 @@ import ladd
 import sample
 from lib.errors import CheckpointError
 from mmdit import MMDiT
-from sd3.weights import PREFIX, Weights, meta_sd3, open_sd3, write_sd3
+from sd3.weights import PREFIX, Weights, meta_sd3, open_sd3, write_tensors
 
 safetensors = pytest.importorskip("safetensors.torch")
 safe_open = pytest.importorskip("safetensors").safe_open
@@ -35,8 +35,9 @@ def tensors(variant="sd3.5-medium", seed=0):
     return state | dict(pos_embed=torch.randn(1, 64, OURS[variant]["width"]))
 
 
-def export(path, weights, heads=2, dtype="F32"):
-    write_sd3(path, weights, heads, dtype)
+def export(path, weights, heads=2):
+    named = {PREFIX + name: weights[name] for name in weights}
+    write_tensors(path, named, "fp32", heads=str(heads))
     return path
 
 
@@ -564,7 +565,7 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_written(run, tmp_p
     torch.save(checkpoint, tmp_path / "large.pt")
     words = ["--export", str(tmp_path / "half.safetensors"), "--dtype", "fp16"]
     assert sample.main([str(tmp_path / "large.pt"), *words]) == 2
-    assert "t_embedder.mlp.0.bias holds numbers that F16 can't" in capsys.readouterr().err
+    assert "t_embedder.mlp.0.bias holds numbers that fp16 can't" in capsys.readouterr().err
     checkpoint["weights"]["t_embedder.mlp.0.bias"][3] = float("nan")  # in no type
     torch.save(checkpoint, tmp_path / "large.pt")
     assert sample.main([str(tmp_path / "large.pt"), *words]) == 2
@@ -606,5 +607,5 @@ def test_heads_of_another_network_are_refused(run, tmp_path, capsys):
     assert ladd.main([*FEW.split(), *out, "--discriminator", str(run / "teacher.pt")]) == 2
     assert "teacher.pt: holds teacher, not heads" in capsys.readouterr().err
     assert sample.main([str(run / "heads.pt"), "--prompt", "x"]) == 2
-    assert "heads.pt: holds heads, not teacher or student" in capsys.readouterr().err
+    assert "heads.pt: holds heads, not student or teacher" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -10,6 +10,7 @@ python sample.py runs/nano-edit --init-image a.png --prompt "make it blue"
 
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -95,7 +96,8 @@ def read_prompts(args, generator):
     for prompt in dict.fromkeys(prompts):
         if len(data.split_words(prompt)) > length:
             print(f"only the first {length} words are read of: {prompt[:200]}", file=sys.stderr)
-    words = sample.checkpoint_of(args.run, args.teacher).with_name("words.txt")
+    run = Path(args.run)
+    words = (run if run.is_dir() else run.parent) / "words.txt"
     if not args.decode and (told := strange_words(prompts, words, length)):
         print(told, file=sys.stderr)
     return [prompts[i % len(prompts)] for i in range(args.num or len(prompts))]
