@@ -10,8 +10,8 @@ import torch
 
 from data import SYNTHETIC_INDEX, Buckets, ImageSet, Text
 from lib.checkpoints import check_weights
-from lib.errors import DataError, pass_on, plural, reason
-from lib.files import checksum, load, read_object
+from lib.errors import CheckpointError, DataError, pass_on, plural, reason
+from lib.files import checksum, read, read_object
 from lib.machine import moved
 
 SHARDS = "ladd-shards-2"
@@ -20,9 +20,11 @@ DIMENSIONS = dict(context=3, pooled=2, latents=4)  # of a shard's tensors
 
 def read_shard(file, check):
     """What `encode` wrote, memory-mapped: n captions, and if n > 0 in bf16 their context
-    (n, M, D_c), pooled (n, D_p), and of images latents (n, C, h, w). check: the checksum."""
+    (n, M, D_c), pooled (n, D_p), and of images latents (n, C, h, w). check: the checksums."""
+    if not file.exists():
+        raise DataError(f"{file} is missing; run the same encode again.")
     try:
-        shard = load(file, check=check, mmap=True)
+        shard = read(file, check=check, mmap=True)
         tensors = {name: shard[name] for name in shard if name != "captions"}
         n = len([caption + "" for caption in shard["captions"] + []])
         check_weights(tensors, file.stat().st_size)
@@ -34,8 +36,8 @@ def read_shard(file, check):
         if n and not tensors.keys() >= {"context", "pooled"}:
             raise ValueError("without text features")
         return shard
-    except FileNotFoundError:
-        raise DataError(f"{file} is missing; run the same encode again.") from None
+    except CheckpointError as error:
+        raise DataError(f"{error} Delete it and run the same encode again.") from None
     except Exception as error:  # a damaged file raises nearly anything
         pass_on(error, file)
         why = f"({reason(error)}); delete it and run the same encode again."

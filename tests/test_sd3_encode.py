@@ -390,7 +390,8 @@ def test_damaged_shards_are_refused(sd3, prompts, tmp_path, damage):
     if damage == "cut":
         path.write_bytes(content[:-100])
     elif damage == "altered":
-        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        half = len(content) // 2
+        path.write_bytes(content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :])
     else:
         path.unlink()
     with pytest.raises(DataError, match="000002"):

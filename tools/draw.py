@@ -70,7 +70,7 @@ def parse(argv):
             )
     needs = dict(mask="init_image", merge="export", adapter_scale="adapter", other_judge="evaluate")
     limits = dict(num=(8 if args.evaluate else 1, 10**6), steps=(1, 10_000), batch=(1, 10**6))
-    limits |= dict(eta=(0, 1), strength=(0.001, 1), cfg=(-1000, 1000), adapter_scale=(-1000, 1000))
+    limits |= dict(eta=(0, 1), strength=(0.0001, 1), cfg=(-1000, 1000), adapter_scale=(-1000, 1000))
     for name, (low, high) in limits.items():
         if name in given and not low <= getattr(args, name) <= high:
             parser.error(f"{flags[name]} {getattr(args, name)}: must be from {low:,} to {high:,}")
