@@ -37,11 +37,12 @@ def markdown(rows):
 
 def origin(runs, times, file):
     """The line below a table. times: how long on how many threads; file: what it is made from."""
-    seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in runs}))
+    seeds = sorted({run["seed"] for run in runs})
+    which = "Seeds {}, mean ± standard deviation" if len(seeds) > 1 else "Seed {}"
     commits = ", ".join(sorted({run["commit"][:9] for run in runs}))
     dirty = " with uncommitted changes" if any(run["dirty"] for run in runs) else ""
     return (
-        f"Seeds {seeds}, mean ± standard deviation; commit {commits}{dirty}, torch "
+        f"{which.format(', '.join(map(str, seeds)))}; commit {commits}{dirty}, torch "
         f"{runs[0]['torch']}, {runs[0]['gpu'] or runs[0]['processor']}, {times}; {file}."
     )
 
