@@ -277,7 +277,7 @@ class Shapes(DataSet):
         return other
 
     def caption(self, row):
-        words = [list(v)[i] for v, i in zip(self.attributes.values(), row, strict=True)]
+        words = [v[i] for v, i in zip(self.attributes.values(), row, strict=True)]
         second = f"{words[5]} a {' '.join(words[6:])} " if len(words) > 5 and row[5] else ""
         return f"a {' '.join(words[:3])} {second}on a {words[4]} {words[3]} background"
 
