@@ -69,7 +69,8 @@ def deterministic(wanted):
     """Whether only deterministic kernels are used; torch warns where none exists."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    if wanted != torch.are_deterministic_algorithms_enabled():  # to say so takes torch a second
+        torch.use_deterministic_algorithms(wanted, warn_only=True)
 
 
 def keep_memory():

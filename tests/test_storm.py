@@ -100,7 +100,7 @@ def readers(path):
 
     def samples():
         for x0, rows in read_samples(path / "samples", 3, 2)[0]:
-            assert len(x0[list(range(len(rows)))]) == len(rows)
+            assert len(x0[torch.arange(len(rows))]) == len(rows)
 
     def read_shards():
         dataset = data.load(f"{path}/shards", [(4, 4)])
