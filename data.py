@@ -329,7 +329,7 @@ class Shapes(DataSet):
 # ---------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(8)
+@functools.lru_cache(32)  # epochs of all buckets: a miss would draw it anew in every batch
 def order(seed, epoch, n):
     """In which order a set of n images is passed over."""
     return rng(seed, "order of an epoch", epoch).permutation(n)
