@@ -48,7 +48,7 @@ def check_together(s):
     # the discriminator
     if list(s.taps) != sorted(set(s.taps)) or not all(0 <= i < s.depth for i in s.taps):
         refuse(s, "taps", f"must be ascending block numbers from 0 to {s.depth - 1}")
-    if s.compile and s.r1:
+    if s.compile == "yes" and s.r1:
         refuse(s, "compile", "not with --r1, a gradient of a gradient")
     # the adapter
     if s.lora > s.width:

@@ -62,7 +62,7 @@ def check_compiler(device):
         torch.compile(lambda x: x.sin() + x, options=options)(torch.zeros(8, device=device))
     except Exception as error:
         why = reason(error, 200)
-        raise UsageError(f"--compile: doesn't work on this machine ({why}); leave it out") from None
+        raise UsageError(f"--compile yes: doesn't work on this machine ({why})") from None
 
 
 def deterministic(wanted):

@@ -8,6 +8,53 @@ from torch.utils._pytree import tree_map
 from lib.parallel import average, full_tensor
 
 
+class Muon(torch.optim.Muon):
+    """torch's, by https://kellerjordan.github.io/posts/muon/, for all matrices of a shape at once:
+    one by one they are 2,700 small operations an update, which a GPU waits for."""
+
+    found_inf = None  # (): where it is 1 nothing changes, as in AdamW's kernel
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes.setdefault(parameter.shape, []).append(parameter)
+            for parameters in shapes.values():
+                self.step_alike(parameters, group)
+
+    def step_alike(self, parameters, group):
+        """The step of n matrices of one shape."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        before = torch.stack(buffers)  # (n, rows, columns)
+        grads = torch.stack([parameter.grad for parameter in parameters])
+        after = before.lerp(grads, 1 - group["momentum"])
+        rows, columns = grads.shape[1:]
+        change = orthogonal(grads.lerp(after, group["momentum"]), group["ns_coefficients"])
+        change = change * (-group["lr"] * max(1, rows / columns) ** 0.5)
+        if self.found_inf is not None:
+            bad = self.found_inf > 0
+            change, after = torch.where(bad, 0, change), torch.where(bad, before, after)
+        torch._foreach_add_(parameters, list(change.unbind()))
+        torch._foreach_copy_(buffers, list(after.unbind()))
+
+
+def orthogonal(matrices, coefficients, steps=5):
+    """The orthogonal matrix next to each (n, rows, columns), nearly: Newton and Schulz, in bf16."""
+    a, b, c = coefficients
+    x, tall = matrices.bfloat16(), matrices.shape[1] > matrices.shape[2]
+    x = x.mT.contiguous() if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
 def make_optimizers(model, lr, muon_lr, beta1, eps=1e-8):
     """[AdamW], or with muon_lr [AdamW, Muon], where Muon has the matrices of the blocks."""
     matrices, rest = [], []
@@ -20,7 +67,7 @@ def make_optimizers(model, lr, muon_lr, beta1, eps=1e-8):
     optimizers = [torch.optim.AdamW(rest, lr, **adamw)]
     if matrices:
         muon = dict(momentum=0.95, weight_decay=0.0, adjust_lr_fn="original")
-        optimizers.append(torch.optim.Muon(matrices, muon_lr, **muon))
+        optimizers.append(Muon(matrices, muon_lr, **muon))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
@@ -56,24 +103,13 @@ def step_all(*players, after=()):
 def step_unless(bad, optimizer):
     """One step of an optimiser, or where `bad` () is true, none.
 
-    To read `bad` would wait for all that a GPU has still to do. There AdamW's kernel reads it, as
-    for torch.amp's GradScaler, and what others change is put back."""
-    if bad.device.type in ("cpu", "mps"):
-        if not bad:
-            optimizer.step()
-    elif optimizer.defaults.get("fused"):
+    To read `bad` would wait for all that a GPU has still to do. There the optimisers read it, as
+    for torch.amp's GradScaler."""
+    if bad.device.type not in ("cpu", "mps"):
         optimizer.found_inf = bad.float()
         optimizer.step()
-    else:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        parameters = [p for p in parameters if p.grad is not None]
-        moments = [m for state in optimizer.state.values() for m in state.values()]
-        before = [(tensor, tensor.clone()) for tensor in parameters + moments]
-        for parameter in parameters:  # of these the first step makes its moments
-            parameter.grad = torch.where(bad, 0, parameter.grad)
+    elif not bad:
         optimizer.step()
-        for tensor, old in before:
-            torch.where(bad, old, tensor, out=tensor)
 
 
 def split(batch, n):

@@ -111,8 +111,8 @@ class Run:
         return shard(network, blocks, self.device, dtype, replicas=s.replicas, offload=offload)
 
     def compile(self, network):
-        """With --compile."""
-        if self.settings.compile:
+        """With --compile yes; tools/train.py has decided `auto`."""
+        if self.settings.compile == "yes":
             compile_blocks(network)
 
     def path(self, kind):

@@ -91,7 +91,10 @@ class HowToRun:
         choices=("auto", "bf16", "fp32"),
     )  # fmt: skip
     deterministic: bool = setting(False, "only kernels that give the same bits every time")
-    compile: bool = free(False, "torch.compile the networks")
+    compile: str = free(
+        "auto", "torch.compile the networks; auto: for long runs on one NVIDIA GPU",
+        choices=("auto", "yes", "no"),
+    )  # fmt: skip
     checkpointing: bool = free(False, "less memory: a backward computes the blocks again")
     accumulate: int = free(1, "parts that a process's share of a batch is worked through in", low=1)
     shard: bool = free(False, "of many processes each holds a part of the networks (FSDP)")

@@ -24,7 +24,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 TORCHRUN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"}
 PROGRAMS = [
     "ladd", "ladd --sweep=a", "ladd --dry-run", "sample", "sample --evaluate", "sd3.encode",
-    "tools.benchmark", "tools.pictures", "methods.hyper_sd", "methods.dpo",
+    "tools.benchmark", "tools.gpu_check", "tools.pictures", "methods.hyper_sd", "methods.dpo",
     "methods.inpaint",
 ]  # fmt: skip
 

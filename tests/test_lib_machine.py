@@ -1,5 +1,6 @@
 """The machine: its memory, its devices, its terminal."""
 
+import dataclasses
 import os
 import platform
 import subprocess
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import ladd
 from lib.errors import UsageError
 from lib.machine import check_compiler, device_of
+from tools import train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,6 +75,41 @@ def test_compiling_without_a_compiler_is_refused_in_one_line(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", broken)
     check_compiler.cache_clear()
-    with pytest.raises(UsageError, match=r"--compile: .*No working C\+\+.*; leave it out") as why:
+    with pytest.raises(UsageError, match=r"--compile yes: .*No working C\+\+") as why:
         check_compiler(torch.device("cpu"))
     assert "and so on" not in str(why.value)
+
+
+GPU = dict(device="cuda", compile="auto", iterations=5_000)
+
+
+@pytest.mark.parametrize(
+    "changes, answer",
+    [
+        ({}, "yes"),
+        (dict(iterations=2200), "no"),  # compiling would take longer than it saves
+        (dict(device="cpu"), "no"),
+        (dict(deterministic=True), "no"),
+        (dict(r1=1.0), "no"),
+        (dict(compile="no"), "no"),
+        (dict(iterations=10, compile="yes"), "yes"),
+    ],
+)
+@pytest.mark.parametrize("compiler", [True, False])
+def test_long_runs_on_a_gpu_are_compiled_where_a_compiler_is(
+    monkeypatch, changes, answer, compiler
+):
+    def check(device):
+        if not compiler:
+            raise UsageError("no compiler")
+
+    monkeypatch.setattr(train, "device_of", torch.device)
+    monkeypatch.setattr(train, "check_compiler", check)
+    s = dataclasses.replace(ladd.Settings(), **GPU | changes)
+    if compiler or answer == "no":
+        assert train.compiling(s) == answer
+    elif s.compile == "yes":
+        with pytest.raises(UsageError):
+            train.compiling(s)
+    else:
+        assert train.compiling(s) == "no"

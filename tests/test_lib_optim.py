@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import randn
 
-from lib.optim import learning_rate, make_optimizers, split, step_all, update_ema
+from lib.optim import Muon, learning_rate, make_optimizers, split, step_all, update_ema
 from mmdit import MMDiT
 
 
@@ -124,6 +124,22 @@ def test_every_weight_has_exactly_one_optimiser(muon_lr):
     if muon_lr:
         blocks = {id(p) for p in model.joint_blocks.parameters() if p.ndim == 2}
         assert set(trained[1]) == blocks
+
+
+def test_muon_of_all_matrices_of_a_shape_is_torchs_of_each():
+    """To what bf16 resolves; wide, tall and square ones, three steps."""
+    shapes = [(8, 24), (24, 8), (8, 8)] * 2
+    starts = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
+    networks = [[torch.nn.Parameter(x.clone()) for x in starts] for _ in range(2)]
+    options = dict(lr=0.1, momentum=0.9, weight_decay=0.0, adjust_lr_fn="original")
+    optimizers = [torch.optim.Muon(networks[0], **options), Muon(networks[1], **options)]
+    for step in range(3):
+        for network, optimizer in zip(networks, optimizers, strict=True):
+            for i, parameter in enumerate(network):
+                parameter.grad = randn(*parameter.shape, seed=100 * step + i)
+            optimizer.step()
+    for theirs, ours in zip(*networks, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.005)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ def runs(tmp_path_factory):
     cuts += [cut(5, "two-parts", divided[2]), command("two-parts", divided[2])]
     cuts += [cut(5, "state", "--shard --stage distillation")]
     commands = [command("two"), command("two-divided", DIVIDED)]
-    commands += [command("short", SHORT), command("compiled", f"{SHORT} --compile")]
+    commands += [command("short", SHORT), command("compiled", f"{SHORT} --compile yes")]
     by(2, "2", *commands, *cuts, command("two-parts-whole", PARTS), *resumed)
 
     part = root / "4-2-1" / "distillation-state-00000007" / "__1_0.distcp"

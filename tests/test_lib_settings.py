@@ -56,7 +56,7 @@ VALUES = dict(
     targets="real", taps=(0, 2), out="elsewhere", data_dir="there", device="cpu", head_width=32,
     precision="fp32", stage="report", teacher="there.pt", steps_scale=0.5, drop=0.2,
     teacher_ema=0.5, student_ema=0.6, beta1=0.7, t_hat_mean=-0.5, discriminator="heads.pt",
-    aspects=("1:1", "3:2"), source="runs/other", pooled_dim=64, judge_width=36,
+    aspects=("1:1", "3:2"), source="runs/other", pooled_dim=64, judge_width=36, compile="no",
 )  # fmt: skip
 
 
@@ -250,7 +250,7 @@ BAD = {
     "a scale beyond all updates": ("--steps-scale 1e308", "--steps-scale"),
     "parts that don't divide": (
         "--accumulate 3", "--batch 32: its images can't be divided equally among 1 processes"),
-    "a compiled gradient of a gradient": ("--compile --r1 1", "--compile"),
+    "a compiled gradient of a gradient": ("--compile yes --r1 1", "--compile"),
 }  # fmt: skip
 
 

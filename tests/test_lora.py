@@ -190,7 +190,7 @@ def test_compiled_blocks_train_the_same_adapter(train, whole, adapted_run, monke
 
     monkeypatch.setattr(torch.nn.Module, "compile", trace)
     monkeypatch.setattr("tools.train.check_compiler", lambda device: None)
-    out = train("out", f"--from {whole} --lora 3 --compile", MAKING[2:])
+    out = train("out", f"--from {whole} --lora 3 --compile yes", MAKING[2:])
     assert any(isinstance(part, Adapted) for module in traced for part in module.modules())
     assert worst(out, adapted_run, "student.pt", "weights") < 1e-5
 

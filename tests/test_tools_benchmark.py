@@ -58,7 +58,7 @@ def test_diffusers_network_of_the_same_sizes_has_as_many_weights():
 def test_a_compiled_iteration_compiles_every_block_and_the_heads(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
-    s = benchmark.settings("nano", *SMALL.split(), "--compile")
+    s = benchmark.settings("nano", *SMALL.split(), "--compile", "yes")
     d = benchmark.Distillation(s, torch.device("cpu"))
     want = [*d.networks["student"].joint_blocks, *d.teacher.joint_blocks, d.networks["heads"]]
     assert compiled == want

@@ -71,11 +71,20 @@ def test_the_commands_of_the_parts_can_be_given(monkeypatch):
     assert (gpu_check.ROOT / tests.words[-1]).exists()
     settings = [given_settings(part.words[1:])[0] for part in (tiny, nano)]
     assert [s.preset for s in settings] == ["tiny", "nano"]
-    assert 60 * settings[1].stop_after < nano.limit
     assert 60 * gpu_check.MINUTES - sum(p.limit for p in (tests, tiny, nano)) >= 90
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         benchmark.main(last.words[2:])
+
+
+def test_a_part_can_be_run_again_alone(monkeypatch, tmp_path, refused):
+    ran = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check, "check", lambda parts, *_: ran.extend(parts) or ["passed"])
+    assert gpu_check.main(["--parts", "benchmark", "tests"]) == 0
+    assert [part.name for part in ran] == ["tests", "benchmark"]
+    refused(gpu_check, ["--parts", "test"], 2, "invalid choice: 'test'")
 
 
 def test_without_a_gpu_it_says_so_in_one_line(refused, monkeypatch):

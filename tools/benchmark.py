@@ -100,7 +100,7 @@ class Distillation:
         self.optimizers = make_optimizers(student, 1e-4, 0.0, s.beta1)
         self.heads_optimizers = make_optimizers(heads, 1e-4, 0.0, s.beta1)
         self.batch = random_batch(s, s.batch, device)
-        for network in (student, self.teacher, heads) if s.compile else ():
+        for network in (student, self.teacher, heads) if s.compile == "yes" else ():
             compile_blocks(network)
 
     @torch.no_grad()
@@ -250,6 +250,7 @@ def fitting(preset, most):
     """The preset with the largest batch, up to `most`, whose planned update fits on the GPU.
     -> its settings, the plan's FLOPs, FLOPs of one forward, bytes"""
     way = plan(settings(preset, "--batch", f"{most}"))["ways"][False]
+    torch.cuda.empty_cache()  # what earlier rows took is free, too
     image, free = way["activations"] / most, torch.cuda.mem_get_info()[0]
     fixed = way["total"] - way["activations"]
     batch = min(most, int((0.9 * free - fixed) / image))
@@ -281,7 +282,7 @@ def measure_iteration(preset, most, device, rate):
 def measure_compile(preset, most, device):
     s = fitting(preset, most)[0]
     seconds = []
-    for compiled in (False, True):
+    for compiled in ("no", "yes"):
         d = Distillation(dataclasses.replace(s, compile=compiled), device)
         seconds.append(rounds(dict(iteration=d.iteration), 5)["iteration"])
         del d

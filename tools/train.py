@@ -146,13 +146,32 @@ def check_folder(run, done):
             refuse_strangers(path)
 
 
+def compiling(s):
+    """--compile, with `auto` decided: "yes" or "no".
+
+    On an H100 an update of `tiny` took two thirds of its time compiled, and compiling both stages a
+    minute (docs/gpu.md): that pays for itself in some thousand updates."""
+    if s.compile == "yes":
+        check_compiler(device_of(s.device))
+    if s.compile != "auto":
+        return s.compile
+    long = max(s.teacher_iterations, s.iterations) >= 5_000
+    gpu = device_of(s.device).type == "cuda" and world() == 1
+    if not (long and gpu) or s.r1 or s.deterministic:
+        return "no"
+    try:
+        check_compiler(device_of(s.device))
+    except UsageError:
+        return "no"
+    return "yes"
+
+
 def train(s, watch, distil=ladd.distil, method="ladd", given=True):
     """One run: checks what it is given, opens its folder, goes through its stages. -> the run"""
     if method != "ladd" and (s.shard or s.accumulate > 1):
         refuse(s, "shard" if s.shard else "accumulate", "is for LADD alone")
     check_for_method(s, method)
-    if s.compile:
-        check_compiler(device_of(s.device))
+    s = dataclasses.replace(s, compile=compiling(s))
     start = given_teacher(s) if s.teacher else None  # its tensors are views of the file
     heads = given_heads(s) if s.discriminator else None
     if (Path(s.out) / "teacher.pt").exists():
