@@ -60,7 +60,8 @@ class DataSet:
     name: the same for the same images and captions, wherever they lie; a run is bound to it.
     captions: every distinct caption, in a fixed order. attributes {name: [value, …]}: what a
     caption says, as questions with few answers. labels (len(captions), A) int64: the answers,
-    by which alignment is scored."""
+    by which alignment is scored. seed: of what is drawn for training, which `judge_batches` sets
+    to 0; images that are held out depend on their number alone."""
 
     name = ""
     channels = 3  # of x_0
@@ -131,7 +132,7 @@ def one_or_buckets(sets):
 
 def share_ends(sets, total):
     """Where each set's share of `total` ends, in proportion to its images (endless: equally)."""
-    ends = np.cumsum([s.train_size or 1 for s in sets])
+    ends = np.cumsum([each.train_size or 1 for each in sets])
     return ends * (total / ends[-1])
 
 

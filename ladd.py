@@ -120,7 +120,7 @@ def heads_loss(heads, fake, real, b, s):
 def student_losses(heads, fake, real, b, s):
     """Line 6. Gradient goes through heads and teacher to the student, and stays in neither.
     -> L_G, the distillation loss before its weight λ"""
-    heads.requires_grad_(False)
+    heads.requires_grad_(False)  # of these logits: read while their graph is made
     loss_g = hinge_g(logits_of(heads, fake, b, s))
     heads.requires_grad_(True)
     with torch.set_grad_enabled(s.distill_weight > 0):  # at 0 it is only logged
@@ -438,7 +438,9 @@ def distillation_samples(run):
 
 
 def draw_levels(settings, n, step, random):
-    """n noise levels of the student, by their probabilities. -> (n,)"""
+    """n noise levels of the student, by their probabilities. -> (n,)
+
+    The first is learned from the heads alone, all below it from the distillation loss, too."""
     warm = step < settings.warmup_iterations
     p = np.array(settings.warmup_p if warm else settings.level_p)
     return torch.from_numpy(random.choice(np.float32(settings.levels), n, p=p / p.sum()))

@@ -216,9 +216,11 @@ class Generator:
             alpha = s.shift * math.sqrt(shape[1] * shape[2]) / math.sqrt(positions)
             times = euler_times(steps, alpha) * level
             path = euler(self.network, x, times, text, uncond, cfg)
-        else:
+        elif sampler == "renoise":
             levels = [t * level for t in student_levels(s.levels, steps)]
             path = renoise(self.network, x, levels, text, fresh, s.eta if eta is None else eta)
+        else:
+            raise ValueError(f"sampler {sampler!r}: must be euler or renoise")
         for x0 in path:
             yield (x0 if known is None else paste(x0, known)).float().cpu()
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -102,7 +103,14 @@ print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child i
 
 
 def free_ports(n):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
+    """Below those that a system gives to whoever asks for any (32768 on Linux): gloo asks for many
+    while these wait for their turn, and where a port is taken the other process waits for ever."""
+    sockets = []
+    for port in random.SystemRandom().sample(range(10_000, 32_000), 500):
+        with contextlib.suppress(OSError):
+            sockets.append(socket.create_server(("127.0.0.1", port)))
+        if len(sockets) == n:
+            break
     ports = [f"{s.getsockname()[1]}" for s in sockets]
     for s in sockets:
         s.close()

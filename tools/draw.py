@@ -179,8 +179,8 @@ def make_pictures(args):
         codec.learn([*prompts, ""])  # all at once: every encoder moves to the device one time
     steps, cfg, sampler = generator.way(args.steps, args.cfg, args.sampler)
     options = dict(seed=args.seed or 0, steps=steps, cfg=cfg, sampler=sampler, eta=args.eta)
-    if args.eta is not None and sampler == "euler":
-        raise UsageError(f"--eta {args.eta:g}: Euler steps draw no noise; leave it out")
+    if args.eta is not None and sampler != "renoise":
+        raise UsageError(f"--eta {args.eta:g}: {sampler} steps draw no noise; leave it out")
     if args.size:
         options["size"] = latent_size(args.size, generator.settings, codec.unit)
     size = options.get("size", generator.size)
