@@ -29,6 +29,11 @@ from mmdit import MMDiT
 from tools import report
 from tools.train import given_settings
 
+# These networks are so small that a second thread costs more than it brings, most of all beside
+# other work; the programs that the tests start read the variable.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # nohup and "&" have signals ignored, in all programs that the tests start, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
