@@ -172,6 +172,8 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
         refuse(s, "shard" if s.shard else "accumulate", "is for LADD alone")
     check_for_method(s, method)
     s = dataclasses.replace(s, compile=compiling(s))
+    if s.compile == "yes" and rank() == 0:
+        print("compiling: the first updates of a stage take up to a minute", flush=True)
     start = given_teacher(s) if s.teacher else None  # its tensors are views of the file
     heads = given_heads(s) if s.discriminator else None
     if (Path(s.out) / "teacher.pt").exists():
