@@ -10,7 +10,7 @@ from lib.parallel import average, full_tensor
 
 class Muon(torch.optim.Muon):
     """torch's, by https://kellerjordan.github.io/posts/muon/, for all matrices of a shape at once:
-    one by one they are 2,700 small operations an update, which a GPU waits for."""
+    one by one they are 2,700 small operations in an update of `tiny`, which a GPU waits for."""
 
     found_inf = None  # (): where it is 1 nothing changes, as in AdamW's kernel
 
