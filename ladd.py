@@ -438,9 +438,7 @@ def distillation_samples(run):
 
 
 def draw_levels(settings, n, step, random):
-    """n noise levels of the student, by their probabilities. -> (n,)
-
-    The first is learned from the heads alone, all below it from the distillation loss, too."""
+    """n levels of the student, by their probabilities; at the first only heads teach. -> (n,)"""
     warm = step < settings.warmup_iterations
     p = np.array(settings.warmup_p if warm else settings.level_p)
     return torch.from_numpy(random.choice(np.float32(settings.levels), n, p=p / p.sum()))
