@@ -401,6 +401,11 @@ def test_a_start_image_is_noised_to_its_strength_and_no_further(sampler):
     assert field.levels[1] < 0.4
 
 
+def test_a_sampler_that_does_not_exist_is_an_error_and_no_other_is_taken():
+    with pytest.raises(ValueError, match=r"'heun'.*euler or renoise"):
+        generator().sample(["a"], sampler="heun", steps=2)
+
+
 def test_other_sizes_than_the_trained_one_can_be_sampled():
     """Height before width."""
     assert generator().sample(["a"], size=(6, 10)).shape == (1, 3, 6, 10)
