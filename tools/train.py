@@ -151,17 +151,19 @@ def compiling(s):
 
     On an H100 an update of `tiny` took two thirds of its time compiled, and compiling both stages a
     minute (docs/gpu.md): that pays for itself in some thousand updates."""
-    if s.compile == "yes":
-        check_compiler(device_of(s.device))
-    if s.compile != "auto":
-        return s.compile
-    long = max(s.teacher_iterations, s.iterations) >= 5_000
-    gpu = device_of(s.device).type == "cuda" and world() == 1
-    if not (long and gpu) or s.r1 or s.deterministic:
+    if s.compile == "no":
         return "no"
+    device = device_of(s.device)
+    if s.compile == "auto":
+        long = max(s.teacher_iterations, s.iterations) >= 5_000
+        one_gpu = device.type == "cuda" and world() == 1
+        if not long or not one_gpu or s.r1 or s.deterministic:
+            return "no"
     try:
-        check_compiler(device_of(s.device))
+        check_compiler(device)
     except UsageError:
+        if s.compile == "yes":
+            raise
         return "no"
     return "yes"
 
