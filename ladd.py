@@ -74,6 +74,7 @@ class Batch(NamedTuple):
     paired: torch.Tensor  # (B,) whether x_t still holds some of x_0: there x̂_0 is held to it
     t_hat: torch.Tensor  # (B,) t̂, the level of the re-noising
     noise_hat: torch.Tensor  # (B, C, H, W) the noise of line 3
+    caption: torch.Tensor  # (B,) rows of the captions of `Samples`
 
 
 def student_predict(student, x0, text, t, noise):
@@ -470,7 +471,7 @@ def draw_batch(run, samples, step, heads_warmup=0, own_noise="low"):
         # every synthetic sample has a caption row of its own: the row is the sample's number
         source = sample.noise_of(seed, "synthesis", caption, x0.shape[1:], device=device)
         noise = torch.where(per_sample(paired, x0), source, noise)
-    return Batch(x0, text, t, noise, paired, t_hat, noise_hat)
+    return Batch(x0, text, t, noise, paired, t_hat, noise_hat, caption)
 
 
 def start_as_teacher(run, teacher=None):

@@ -33,12 +33,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import data
 import ladd
 from ladd import draw_batch, student_predict
 from lib.machine import moved
 from lib.optim import make_optimizers, step_all, update_ema
-from lib.parallel import leave, my_share
+from lib.parallel import leave
 from lib.settings import refuse, setting
 from methods.add import classifier_of
 from methods.consistency import LEVELS, consistency_loss, draw_times
@@ -77,15 +76,9 @@ class Settings(ladd.Settings):
 
 
 def segment(i, k):
-    """Level i of LEVELS, of k segments -> i of t', i of s. i (B,)"""
+    """i (B,): which level from 1 to 0 is t -> which are t, t' and s, with k segments. (3, B)"""
     length = LEVELS // k
-    return i + 1, (i // length + 1) * length
-
-
-def segment_loss(student, ema, velocity, b, times, i, k):
-    """Lines 1 to 3. times: the levels from 1 to 0, i (B,): which of them is t. -> scalar"""
-    i_next, i_end = segment(i, k)
-    return consistency_loss(student, ema, velocity, b, times[i], times[i_next], times[i_end])
+    return torch.stack([i, i + 1, (i // length + 1) * length])
 
 
 def feedback_loss(judge, x0_hat, labels, anchor, weight):
@@ -96,15 +89,11 @@ def feedback_loss(judge, x0_hat, labels, anchor, weight):
     return weight * (x0_hat - anchor).square().mean() - reward, reward
 
 
-def draw_labels(run, samples, known, step):
-    """What the captions of `draw_batch` say, as answers to the classifier's questions. -> (B, A)
-
-    known: {ids of a caption: its answers}"""
-    s = run.settings
-    index = my_share(np.arange(step * s.batch, (step + 1) * s.batch))
-    bucket = data.draw_bucket(samples.dataset, s.seed, "distillation", step)
-    ids = samples.words[bucket.batch(index)[1]].tolist()
-    return moved(torch.stack([known[tuple(own)] for own in ids]), run.device)
+def labels_of(run, samples):
+    """What the samples' captions say, as answers to the classifier's questions. -> (n, A)"""
+    ids = run.text.ids(run.dataset.captions).tolist()
+    known = dict(zip(map(tuple, ids), run.dataset.labels, strict=True))
+    return torch.stack([known[tuple(own)] for own in samples.words.tolist()])
 
 
 def distil(run):
@@ -118,9 +107,7 @@ def distil(run):
     if s.shares[FEEDBACK]:
         if not run.dataset.attributes:
             refuse(s, "shares", "these captions ask a classifier nothing; the fifth must be 0")
-        judge = classifier_of(run)
-        ids = run.text.ids(run.dataset.captions).tolist()
-        known = dict(zip(map(tuple, ids), run.dataset.labels, strict=True))
+        judge, labels = classifier_of(run), labels_of(run, samples)
     networks = dict(student=student, ema=ema, score=fake_score)
     loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers + score_optimizers)
     for step in loop:
@@ -133,13 +120,13 @@ def distil(run):
         guided = partial(guided_velocity, teacher, text=b.text, uncond=uncond, cfg=s.synthetic_cfg)
         with run.autocast():
             if part < FEEDBACK:
-                i = draw_times(run, step)
-                loss = segment_loss(student, ema, guided, b, times, i, SEGMENTS[part])
+                t, t_next, end = times[segment(draw_times(run, step), SEGMENTS[part])]
+                loss = consistency_loss(student, ema, guided, b, t, t_next, end)  # lines 1 to 3
             elif part == FEEDBACK:
                 x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)  # line 4
                 with torch.no_grad():
                     anchor = student_predict(ema, b.x0, b.text, b.t, b.noise)
-                told = draw_labels(run, samples, known, step)
+                told = moved(labels[b.caption], run.device)
                 loss, reward = feedback_loss(judge, x0_hat, told, anchor, s.anchor)
                 loop.add(reward=reward)
             else:

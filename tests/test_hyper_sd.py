@@ -11,7 +11,7 @@ from lib.lora import ENDS
 from lib.scores import Judge
 from methods import hyper_sd
 from methods.consistency import LEVELS, consistency_loss
-from methods.hyper_sd import SEGMENTS, Settings, feedback_loss, segment, segment_loss
+from methods.hyper_sd import SEGMENTS, Settings, feedback_loss, segment
 from tools.table import sweep_table
 
 HOW = dict(distil=hyper_sd.distil, method="hyper_sd", kind=Settings)
@@ -36,19 +36,23 @@ class Bent:
 # ---------------------------------------------------------------------------------------------
 
 
+def segment_loss(student, average, teacher, i, k):
+    return consistency_loss(student, average, teacher, BATCH, *TIMES[segment(i, k)])
+
+
 def test_one_segment_is_the_consistency_loss():
     student, average, teacher = Bent(1), Bent(2), lambda x, t: Bent(3)(x, t)[0]
     want = consistency_loss(student, average, teacher, BATCH, TIMES[I], TIMES[I + 1])
-    assert torch.equal(segment_loss(student, average, teacher, BATCH, TIMES, I, 1), want)
-    assert segment_loss(student, average, teacher, BATCH, TIMES, I, 2) != want
+    assert torch.equal(segment_loss(student, average, teacher, I, 1), want)
+    assert segment_loss(student, average, teacher, I, 2) != want
 
 
 @pytest.mark.parametrize("k", SEGMENTS)
 def test_k_segments_are_equal_and_hold_every_step(k):
     """The lower end of each of 32 levels is the nearest multiple of 1/k that is below it."""
     i = torch.arange(LEVELS)
-    i_next, i_end = segment(i, k)
-    t, t_next, s = TIMES[i], TIMES[i_next], TIMES[i_end]
+    t, t_next, s = TIMES[segment(i, k)]
+    assert torch.equal(t, TIMES[i]) and torch.equal(t_next, TIMES[i + 1])
     assert (t > t_next).all() and (t_next >= s).all() and (t - s <= 1 / k).all()
     assert torch.equal(s, ((t * k).ceil() - 1) / k)
     assert len(set(s.tolist())) == k and (t_next == s).sum() == k
@@ -60,8 +64,8 @@ def test_at_its_segments_end_the_target_is_the_teachers_step_itself(k):
     i = torch.arange(8) % k * (LEVELS // k) + LEVELS // k - 1
     teacher, v = Bent(3), lambda x, t: Bent(3)(x, t)[0]
     for average in (Bent(2), Constant(torch.tensor(1e3))):
-        assert segment_loss(teacher, average, v, BATCH, TIMES, i, k).abs() < 1e-9
-        assert segment_loss(Bent(1), average, v, BATCH, TIMES, i, k) > 1e-4
+        assert segment_loss(teacher, average, v, i, k).abs() < 1e-9
+        assert segment_loss(Bent(1), average, v, i, k) > 1e-4
 
 
 @pytest.mark.parametrize("k", SEGMENTS)
@@ -70,9 +74,9 @@ def test_on_straight_paths_the_target_is_exact(k):
     d in v is off by (t - s)·d."""
     v = randn(8, 3, 4, 4, seed=1)
     true, other, teacher = Constant(v), Constant(v + 3), lambda x, t: v
-    assert segment_loss(true, true, teacher, BATCH, TIMES, I, k).abs() < 1e-9
-    loss = segment_loss(other, true, teacher, BATCH, TIMES, I, k)
-    far = TIMES[I] - TIMES[segment(I, k)[1]]
+    assert segment_loss(true, true, teacher, I, k).abs() < 1e-9
+    loss = segment_loss(other, true, teacher, I, k)
+    far = TIMES[I] - TIMES[segment(I, k)[2]]
     assert loss.item() == pytest.approx((3 * far).mean().item(), abs=2e-3)
 
 
@@ -102,14 +106,15 @@ def test_a_step_against_the_feedbacks_gradient_raises_the_reward():
 
 def test_the_feedback_asks_for_what_the_batchs_captions_say(train, monkeypatch, whole):
     """Each image's answers are those of its own caption."""
-    batches, asked, draw, told = [], [], hyper_sd.draw_batch, hyper_sd.draw_labels
+    batches, asked = [], []
+    draw, feedback = hyper_sd.draw_batch, hyper_sd.feedback_loss
 
     def watched(run, *arguments, **options):
         batches.append((run, draw(run, *arguments, **options)))
         return batches[-1][1]
 
     monkeypatch.setattr(hyper_sd, "draw_batch", watched)
-    monkeypatch.setattr(hyper_sd, "draw_labels", lambda *a: asked.append(told(*a)) or asked[-1])
+    monkeypatch.setattr(hyper_sd, "feedback_loss", lambda *a: asked.append(a[2]) or feedback(*a))
     train("out", f"--from {whole} {QUICK} --shares 0,0,0,0,1,0", MAKING[2:], **HOW)
     rows = [row.tolist() for row in batches[0][0].dataset.labels]
     for (run, b), labels in zip(batches, asked, strict=True):

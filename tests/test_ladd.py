@@ -77,9 +77,8 @@ class Setting:
         self.settings = SimpleNamespace(patch=2, tapped=TAPS, r1=r1, distill_weight=1.0)
 
     def batch(self):
-        return ladd.Batch(
-            self.x0, self.text, self.t, self.noise, self.paired, self.t_hat, self.noise_hat
-        )
+        drawn = self.t, self.noise, self.paired, self.t_hat, self.noise_hat
+        return ladd.Batch(self.x0, self.text, *drawn, caption=torch.arange(B))
 
     def losses(self, learning=True):
         """What both players learn from, of one pass of the fakes."""
@@ -641,7 +640,8 @@ def test_the_probe_sees_a_collapse_of_a_run_in_the_teachers_features(whole, monk
     randomness is used up. The fakes are put in the student's place."""
     collapse, low, high = COLLAPSES[case]
     run = run_of(["--batch", "32", "--out", whole])
-    teacher, order, asked = ladd.load(run, "teacher"), torch.randperm(32), []
+    order = torch.randperm(32, generator=seeded(0))
+    teacher, asked = ladd.load(run, "teacher"), []
 
     def batch(run, samples, step):
         """Every fourth batch has the captions that repeat; the fifth is the first once more."""
@@ -650,7 +650,7 @@ def test_the_probe_sees_a_collapse_of_a_run_in_the_teachers_features(whole, monk
         x0 = alike(100 if step == 4 else 100 + step, 16)[order]
         text, t = run.text([captions[i] for i in order]), torch.full((32,), 0.5)
         noises = torch.randn(2, *x0.shape, generator=seeded(step))
-        return ladd.Batch(x0, text, t, noises[0], t < 1, t, noises[1])
+        return ladd.Batch(x0, text, t, noises[0], t < 1, t, noises[1], order)
 
     def predict(student, x0, text, t, noise):
         asked.append((x0, text.pooled, t))

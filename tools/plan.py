@@ -40,7 +40,7 @@ def random_batch(s, n, device):
         context = torch.randn(n, s.text_length, s.text_dim)
         text = ladd.Text(context, torch.randn(n, s.pooled_dim or s.text_dim))
         t = torch.rand(n)
-        return ladd.Batch(x0, text, t, noise, t < 1, t, noise_hat)
+        return ladd.Batch(x0, text, t, noise, t < 1, t, noise_hat, torch.arange(n))
 
 
 def meta_iteration(s, n, checkpointing):
