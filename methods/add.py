@@ -28,20 +28,20 @@ UNITS = 5  # forwards of the network, an update: student 1 + 2, and at nano 2 of
 
 
 def judge_features(judge, x0):
-    """Line 2: the maps after the judge's convolutions. -> [(tokens (B, h·w, C), (h, w))]"""
-    found, x = [], x0
+    """Line 2: the maps after the judge's convolutions. -> tokens [(B, h·w, C)], sizes [(h, w)]"""
+    tokens, sizes, x = [], [], x0
     for layer in judge.body:
         x = layer(x)
         if isinstance(layer, nn.Conv2d):
-            found.append((x.flatten(2).transpose(1, 2), tuple(x.shape[2:])))
-    return found
+            tokens.append(x.flatten(2).transpose(1, 2))
+            sizes.append(x.shape[2:])
+    return tokens, sizes
 
 
-def logits_of(heads, features, b):
+def logits_of(heads, tokens, sizes, b):
     """Of every map, (B, 1, h, w)."""
-    clean = torch.zeros_like(b.t)
-    pairs = zip(heads, features, strict=True)
-    return [head([tokens], clean, b.text.pooled, *size) for head, (tokens, size) in pairs]
+    clean, maps = torch.zeros_like(b.t), zip(heads, tokens, sizes, strict=True)
+    return [head([own], clean, b.text.pooled, *size) for head, own, size in maps]
 
 
 def classifier_of(run):
@@ -56,42 +56,40 @@ def distil(run):
     judge = classifier_of(run)
     student, ema, student_optimizers = ladd.start_student(run)
     widths = [layer.out_channels for layer in judge.body if isinstance(layer, nn.Conv2d)]
-    sizes = [s.head_sizes() | dict(width=width, taps=(0,)) for width in widths]
-    heads = nn.ModuleList(run.make(Discriminator, **own) for own in sizes)
+    arguments = [s.head_sizes() | dict(width=width, taps=(0,)) for width in widths]
+    heads = nn.ModuleList(run.make(Discriminator, **own) for own in arguments)
     heads_optimizers = make_optimizers(heads, s.heads_lr, 0.0, s.beta1, s.adam_eps)
     samples = ladd.distillation_samples(run)
     networks = dict(student=student, ema=ema, heads=heads)
-    optimizers = student_optimizers + heads_optimizers
-    loop = run.loop("distillation", s.iterations, s.batch, networks, optimizers,
-                    shown=("loss_d", "loss_g"))  # fmt: skip
+    loop = run.loop("distillation", s.iterations, s.batch, networks,
+                    student_optimizers + heads_optimizers, shown=("loss_d", "loss_g"))  # fmt: skip
     for step in loop:
         learning = step >= s.heads_warmup
         b = draw_batch(run, samples, step, s.heads_warmup)
         with run.autocast():
             with torch.set_grad_enabled(learning):
                 x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)  # line 1
-                fake, real = judge_features(judge, x0_hat), judge_features(judge, b.x0)  # line 2
-            detached = [(tokens.detach(), size) for tokens, size in fake]
-            on_real, on_fake = logits_of(heads, real, b), logits_of(heads, detached, b)
+                fake, sizes = judge_features(judge, x0_hat)  # line 2
+                real, _ = judge_features(judge, b.x0)
+            on_real = logits_of(heads, real, sizes, b)
+            on_fake = logits_of(heads, [f.detach() for f in fake], sizes, b)
             loss_d = sum(map(hinge_d, on_real, on_fake)) / len(heads)  # line 3
             heads.requires_grad_(False)
-            loss_g = sum(map(hinge_g, logits_of(heads, fake, b))) / len(heads)  # line 4
+            loss_g = sum(map(hinge_g, logits_of(heads, fake, sizes, b))) / len(heads)  # line 4
             heads.requires_grad_(True)
-            both = ([tokens for tokens, _ in features] for features in (fake, real))
-            distill = distillation_loss(*both, b.paired)
+            distill = distillation_loss(fake, real, b.paired)
         (loss_d + loss_g + s.distill_weight * distill).backward()
-        players = [(heads_optimizers, heads, math.inf, min(1.0, (step + 1) / 40))]
+        heads_rate = min(1.0, (step + 1) / 40)  # rises over 40 updates
+        (norm_d,) = step_all((heads_optimizers, heads, math.inf, heads_rate))
         means = [x.detach().float().flatten(1).mean(1) for x in (*on_real, *on_fake)]
         on_real, on_fake = torch.stack(means, dim=1).chunk(2, dim=1)
         loop.add(loss_d=loss_d, **separation(on_real, on_fake))
         if learning:
             rate = ladd.student_rate(s, step, s.heads_warmup)
-            players.append((student_optimizers, student, s.clip, rate))
-            loop.add(loss_g=loss_g, loss_distill=distill)
-        norms = step_all(*players)
-        if learning:
+            (norm_g,) = step_all((student_optimizers, student, s.clip, rate), after=[norm_d])
             update_ema(ema, student, s.student_ema, step - s.heads_warmup)
-        loop.log(**dict(zip(("grad_norm_heads", "grad_norm"), norms, strict=False)))
+            loop.add(loss_g=loss_g, loss_distill=distill, grad_norm=norm_g)
+        loop.log(grad_norm_heads=norm_d)
     run.save("student", ema, s.iterations)
 
 

@@ -21,25 +21,16 @@ import torch
 
 import data
 import ladd
-from lib.captions import known_words
 from lib.conditions import tell
-from lib.files import write_text
-from lib.parallel import leave, rank
+from lib.parallel import leave
 from lib.settings import refuse, setting
 from lib.streams import uniform
 from methods import inpaint
 
-EDITS = {  # the first four change an attribute, in the order of a picture's
-    "size": "make it {}",
-    "colour": "make it {}",
-    "shape": "make it a {}",
-    "background": "make the background {}",
-    "left": "move it left",
-    "right": "move it right",
-    "up": "move it up",
-    "down": "move it down",
-}
+# Edit k < 4 changes attribute k: size, colour, shape, background. The others move the shape.
+CHANGES = ("make it {}", "make it {}", "make it a {}", "make the background {}")
 MOVES = dict(left=(5, 0.0), right=(5, 1.0), up=(6, 0.0), down=(6, 1.0))  # column of u, its value
+EDITS = (*CHANGES, *(f"move it {way}" for way in MOVES))
 
 
 class Pairs(data.Shapes):
@@ -53,7 +44,7 @@ class Pairs(data.Shapes):
         self.captions = [
             sentence.format(words[min(k, 3)][row[min(k, 3)]])
             for row in rows
-            for k, sentence in enumerate(EDITS.values())
+            for k, sentence in enumerate(EDITS)
         ]
         self.labels = self.labels.repeat_interleave(len(EDITS), dim=0)
 
@@ -67,16 +58,12 @@ class Pairs(data.Shapes):
         third = (random[:, 1] * 6).astype(np.int64)  # of the six colours that are not in it
         for taken in np.sort([colour, background], axis=0):
             third += third >= taken
-        after = [
-            np.where(edit == 0, 1 - size, size),
-            np.where(edit == 1, third, colour),
-            np.where(edit == 2, (shape + 1 + (random[:, 1] * 3).astype(np.int64)) % 4, shape),
-            np.where(edit == 3, third, background),
-            pattern,
-        ]
+        other = (shape + 1 + (random[:, 1] * 3).astype(np.int64)) % 4
+        new = (1 - size, third, other, third)
+        after = [np.where(edit == k, new[k], values[k]) for k in range(len(new))] + [pattern]
         place = u.copy()
-        for name, (column, value) in MOVES.items():
-            place[edit == list(EDITS).index(name), column] = value
+        for k, (column, value) in enumerate(MOVES.values(), len(CHANGES)):
+            place[edit == k, column] = value
         return (u, values), (place, after), self.rows[tuple(after)] * len(EDITS) + edit
 
     def batch(self, index, held_out=False):
@@ -111,15 +98,7 @@ class Settings(inpaint.Settings):
         return Pairs(*dataset.size, self.seed)
 
 
-tune = inpaint.tune
-
-
-def distil(run):
-    s = run.settings
-    if rank() == 0:  # so that sample.py knows the instructions' words
-        both = [*run.dataset.captions, *s.told(run.dataset).captions]
-        write_text("\n".join(known_words(both, s.text_length)) + "\n", run.out / "words.txt")
-    inpaint.distil(run)
+tune, distil = inpaint.tune, inpaint.distil
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def test_a_captions_attributes_are_those_of_the_picture_after_the_edit(pairs):
     assert torch.equal(pairs.labels[rows], torch.from_numpy(np.stack(after, axis=1)))
     assert torch.equal(images, pairs.draw(place, after))
     assert len(pairs.captions) == len(pairs.labels) and len(set(pairs.captions)) == 26
-    assert all(sentence.split()[0] in ("make", "move") for sentence in EDITS.values())
+    assert all(sentence.split()[0] in ("make", "move") for sentence in EDITS)
 
 
 def test_the_condition_is_the_picture_before_as_the_plain_set_draws_it(pairs):

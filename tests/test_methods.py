@@ -120,12 +120,10 @@ def test_the_judges_maps_are_those_that_it_reads_with():
     """As many as it has convolutions, tokens row by row, the first of the image's own size."""
     judge = Judge([2, 3], 8, (16, 16)).requires_grad_(False)
     x = randn(2, 3, 16, 16, dtype=torch.float32)
-    maps = judge_features(judge, x)
-    tokens, (h, w) = maps[0]
-    assert (h, w) == (16, 16) and len(maps) == sum(
-        isinstance(layer, torch.nn.Conv2d) for layer in judge.body
-    )
-    torch.testing.assert_close(tokens[:, 5 * w + 3], judge.body[0](x)[:, :, 5, 3])
+    tokens, sizes = judge_features(judge, x)
+    convolutions = sum(isinstance(layer, torch.nn.Conv2d) for layer in judge.body)
+    assert len(tokens) == len(sizes) == convolutions and sizes[0] == (16, 16)
+    torch.testing.assert_close(tokens[0][:, 5 * 16 + 3], judge.body[0](x)[:, :, 5, 3])
 
 
 def test_adds_heads_learn_to_tell_and_its_student_to_please_them(train, whole):
