@@ -358,7 +358,6 @@ def train_teacher(run):
 def teach(run, stage, model, ema, total, lr, muon_lr):
     """The updates of a teacher; also of one that is tuned (methods/inpaint.py)."""
     s = run.settings
-    model.checkpointing = s.checkpointing
     optimizers = make_optimizers(model, lr, muon_lr, 0.9, s.adam_eps)
     words = run.text.ids(run.dataset.captions)
     networks = dict(model=model, ema=ema)
@@ -487,7 +486,6 @@ def start_student(run, teacher=None):
     s = run.settings
     student = start_as_teacher(run, teacher)
     ema = start_as_teacher(run, teacher or student).requires_grad_(False)
-    student.checkpointing = s.checkpointing
     return student, ema, make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
 
 
@@ -513,7 +511,6 @@ def student_rate(s, step, heads_warmup=0):
 def distil(run):
     s = run.settings
     teacher = load(run, "teacher", frozen=True)
-    teacher.checkpointing = s.checkpointing
     student, ema, student_optimizers = start_student(run, teacher)
     heads, heads_optimizers = start_heads(run)
     samples = distillation_samples(run)

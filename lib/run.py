@@ -98,11 +98,13 @@ class Run:
         places = own_state(other)
         start = {k: shard_as(v.to(self.device), places[k]) for k, v in start.items()}
         other.load_state_dict(weights | start, assign=True)
+        other.checkpointing = self.settings.checkpointing
         return other.eval()
 
     def place(self, network, learns=True):
         """The network on its device, or divided among the processes with --shard."""
         s = self.settings
+        network.checkpointing = s.checkpointing
         if not self.divided:
             return network.to(self.device)
         blocks = getattr(network, "joint_blocks", ())
@@ -130,6 +132,7 @@ class Run:
         checkpoint = tree_map(to_rank0, checkpoint)
         if rank() == 0:
             save(checkpoint, self.path(name or kind))
+        barrier()  # so that all find it
 
     def load(self, checkpoint, module, frozen=False):
         """The network module(**arguments) of a checkpoint, without gradient.

@@ -78,7 +78,6 @@ def tune(run, draw):
     s = run.settings
     teacher = ladd.load(run, "teacher", frozen=True)
     tuned, ema = run.adapted(teacher), run.adapted(teacher).requires_grad_(False)
-    tuned.checkpointing = s.checkpointing
     optimizers = make_optimizers(tuned, s.tuning_lr, 0.0, 0.9, s.adam_eps)
     networks = dict(tuned=tuned, ema=ema)
     loop = run.loop("tuning", s.tuning_iterations, s.batch, networks, optimizers)
@@ -110,8 +109,8 @@ def distil(run):
     if not run.path("adapter").exists():
         tune(run, learned)
     own = {field.name: getattr(s, field.name) for field in dataclasses.fields(ladd.Settings)}
-    own |= dict(lora=0, out=str(run.out / "tuned"), source="", stage="all")
-    inner = Run(ladd.Settings(**own), run.dataset, run.text, run.watch)  # of a folder of its own
+    plain = ladd.Settings(**own | dict(lora=0, out=str(run.out / "tuned")))
+    inner = Run(plain, run.dataset, run.text, run.watch)  # of a folder of its own
 
     def with_adapter(folder, teacher, scale):
         checkpoint = sample.read_network(folder, teacher, run.path("adapter"), scale)
@@ -120,13 +119,11 @@ def distil(run):
     with inner.opened(None):
         if not inner.path("teacher").exists():
             inner.save("teacher", with_adapter(run.out, True, 1.0), s.tuning_iterations)
-        barrier()
         if not inner.path("student").exists():
             if s.targets == "synthetic":
                 ladd.synthesise(inner)
             barrier()
             ladd.distil(inner)
-        barrier()
         forget_states(inner.out)
         tuned, student = ladd.load(inner, "teacher"), ladd.load(inner, "student")
     again = with_adapter(inner.out, False, s.adapter_scale)
