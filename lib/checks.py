@@ -6,6 +6,7 @@
 import os
 import re
 from itertools import pairwise
+from pathlib import Path
 
 from lib.parallel import world
 from lib.settings import refuse
@@ -35,12 +36,15 @@ def check_together(s):
         refuse(s, "pooled_dim", f"hashed words have one width, --text-dim {s.text_dim}")
     if os.path.exists(s.data_dir) and not os.path.isdir(s.data_dir):
         refuse(s, "data_dir", "is a file: give a folder")
+    images, out = Path(s.data).resolve(), Path(s.out).resolve()
+    if s.out and images.is_dir() and out.is_relative_to(images):
+        refuse(s, "out", f"is inside --data {s.data}, which would get the run's pictures, too")
     # noise levels
     levels = s.levels
     p, warmup_p = s.level_p or levels, s.warmup_p if s.warmup_iterations else levels
     if not len(levels) == len(p) == len(warmup_p):
         refuse(s, "level_p", "--levels, --level-p and --warmup-p need the same number of values")
-    if not all(a > b for a, b in pairwise((*levels, 0))) or not 0.99 <= levels[0] <= 1:
+    if not all(a > b for a, b in pairwise((*levels, 0))) or not 0.99 <= max(levels, default=0) <= 1:
         refuse(s, "levels", "must fall, from 1 (or .99: samples start from noise) to above 0")
     for name, values in (("level_p", p), ("warmup_p", warmup_p)):
         if sum(values) <= 0:
