@@ -34,10 +34,11 @@ def check_together(s):
         refuse(s, "judge_width", "must be a multiple of 4")
     if s.pooled_dim not in (0, s.text_dim) and not s.is_latent:
         refuse(s, "pooled_dim", f"hashed words have one width, --text-dim {s.text_dim}")
-    if os.path.exists(s.data_dir) and not os.path.isdir(s.data_dir):
-        refuse(s, "data_dir", "is a file: give a folder")
-    images, out = Path(s.data).resolve(), Path(s.out).resolve()
-    if s.out and images.is_dir() and out.is_relative_to(images):
+    above = [path for path in (Path(s.data_dir), *Path(s.data_dir).parents) if path.exists()]
+    if not above[0].is_dir():
+        refuse(s, "data_dir", f"{above[0]} is a file: give a folder")
+    images, out = os.path.realpath(s.data), os.path.realpath(s.out)
+    if s.out and os.path.isdir(images) and Path(out).is_relative_to(images):
         refuse(s, "out", f"is inside --data {s.data}, which would get the run's pictures, too")
     # noise levels
     levels = s.levels

@@ -54,7 +54,7 @@ def given_settings(argv, program="ladd.py", kind=ladd.Settings):
 def given_teacher(s):
     """The checkpoint of --teacher, ours or released, if its network is that of the settings."""
     if is_ours(Path(s.teacher)):
-        checkpoint = merged(sample.read_checkpoint(s.teacher))
+        checkpoint = merged(sample.read_checkpoint(s.teacher, ["teacher"]))
         checkpoint["settings"] = vars(checkpoint["settings"])  # as they are saved
     else:
         from sd3.weights import released_checkpoint
