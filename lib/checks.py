@@ -83,3 +83,11 @@ def check_for_method(s, method):
         refuse(s, "targets", "real images have no noise that they were made of")
     if method in ("add", "dpo") and s.is_latent:
         refuse(s, "data", f"methods/{method}.py reads pixels, not latents")
+
+
+def check_captions(s, method, dataset):
+    """Refuses captions that ask a classifier nothing where the method learns from its answers."""
+    if method == "hyper_sd" and s.shares[4] and not dataset.attributes:
+        refuse(s, "shares", "these captions ask a classifier nothing; the fifth must be 0")
+    if method == "dpo" and not s.pairs and not dataset.attributes:
+        refuse(s, "pairs", "is needed, as these captions ask nothing to rank samples by")

@@ -120,6 +120,11 @@ class Parser(argparse.ArgumentParser):
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # tests put others in their place
                 stream.reconfigure(errors="replace")
+        sys.excepthook = lambda kind, error, trace: (
+            print(f"\n{program}: interrupted", file=sys.stderr)
+            if kind is KeyboardInterrupt
+            else sys.__excepthook__(kind, error, trace)
+        )
         super().__init__(program, description=description, allow_abbrev=False, **options)
 
     def error(self, message):
