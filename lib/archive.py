@@ -80,7 +80,7 @@ def walk(root):
 
 
 class Files:
-    """The files of a folder or of a zip by their relative names; nothing is ever extracted.
+    """The files of a folder or of a zip by their relative names, with "/"; nothing is extracted.
     left_out {why: names}: what else is there. sums {name: CRC-32}: of what was read.
 
     Raises DataError where the path is neither, or a zip that can't be read or is not honest."""
@@ -100,8 +100,7 @@ class Files:
                     f"{path}: not a readable zip ({error}). If it was cut short, copy it again."
                 ) from None
             check_members(path, self.zip.infolist())
-            members = self.zip.infolist()  # some programs on Windows write "\\"
-            self.members = {i.filename.replace("\\", "/"): i for i in members}
+            self.members = {i.filename.replace("\\", "/"): i for i in self.zip.infolist()}
             names = sorted(name for name in self.members if not name.endswith("/"))
             self.names = [name for name in names if not HIDDEN.match(name)]
             hidden = [HIDDEN.match(name)[0] for name in names if HIDDEN.match(name)]

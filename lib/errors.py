@@ -61,8 +61,7 @@ def plural(n, word, more="s"):
 
 
 def reason(error, most=100):
-    """The first line of an error's text, or its kind where it has none. PyTorch puts what is wrong
-    with weights on the line after ":"."""
+    """The first line of an error's text, with the next after ":"; its kind where it has none."""
     return (str(error).replace(":\n\t", ": ") or type(error).__name__).splitlines()[0][:most]
 
 
