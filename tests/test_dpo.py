@@ -13,6 +13,7 @@ from test_lib_parallel import WORK, launch, worst
 import data
 import ladd
 import sample
+from lib.errors import UsageError
 from lib.optim import make_optimizers
 from lib.pairs import best_and_worst, read_pairs, rewards, tensors_of, write_pairs
 from lib.run import Run
@@ -324,6 +325,12 @@ def test_two_processes_go_on_bit_for_bit_where_they_were_cut(by_two):
     for part in (".", "tuned"):
         assert updates(two / part) == updates(cut / part)
     assert not list(cut.rglob("*state*"))
+
+
+def test_an_adapter_beyond_all_scales_is_refused_at_the_start():
+    """As sample.py --adapter-scale does: a student of such weights has no finite sample."""
+    with pytest.raises(UsageError, match="--adapter-scale"):
+        given_settings(["--adapter-scale", "1e18"], kind=dpo.Settings)
 
 
 def test_a_smoke_and_a_scale_shorten_the_tuning_and_a_sweep_knows_the_method():
