@@ -80,7 +80,7 @@ def walk(root):
 
 
 class Files:
-    """The files of a folder or of a zip by their relative names; nothing is ever extracted.
+    """The files of a folder or of a zip by their relative names, with "/"; nothing is extracted.
     left_out {why: names}: what else is there. sums {name: CRC-32}: of what was read.
 
     Raises DataError where the path is neither, or a zip that can't be read or is not honest."""
@@ -100,7 +100,8 @@ class Files:
                     f"{path}: not a readable zip ({error}). If it was cut short, copy it again."
                 ) from None
             check_members(path, self.zip.infolist())
-            names = sorted(i.filename for i in self.zip.infolist() if not i.is_dir())
+            self.members = {i.filename.replace("\\", "/"): i for i in self.zip.infolist()}
+            names = sorted(name for name in self.members if not name.endswith("/"))
             self.names = [name for name in names if not HIDDEN.match(name)]
             hidden = [HIDDEN.match(name)[0] for name in names if HIDDEN.match(name)]
             self.left_out = dict(hidden=list(dict.fromkeys(hidden))) if hidden else {}
@@ -109,7 +110,7 @@ class Files:
         """A file to read from, in binary."""
         if self.zip is None:
             return (self.path / name).open("rb")
-        member = self.zip.getinfo(name)
+        member = self.members[name]
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError("packed by another method than deflate")
         return self.zip.open(member)
@@ -118,7 +119,7 @@ class Files:
         """The bytes of a file, unpacked no further than a picture or captions can need."""
         most = MOST_BYTES
         if self.zip is not None:
-            most = min(most, (1 << 20) + 100 * self.zip.getinfo(name).compress_size)
+            most = min(most, (1 << 20) + 100 * self.members[name].compress_size)
         with self.open(name) as file:
             content = file.read(most + 1)
         if len(content) > most:

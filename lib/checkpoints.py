@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
-from lib.errors import CheckpointError, UsageError, reason
+from lib.errors import CheckpointError, UsageError, clean, reason
 from lib.files import checksum, read
 from lib.kinds import kind_of
 from lib.lora import build, own_state
@@ -47,12 +47,13 @@ def read_checkpoint(path, kinds, network, check=True, alone=False):
                 raise ValueError("fewer weights than blocks")
             with torch.device("meta"):  # no memory for what the arguments claim
                 model = build(network, checkpoint)
-            if own_state(model).keys() != checkpoint["weights"].keys():
-                raise ValueError("weights that are not those of its network")
+            if odd := own_state(model).keys() ^ checkpoint["weights"].keys():
+                raise ValueError(f"not the weights of its network: {clean(min(odd), 100)}")
             model.load_state_dict(checkpoint["weights"], strict=False, assign=True)
             check_settings(checkpoint["settings"], model.config)
     except Exception as error:
-        raise CheckpointError(f"{path}: its parts don't fit together ({reason(error)}).") from None
+        why = reason(error, 300)
+        raise CheckpointError(f"{path}: its parts don't fit together ({why}).") from None
     if checkpoint.get("lora") and not alone:
         checkpoint["weights"] = base_of(checkpoint, path, network, check) | checkpoint["weights"]
     return checkpoint

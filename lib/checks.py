@@ -6,6 +6,7 @@
 import os
 import re
 from itertools import pairwise
+from pathlib import Path
 
 from lib.parallel import world
 from lib.settings import refuse
@@ -33,14 +34,18 @@ def check_together(s):
         refuse(s, "judge_width", "must be a multiple of 4")
     if s.pooled_dim not in (0, s.text_dim) and not s.is_latent:
         refuse(s, "pooled_dim", f"hashed words have one width, --text-dim {s.text_dim}")
-    if os.path.exists(s.data_dir) and not os.path.isdir(s.data_dir):
-        refuse(s, "data_dir", "is a file: give a folder")
+    above = [path for path in (Path(s.data_dir), *Path(s.data_dir).parents) if path.exists()]
+    if not above[0].is_dir():
+        refuse(s, "data_dir", f"{above[0]} is a file: give a folder")
+    images, out = os.path.realpath(s.data), os.path.realpath(s.out)
+    if s.out and os.path.isdir(images) and Path(out).is_relative_to(images):
+        refuse(s, "out", f"is inside --data {s.data}, which would get the run's pictures, too")
     # noise levels
     levels = s.levels
     p, warmup_p = s.level_p or levels, s.warmup_p if s.warmup_iterations else levels
     if not len(levels) == len(p) == len(warmup_p):
         refuse(s, "level_p", "--levels, --level-p and --warmup-p need the same number of values")
-    if not all(a > b for a, b in pairwise((*levels, 0))) or not 0.99 <= levels[0] <= 1:
+    if not all(a > b for a, b in pairwise((*levels, 0))) or not 0.99 <= max(levels, default=0) <= 1:
         refuse(s, "levels", "must fall, from 1 (or .99: samples start from noise) to above 0")
     for name, values in (("level_p", p), ("warmup_p", warmup_p)):
         if sum(values) <= 0:
@@ -78,3 +83,11 @@ def check_for_method(s, method):
         refuse(s, "targets", "real images have no noise that they were made of")
     if method in ("add", "dpo") and s.is_latent:
         refuse(s, "data", f"methods/{method}.py reads pixels, not latents")
+
+
+def check_captions(s, method, dataset):
+    """Refuses captions that ask a classifier nothing where the method learns from its answers."""
+    if method == "hyper_sd" and s.shares[4] and not dataset.attributes:
+        refuse(s, "shares", "these captions ask a classifier nothing; the fifth must be 0")
+    if method == "dpo" and not s.pairs and not dataset.attributes:
+        refuse(s, "pairs", "is needed, as these captions ask nothing to rank samples by")

@@ -61,8 +61,8 @@ def plural(n, word, more="s"):
 
 
 def reason(error, most=100):
-    """The first line of an error's text, or its kind where it has none."""
-    return (str(error) or type(error).__name__).splitlines()[0][:most]
+    """The first line of an error's text, with the next after ":"; its kind where it has none."""
+    return (str(error).replace(":\n\t", ": ") or type(error).__name__).splitlines()[0][:most]
 
 
 def first_cause(error):
@@ -119,6 +119,11 @@ class Parser(argparse.ArgumentParser):
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # tests put others in their place
                 stream.reconfigure(errors="replace")
+        sys.excepthook = lambda kind, error, trace: (
+            print(f"\n{program}: interrupted", file=sys.stderr)
+            if kind is KeyboardInterrupt
+            else sys.__excepthook__(kind, error, trace)
+        )
         super().__init__(program, description=description, allow_abbrev=False, **options)
 
     def error(self, message):

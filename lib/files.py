@@ -60,7 +60,8 @@ def read_object(path):
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(content)
     if not isinstance(value, dict):
-        raise DataError(f"{path} is damaged: restore it, or choose another folder.")
+        wrong = "is damaged" if path.exists() else "is missing"
+        raise DataError(f"{path} {wrong}: restore it, or choose another folder.")
     return value
 
 

@@ -78,8 +78,9 @@ def find_captions(files):
         captions = {n: clean(n.split("/")[-2].replace("_", " ")) for n in images}
     else:
         raise DataError(
-            f"{files.path}: images without captions. Put them into one folder per class, or add a "
-            'captions.jsonl of {"file": "…", "caption": "…"} lines, or a .txt beside each image.'
+            f"{files.path}: images without captions, {some([n for n in images if '/' not in n])}. "
+            "Put them into one folder per class, or add a captions.jsonl of "
+            '{"file": "…", "caption": "…"} lines, or a .txt beside each image.'
         )
     left_out["without a caption"] = [n for n in images if n not in captions]
     for name in sorted(names.difference(images, lists, beside.values(), captions)):

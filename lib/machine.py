@@ -26,7 +26,8 @@ def device_of(name):
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # the device "meta" has no numbers
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        why = f"can't be used ({reason(error)}); --device auto takes the best that is here"
+        raise UsageError(f"--device {name}: {why}") from None
     if device.type == "cuda" and world() > 1:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return device

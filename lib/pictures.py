@@ -97,6 +97,8 @@ def save_pictures(images, out, prompts, notes):
     kind = out.suffix.lower()  # a folder may be named v1.5
     if re.search("[a-z]", kind) and kind != ".png" and not out.is_dir():
         raise ValueError(f"{out}: pictures are written as .png; or name a folder for one PNG each")
+    if kind == ".png" or out.is_file():
+        refuse_strangers(out)  # before they are drawn
     if kind == ".png":
         images = list(images)
         save_png(square(images), out, prompt="; ".join(dict.fromkeys(prompts)), **notes)

@@ -44,7 +44,7 @@ class Settings(ladd.Settings):
     beta: float = setting(230.0, "β: the smaller, the farther the adapter may go", above=0)
     tuning_iterations: int = setting(100, "updates of the adapter", low=1, scales=True, smoke=2)
     tuning_lr: float = setting(1e-4, "AdamW, the adapter", above=0)
-    adapter_scale: float = setting(1.0, "times which the student gets the adapter again")
+    adapter_scale: float = setting(1.0, "times that the student gets it, too", low=-1e3, high=1e3)
 
     def __post_init__(self):
         super().__post_init__()

@@ -5,11 +5,13 @@ A pair is two pictures of one caption; lib/pairs.py has their folder and how sam
 
 import copy
 import dataclasses
+import sys
 
 import numpy as np
 
 import data
 import ladd
+from lib.captions import unread_words
 from lib.errors import UsageError
 from lib.pairs import LIST, best_and_worst, read_pairs, rewards, tensors_of, write_pairs
 from lib.parallel import rank, world
@@ -21,8 +23,6 @@ PAIR_INDEX = 3 << 35  # from here on captions are drawn whose samples are ranked
 def make_pairs(run):
     """Line 1: samples by the teacher, ranked. -> pairs as lib/pairs.py has them"""
     s, dataset, pairs = run.settings, run.dataset, []
-    if not dataset.attributes:
-        raise UsageError("--pairs: is needed, as these captions ask nothing to rank samples by")
     judge, teacher = classifier_of(run), ladd.generator(run, "teacher")
     options = dict(seed=s.seed, steps=s.synthetic_steps, cfg=s.synthetic_cfg)
     for bucket, n in data.shares(dataset, max(2, s.synthetic // s.candidates)):
@@ -48,6 +48,8 @@ def take_pairs(run):
         run.watch.patient = True
     run.watch.check()  # which waits for rank 0
     pairs = read_pairs(folder, s.sizes)
+    if told := unread_words({caption for _, caption in pairs}, s.text_length):
+        print(f"--pairs: {told}", file=sys.stderr)
     learned = [pair for i, pair in enumerate(pairs) if i % 10]
     return batches(run, learned), batches(run, pairs[::10])
 

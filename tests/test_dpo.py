@@ -13,6 +13,7 @@ from test_lib_parallel import WORK, launch, worst
 import data
 import ladd
 import sample
+from lib.errors import UsageError
 from lib.optim import make_optimizers
 from lib.pairs import best_and_worst, read_pairs, rewards, tensors_of, write_pairs
 from lib.run import Run
@@ -265,14 +266,18 @@ def test_a_cut_run_goes_on_bit_for_bit(train_and_show, monkeypatch, whole, tuned
     assert not list(cut.rglob("*state*"))
 
 
-def test_a_users_pairs_train_without_a_judge_and_are_kept(train, monkeypatch, whole, tmp_path):
+def test_a_users_pairs_train_without_a_judge_and_are_kept(
+    train, monkeypatch, whole, tmp_path, capsys
+):
     """A run goes on with the pairs that it has begun with."""
     monkeypatch.setattr(sample, "judge_of", None)
-    rows = "\n".join(json.dumps(pair(caption=f"a {i % 3}")) for i in range(12))
+    captions = [f"a {i % 3}" + 11 * " far" for i in range(12)]
+    rows = "\n".join(json.dumps(pair(caption=caption)) for caption in captions)
     mine = folder(tmp_path / "mine", GOOD | {"pairs.jsonl": rows.encode()})
     out = train("out", f"--from {whole} {OWN} --pairs {mine}", MAKING[2:], **HOW)
     kept = read_pairs(out / "pairs", [(12, 12)])
-    assert len(kept) == 12 and {text for _, text in kept} == {"a 0", "a 1", "a 2"}
+    assert len(kept) == 12 and {text for _, text in kept} == set(captions)
+    assert "--pairs: 3 of 3 captions have more than 12 words" in capsys.readouterr().err
     winner, loser = kept[0][0].chunk(2)
     assert np.unique(winner[0]) == [1] and np.unique(loser[0]) == [2]
     assert (out / "student.pt").exists()
@@ -320,6 +325,12 @@ def test_two_processes_go_on_bit_for_bit_where_they_were_cut(by_two):
     for part in (".", "tuned"):
         assert updates(two / part) == updates(cut / part)
     assert not list(cut.rglob("*state*"))
+
+
+def test_an_adapter_beyond_all_scales_is_refused_at_the_start():
+    """As sample.py --adapter-scale does: a student of such weights has no finite sample."""
+    with pytest.raises(UsageError, match="--adapter-scale"):
+        given_settings(["--adapter-scale", "1e18"], kind=dpo.Settings)
 
 
 def test_a_smoke_and_a_scale_shorten_the_tuning_and_a_sweep_knows_the_method():

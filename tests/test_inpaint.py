@@ -291,7 +291,7 @@ BAD = {
 def test_a_mask_or_picture_that_does_not_fit_is_one_line(fills, whole, files, refused, case):
     words, named = BAD[case]
     words = words.format(run=fills, plain=whole).split()
-    if "--evaluate" not in words:
+    if not {"--evaluate", "--export"} & set(words):
         words += ["--prompt", "red"]
     refused(sample, [*words, *CPU], 2, named)
 

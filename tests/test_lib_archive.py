@@ -41,6 +41,14 @@ def test_a_zip_that_would_not_unpack_to_what_it_shows_is_refused_by_name(tmp_pat
     refused(ladd, run_on(path), 2, path, reason)
 
 
+def test_a_zip_with_the_names_of_windows_is_read_as_any(tmp_path):
+    """zipfile itself has "\\" in a name become "/" on Windows alone."""
+    pets = {name.replace("/", "\\"): content for name, content in PETS.items()}
+    path = zipped(tmp_path / "set.zip", {"cat\\": b""} | pets)
+    files = archive.Files(path)
+    assert files.names == sorted(PETS) and files.read("cat/3.png") == PETS["cat/3.png"]
+
+
 def test_a_file_without_a_name_is_refused(tmp_path, refused):
     """zipfile ends a name at its first zero byte."""
     path = zipped(tmp_path / "set.zip", PETS | {"?.png": PICTURE})

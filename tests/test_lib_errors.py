@@ -1,10 +1,13 @@
 """lib/errors.py: what a user is told when a program ends."""
 
+import sys
+
 import pytest
 import torch
 
 import ladd
 import sample
+from lib.errors import Parser
 
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 79 GiB"),
@@ -47,6 +50,16 @@ def test_where_memory_ends_one_line_says_what_needs_less(end, capsys, work, erro
     assert "no memory is left" in line
     for flag in ("--batch", "--teacher-batch", "--accumulate", "--checkpointing", "--dry-run"):
         assert flag in line
+
+
+def test_ctrl_c_is_one_line_in_every_program(monkeypatch, capsys):
+    """What a program does not catch itself reaches the hook that its parser has left."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    Parser("tools/any.py", "Does nothing.")
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == "\ntools/any.py: interrupted\n"
+    sys.excepthook(ValueError, ValueError("odd"), None)
+    assert "ValueError: odd" in capsys.readouterr().err
 
 
 def test_an_error_that_was_not_foreseen_keeps_its_traceback(end, capsys):

@@ -312,6 +312,11 @@ def test_a_damaged_object_is_refused_by_name(tmp_path, case):
         files.read_object(path)
 
 
+def test_an_object_that_is_not_there_is_called_missing(tmp_path):
+    with pytest.raises(DataError, match=r"config\.json is missing"):
+        files.read_object(tmp_path / "config.json")
+
+
 def test_an_object_that_was_written_is_read_again(tmp_path):
     """Text that is half a character becomes a question mark, and stops nothing."""
     files.write_json(dict(a=[1, 2.5], b="ü猫"), tmp_path / "a.json")

@@ -189,7 +189,10 @@ ONE = {"0.png": plain(0)}
 BROKEN = {
     "no images": ({"notes.md": b"hello"}, ["no images", ".jpg", ".webp"]),
     "nothing at all": ({}, ["no images"]),
-    "no captions": (ONE, ["without captions", "captions.jsonl", ".txt", "folder per class"]),
+    "no captions": (
+        ONE | {"cat/1.png": plain(1)},
+        ["without captions, 0.png.", "captions.jsonl", ".txt", "folder per class"],
+    ),
     "empty list": (ONE | {"captions.jsonl": b"\n"}, ["none of its images has a caption"]),
     "not JSON": (
         ONE | {"captions.jsonl": caption_lines({"0.png": "x"}) + b"\n\n{oops\n"},

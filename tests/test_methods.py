@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MAKING, Constant, cut_at, randn, same, update_cost, updates
+from conftest import FEW, MAKING, Constant, cut_at, randn, same, update_cost, updates
 
+import data
 import ladd
 import sample
 from lib.scores import Judge
@@ -29,6 +30,19 @@ def module_of(name):
 def how(name):
     """ladd.main's arguments for a method."""
     return dict(distil=module_of(name).distil, method=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "named"), [("hyper_sd", "the fifth must be 0"), ("dpo", "--pairs")]
+)
+def test_captions_that_ask_nothing_are_refused_before_anything_is_trained(
+    launch, monkeypatch, tmp_path, capsys, name, named
+):
+    """Where a method learns from the answers, as of captions that have no word in common."""
+    (dataset := data.load("shapes", [(12, 12)])).attributes = {}
+    monkeypatch.setattr(data, "load", lambda *_, **__: dataset)
+    assert launch("out", FEW, **how(name), kind=module_of(name).Settings) == 2
+    assert named in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, MAKING, everything, randn, run_folder, seeded
+from conftest import CPU, MAKING, PICTURE, everything, folder, randn, run_folder, seeded
 from PIL import Image
 
 import ladd
@@ -674,6 +674,21 @@ def test_ctrl_c_is_one_line_and_status_130(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "a.png").exists()
 
 
+@pytest.mark.parametrize("name", ["photo.png", "text"])
+def test_a_file_that_is_in_the_way_is_refused_before_anything_is_drawn(
+    tmp_path, refused, monkeypatch, name
+):
+    made = run_folder(tmp_path / "made")
+    folder(tmp_path, {"photo.png": PICTURE, "text": b"mine"})
+    monkeypatch.setattr(sample.Generator, "batches", None)
+    refused(sample, [made, "--prompt", "x", "--out", name, *CPU], 2, name, "choose another")
+
+
+def test_a_prompt_without_a_word_is_told(run, tmp_path, capsys):
+    assert cpu(run, "--prompt", "🐱 !", "--out", tmp_path / "a.png") == 0
+    assert "no word that can be read is in: '🐱 !'" in capsys.readouterr().err
+
+
 # What is wrong: the command line, and what the message must name.
 BAD = {
     "missing run": ("{dir}/gone --prompt x", "gone"),
@@ -691,6 +706,9 @@ BAD = {
     "no steps": ("{run} --prompt x --steps 0", "--steps"),
     "no images": ("{run} --prompt x --num 0", "--num"),
     "more images than memory": ("{run} --prompt x --num 10000000000000", "--num"),
+    "a strength of nothing": ("{run} --prompt x --strength 0.5", "--strength"),
+    "a type of nothing": ("{run} --prompt x --dtype bf16", "--dtype"),
+    "a prompt for weights": ("{run} --export {dir}/a.safetensors --prompt x", "--prompt"),
     "no strength": ("{run} --prompt x --strength 0", "--strength"),
     "missing image": ("{run} --prompt x --init-image {dir}/gone.png", "gone.png"),
     "foreign image": ("{run} --prompt x --init-image {dir}/text.jpg", "text.jpg"),

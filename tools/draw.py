@@ -27,6 +27,10 @@ from lib.masks import hide
 from lib.pictures import refuse_strangers, save_gif, save_pictures, square
 from tools.score import READ, data_of, score
 
+# What --export reads of the command line.
+WRITTEN = ("run", "export", "dtype", "teacher", "merge", "adapter", "adapter_scale")
+WRITTEN += ("device", "precision")  # which change nothing
+
 
 def parse(argv):
     parser = Parser("sample.py", "Samples from a finished run.")
@@ -63,12 +67,11 @@ def parse(argv):
     args = parser.parse_args(argv)
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     flags = {name: f"--{name.replace('_', '-')}" for name in given}
-    for name in given if args.evaluate else ():
-        if name not in READ:
-            parser.error(
-                f"{flags[name]}: no place beside --evaluate, which scores the report's rows"
-            )
-    needs = dict(mask="init_image", merge="export", adapter_scale="adapter", other_judge="evaluate")
+    for mode, read in dict(evaluate=READ, export=WRITTEN).items():
+        if getattr(args, mode) and (unread := [name for name in given if name not in read]):
+            parser.error(f"{flags[unread[0]]}: no place beside --{mode}, which does not read it")
+    needs = dict(mask="init_image", strength="init_image", merge="export", dtype="export")
+    needs |= dict(adapter_scale="adapter", other_judge="evaluate")
     limits = dict(num=(8 if args.evaluate else 1, 10**6), steps=(1, 10_000), batch=(1, 10**6))
     limits |= dict(eta=(0, 1), strength=(0.0001, 1), cfg=(-1000, 1000), adapter_scale=(-1000, 1000))
     for name, (low, high) in limits.items():
@@ -94,8 +97,11 @@ def read_prompts(args, generator):
         raise UsageError("no prompt: give --prompt TEXT, --prompts FILE, or --prompts @captions")
     length = math.inf if args.decode else generator.settings.text_length
     for prompt in dict.fromkeys(prompts):
-        if len(data.split_words(prompt)) > length:
+        words = len(data.split_words(prompt))
+        if words > length:
             print(f"only the first {length} words are read of: {prompt[:200]}", file=sys.stderr)
+        if not words and not args.decode:
+            print(f"no word that can be read is in: {prompt[:200]!r}", file=sys.stderr)
     run = Path(args.run)
     words = (run if run.is_dir() else run.parent) / "words.txt"
     if not args.decode and (told := strange_words(prompts, words, length)):

@@ -80,5 +80,7 @@ def explain(s, watch, given):
 
 
 def main(argv):
-    words = [word for word in argv if word != "--explain"]
-    return run_program(words, "ladd.py", given_settings, explain)
+    def parse(argv, program):
+        return given_settings([word for word in argv if word != "--explain"], program)
+
+    return run_program(argv, "ladd.py", parse, explain)

@@ -86,6 +86,8 @@ def members_of(args, words):
     named = [text.partition("=")[::2] for text in args.sweep]
     named = [(name.strip().lstrip("-").replace("-", "_"), values) for name, values in named]
     methods = dict(named).get("method", "ladd").split(",")
+    if len(dict(named)) < len(named):
+        raise UsageError("--sweep: a name is there twice; give all of its values at once")
     axes, members = [axis_of(*each, methods) for each in named], []
     seeds = args.seeds.split(",")
     if not all(seed.isdigit() for seed in seeds) or len(set(seeds)) < len(seeds):
@@ -247,6 +249,8 @@ def sweep(s, watch, members, command):
     out, seeds = Path(s.out), list(members[0].settings)
     results = [dict(values=member.values, runs=[]) for member in members]
     with locked(out):
+        if not (out / "shared").is_dir() and any(out.iterdir()):
+            raise UsageError(f"{out} is not empty and not a sweep's folder: choose another --out.")
         for i, seed in enumerate(seeds):
             for j, member in enumerate(members):
                 done = i * len(members) + j

@@ -15,7 +15,7 @@ import ladd
 import sample
 from lib.captions import known_words, unread_words
 from lib.checkpoints import is_ours, not_finite, same_network
-from lib.checks import check_for_method
+from lib.checks import check_captions, check_for_method
 from lib.errors import ENDS, NotFetched, Stop, UsageError, UserError, exit_status
 from lib.files import link, read_object, save, write_text
 from lib.loop import Watch
@@ -54,7 +54,7 @@ def given_settings(argv, program="ladd.py", kind=ladd.Settings):
 def given_teacher(s):
     """The checkpoint of --teacher, ours or released, if its network is that of the settings."""
     if is_ours(Path(s.teacher)):
-        checkpoint = merged(sample.read_checkpoint(s.teacher))
+        checkpoint = merged(sample.read_checkpoint(s.teacher, ["teacher"]))
         checkpoint["settings"] = vars(checkpoint["settings"])  # as they are saved
     else:
         from sd3.weights import released_checkpoint
@@ -188,6 +188,7 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
     s, dataset, note = open_data(s, given)
     if rank() == 0:
         barrier()
+    check_captions(s, method, dataset)
     text = data.text_features(dataset, s.text_dim, s.text_length)
     if text is not dataset:  # which brings features of its own
         note = " ".join(filter(None, [note, unread_words(dataset.captions, s.text_length)])) or None
