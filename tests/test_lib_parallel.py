@@ -155,11 +155,9 @@ def flip(path):
     path.write_bytes(content)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Folders: "one" by one process, others by more; "4-2-1", "1-4-2": cut and gone on with
+def make_runs(root):
+    """Run folders: "one" by one process, others by more; "4-2-1", "1-4-2": cut and gone on with
     by other numbers of processes; "state": cut."""
-    root = tmp_path_factory.mktemp("runs")
 
     def command(out, more=""):
         return f"{RUN} --out {root / out} {more}"
@@ -195,7 +193,11 @@ def runs(tmp_path_factory):
     with contextlib.redirect_stderr(io.StringIO()) as said:
         alone(command("4-2-1"))
     assert str(part) in said.getvalue()  # named, and the state before it is used
-    return root
+
+
+@pytest.fixture(scope="module")
+def runs(beside):
+    return beside(make_runs)
 
 
 MANY = ("two", "two-divided", "two-parts", "four", "four-hybrid", "4-2-1", "1-4-2")
