@@ -175,14 +175,17 @@ def teacher(tmp_path_factory, cache):
     return out / "teacher.pt"
 
 
-@pytest.fixture(scope="session")
-def whole(tmp_path_factory, cache):
+def train_whole(out, data_dir):
     """A run that nobody cut."""
-    out = tmp_path_factory.mktemp("whole") / "run"
     for stage in MAKING:
-        where = ["--out", f"{out}", "--data-dir", f"{cache}"]
+        where = ["--out", f"{out}", "--data-dir", f"{data_dir}"]
         assert ladd.main([*FEW.split(), "--stage", stage, *where]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, cache):
+    return train_whole(tmp_path_factory.mktemp("whole") / "run", cache)
 
 
 def run_of(words):

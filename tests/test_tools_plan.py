@@ -1,5 +1,7 @@
 """The plan: what it reckons without data is what real updates take."""
 
+import functools
+
 import pytest
 from conftest import randn
 from test_lib_parallel import launch
@@ -16,6 +18,7 @@ from tools.plan import main, meta_networks, plan
 from tools.train import given_settings
 
 
+@functools.cache
 def plan_of(words, gpus=1):
     return plan(given_settings(words.split())[0], gpus)
 
