@@ -5,11 +5,11 @@ Functions are imported (`from conftest import same`), fixtures are asked for by 
 
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import signal
 import struct
+import subprocess
 import sys
 import tarfile
 import zipfile
@@ -73,50 +73,41 @@ class Constant:
 # ---------------------------------------------------------------------------------------------
 
 
-def make_beside(make, folder, turn, next_turn):
-    """The work of a process that `beside` has begun: waits for its turn, fills the folder."""
-    os.setpgid(0, 0)  # so that all that it starts can be ended with it
-    os.nice(5)
-    said = os.open(folder / "said.txt", os.O_CREAT | os.O_WRONLY)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
-    sys.stdout = sys.stderr = os.fdopen(said, "w")
-    turn.wait()
-    try:
-        make(folder)
-    finally:
-        next_turn.set()
-
-
 @pytest.fixture(scope="session", autouse=True)
 def beside(request, tmp_path_factory):
     """beside(make_NAME) -> the folder that make_NAME(folder) has filled.
 
-    The tests use one core. On another all is made that they will ask for: begun before the first
-    test, one after the other, in forks of this process. A module whose tests ask for the fixture
-    NAME, and that has a function make_NAME, is such a one."""
-    fork, begun = multiprocessing.get_context("fork"), {}
-    turn = fork.Event()
-    turn.set()
+    The tests use one core. On another, tests/beside.py makes from the first test on what they will
+    ask for: where they ask for a fixture NAME, and their module has a function make_NAME."""
+    folders, words, status = {}, [], {}
     for item in request.session.items:
         for name in item.fixturenames:
             make = getattr(item.module, f"make_{name}", None)
-            if make and make not in begun:
-                folder, next_turn = tmp_path_factory.mktemp(name), fork.Event()
-                process = fork.Process(target=make_beside, args=(make, folder, turn, next_turn))
-                process.start()
-                begun[make], turn = (folder, process), next_turn
+            if make and make not in folders:
+                folders[make] = tmp_path_factory.mktemp(name)
+                words += [make.__module__, make.__name__, str(folders[make])]
+    if not words:
+        yield None
+        return
+    here = Path(__file__).parent
+    program = subprocess.Popen(
+        [sys.executable, str(here / "beside.py"), *words],
+        env=os.environ | dict(PYTHONPATH=os.pathsep.join([str(here), str(here.parent)])),
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
 
     def wait(make):
-        folder, process = begun[make]
-        process.join()
-        assert process.exitcode == 0, (folder / "said.txt").read_text()
+        folder = folders[make]
+        while str(folder) not in status:
+            made, code = program.stdout.readline().split()
+            status[made] = code
+        assert status[str(folder)] == "0", (folder / "said.txt").read_text()
         return folder
 
     yield wait
-    for _, process in begun.values():
-        if process.is_alive():  # the session has ended early
-            os.killpg(process.pid, signal.SIGKILL)
+    if program.poll() is None:  # the session ends early
+        os.killpg(program.pid, signal.SIGKILL)
+    program.communicate()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ from conftest import (
     cut_at,
     folder,
     lines,
-    train_whole,
     plain,
     randn,
     same,
+    train_whole,
     updates,
     weights,
 )
