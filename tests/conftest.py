@@ -99,7 +99,9 @@ def beside(request, tmp_path_factory):
     def wait(make):
         folder = folders[make]
         while str(folder) not in status:
-            made, code = program.stdout.readline().split()
+            line = program.stdout.readline()
+            assert line, "tests/beside.py has ended too early"
+            made, code = line.rsplit(maxsplit=1)
             status[made] = code
         assert status[str(folder)] == "0", (folder / "said.txt").read_text()
         return folder
