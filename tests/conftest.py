@@ -9,6 +9,8 @@ import os
 import pickle
 import signal
 import struct
+import subprocess
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -67,6 +69,50 @@ class Constant:
 
 
 # ---------------------------------------------------------------------------------------------
+# What takes other processes long
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session", autouse=True)
+def beside(request, tmp_path_factory):
+    """beside(make_NAME) -> the folder that make_NAME(folder) has filled.
+
+    The tests use one core. On another, tests/beside.py makes from the first test on what they will
+    ask for: where they ask for a fixture NAME, and their module has a function make_NAME."""
+    folders, words, status = {}, [], {}
+    for item in request.session.items:
+        for name in item.fixturenames:
+            make = getattr(item.module, f"make_{name}", None)
+            if make and make not in folders:
+                folders[make] = tmp_path_factory.mktemp(name)
+                words += [make.__module__, make.__name__, str(folders[make])]
+    if not words:
+        yield None
+        return
+    here = Path(__file__).parent
+    program = subprocess.Popen(
+        [sys.executable, str(here / "beside.py"), *words],
+        env=os.environ | dict(PYTHONPATH=os.pathsep.join([str(here), str(here.parent)])),
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+    def wait(make):
+        folder = folders[make]
+        while str(folder) not in status:
+            line = program.stdout.readline()
+            assert line, "tests/beside.py has ended too early"
+            made, code = line.rsplit(maxsplit=1)
+            status[made] = code
+        assert status[str(folder)] == "0", (folder / "said.txt").read_text()
+        return folder
+
+    yield wait
+    if program.poll() is None:  # the session ends early
+        os.killpg(program.pid, signal.SIGKILL)
+    program.communicate()
+
+
+# ---------------------------------------------------------------------------------------------
 # Runs
 # ---------------------------------------------------------------------------------------------
 
@@ -122,14 +168,17 @@ def teacher(tmp_path_factory, cache):
     return out / "teacher.pt"
 
 
-@pytest.fixture(scope="session")
-def whole(tmp_path_factory, cache):
+def train_whole(out, data_dir):
     """A run that nobody cut."""
-    out = tmp_path_factory.mktemp("whole") / "run"
     for stage in MAKING:
-        where = ["--out", f"{out}", "--data-dir", f"{cache}"]
+        where = ["--out", f"{out}", "--data-dir", f"{data_dir}"]
         assert ladd.main([*FEW.split(), "--stage", stage, *where]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, cache):
+    return train_whole(tmp_path_factory.mktemp("whole") / "run", cache)
 
 
 def run_of(words):

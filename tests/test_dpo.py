@@ -7,7 +7,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, FEW, MAKING, cut_at, folder, lines, plain, randn, same, updates, weights
+from conftest import (
+    CPU,
+    FEW,
+    MAKING,
+    cut_at,
+    folder,
+    lines,
+    plain,
+    randn,
+    same,
+    train_whole,
+    updates,
+    weights,
+)
 from test_lib_parallel import WORK, launch, worst
 
 import data
@@ -283,18 +296,21 @@ def test_a_users_pairs_train_without_a_judge_and_are_kept(
     assert (out / "student.pt").exists()
 
 
-@pytest.fixture(scope="module")
-def by_two(tmp_path_factory, cache, whole):
+def make_by_two(root):
     """Run folders of two processes: "two", and "cut", which they left while the first of them made
     the pairs, in the adapter's updates and in LADD's."""
-    root = tmp_path_factory.mktemp("two")
-    words = f"{FEW} {OWN} --adapter-scale 0.5 --stage distillation --data-dir {cache}"
+    whole = train_whole(root / "whole", root / "data")
+    words = f"{FEW} {OWN} --adapter-scale 0.5 --stage distillation --data-dir {root / 'data'}"
     words += f" --from {whole} --teacher {whole / 'teacher.pt'} --out {root}"
     cut = [f"{words}/cut", f"stop 4|{words}/cut", f"stop 3|{words}/cut", f"{words}/cut"]
     status, errors = launch(2, [f"{words}/two", *cut], root / "errors", BY_DPO)
     assert status == [0, 0] and not errors[1], errors
     assert errors[0].count("stopped, and saved what is done") == 3
-    return root
+
+
+@pytest.fixture(scope="module")
+def by_two(beside):
+    return beside(make_by_two)
 
 
 def test_two_processes_learn_what_one_does(by_two, tuned):

@@ -15,15 +15,23 @@ TEXT = (ROOT / "docs" / "exercises.md").read_text("utf-8")
 PATCHES = sorted((ROOT / "docs" / "exercises").glob("*.patch"))
 FILES = ("mmdit.py", "discriminator.py", "sample.py", "data.py", "ladd.py")
 
-# Each answer is run by a fork of one process that has imported what takes long, all side by side.
+# Each answer is run by a fork of one process that has imported what takes long, two at a time.
 FORK = """
 import json, os, sys
 import numpy, PIL.Image, torch, tqdm, torch._dynamo
 torch.set_num_threads(1)
-children = {}
+children, ended = {}, {}
+
+def wait():
+    child, end = os.wait()
+    ended[children.pop(child)] = os.waitstatus_to_exitcode(end)
+
 for folder in json.loads(sys.argv[1]):
-    children[folder] = os.fork()
-    if not children[folder]:
+    if len(children) == 2:
+        wait()
+    if child := os.fork():
+        children[child] = folder
+    else:
         os.chdir(folder)
         sys.path.insert(0, folder)
         out = os.open("out.txt", os.O_CREAT | os.O_WRONLY)
@@ -39,15 +47,15 @@ for folder in json.loads(sys.argv[1]):
             traceback.print_exc()
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
-ended = {folder: os.waitpid(child, 0)[1] for folder, child in children.items()}
-print(json.dumps({folder: os.waitstatus_to_exitcode(end) for folder, end in ended.items()}))
+while children:
+    wait()
+print(json.dumps(ended))
 """
 
 
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    """{name: (folder with the answer applied and run, exit status)}"""
-    root, folders = tmp_path_factory.mktemp("answers"), {}
+def make_answers(root):
+    """A folder for every patch with the answer applied and run; status.json: {name: exit status}"""
+    folders = {}
     for patch in PATCHES:
         folders[patch.stem] = folder = root / patch.stem
         folder.mkdir()
@@ -65,7 +73,13 @@ def answers(tmp_path_factory):
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=root, timeout=3600)
     status = json.loads(done.stdout.splitlines()[-1])
-    return {name: (folder, status[f"{folder}"]) for name, folder in folders.items()}
+    named = {name: status[f"{folder}"] for name, folder in folders.items()}
+    (root / "status.json").write_text(json.dumps(named))
+
+
+@pytest.fixture(scope="module")
+def answers(beside):
+    return beside(make_answers)
 
 
 def test_there_are_twelve_exercises_each_with_its_answer():
@@ -108,6 +122,7 @@ def test_the_text_names_files_and_functions_that_the_answer_touches(patch):
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda p: p.stem)
 def test_the_answer_runs_through_all_stages(answers, patch):
-    folder, status = answers[patch.stem]
-    assert status == 0, (folder / "out.txt").read_text("utf-8", "replace")[-2000:]
+    folder = answers / patch.stem
+    status = json.loads((answers / "status.json").read_text())
+    assert status[patch.stem] == 0, (folder / "out.txt").read_text("utf-8", "replace")[-2000:]
     assert (folder / "run" / "student.pt").exists() and (folder / "run" / "report.md").exists()

@@ -118,7 +118,8 @@ def free_ports(n):
 
 
 def launch(n, commands, folder, work=WORK):
-    """ladd.py with each of the command lines, by n processes. -> [exit status], [standard error]"""
+    """ladd.py with each of the command lines, by n processes. -> [exit status], [standard error],
+    which the folder has, too: see `ended`."""
     folder.mkdir()
     task = json.dumps([commands, *free_ports(len(commands))])
     env = os.environ | dict(WORLD_SIZE=f"{n}", MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
@@ -126,8 +127,14 @@ def launch(n, commands, folder, work=WORK):
     words = [sys.executable, "-c", work + FORK, task, str(folder)]
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
-    errors = [(folder / f"{rank}").read_text() for rank in range(n)]
-    return json.loads(done.stdout.splitlines()[-1]), errors
+    (folder / "status.json").write_text(done.stdout.splitlines()[-1])
+    return ended(folder)
+
+
+def ended(folder):
+    """How processes ended that wrote into this folder. -> [exit status], [standard error]"""
+    status = json.loads((folder / "status.json").read_text())
+    return status, [(folder / f"{rank}").read_text() for rank in range(len(status))]
 
 
 def alone(command, status=0, step=None):
@@ -155,11 +162,15 @@ def flip(path):
     path.write_bytes(content)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Folders: "one" by one process, others by more; "4-2-1", "1-4-2": cut and gone on with
-    by other numbers of processes; "state": cut."""
-    root = tmp_path_factory.mktemp("runs")
+FAILURES = dict(
+    failed=("fail 3", ""), full=("full 6", "--shard --save-every 4"), damaged=("", "--shard")
+)
+
+
+def make_runs(root):
+    """Run folders: "one" by one process, others by more; "4-2-1", "1-4-2": cut and gone on with
+    by other numbers of processes; "state": cut; "failed", "full", "damaged", "dead": see Failures,
+    each with a folder "errors-…" that says how it ended."""
 
     def command(out, more=""):
         return f"{RUN} --out {root / out} {more}"
@@ -173,7 +184,7 @@ def runs(tmp_path_factory):
         assert not any(errors[1:]), errors
 
     alone(command("one"))
-    for name in ("4-2-1", "1-4-2", "dead", "state"):
+    for name in ("4-2-1", "1-4-2", "dead", "state", "failed"):
         taught(root / "one", root / name)
     alone(command("1-4-2"), status=75, step=1)
     resumed = [cut(3, "4-2-1", HYBRID), cut(5, "1-4-2", "--shard")]
@@ -195,7 +206,33 @@ def runs(tmp_path_factory):
     with contextlib.redirect_stderr(io.StringIO()) as said:
         alone(command("4-2-1"))
     assert str(part) in said.getvalue()  # named, and the state before it is used
-    return root
+
+    for name in ("full", "damaged"):
+        taught(root / "two-divided", root / name)
+    flip(root / "damaged" / "teacher.pt")
+    for name, (event, more) in FAILURES.items():
+        launch(2, [f"{event}|{command(name, more)}"], root / f"errors-{name}")
+    (root / "errors-dead").mkdir()
+    under_torchrun(f"die 6|{command('dead')} --save-every 4", root / "errors-dead")
+
+
+def under_torchrun(command, folder):
+    """By two processes that torchrun starts, and starts again once where one is lost; writes what
+    it said, and its exit status, into a folder."""
+    (folder / "worker.py").write_text(WORK + "work(commands, ports)\nparallel.leave(0)")
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    words += ["--max-restarts", "1", "--master-port", *free_ports(1)]
+    words += [str(folder / "worker.py"), json.dumps([[command]])]
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=HANGS)
+    (folder / "out").write_text(done.stdout)
+    (folder / "0").write_text(done.stderr)
+    (folder / "status.json").write_text(json.dumps([done.returncode]))
+
+
+@pytest.fixture(scope="module")
+def runs(beside):
+    return beside(make_runs)
 
 
 MANY = ("two", "two-divided", "two-parts", "four", "four-hybrid", "4-2-1", "1-4-2")
@@ -282,50 +319,40 @@ def test_only_rank_0_logs(runs):
 # ---------------------------------------------------------------------------------------------
 
 
-def test_the_process_that_fails_tells_why_once_and_all_end(runs, tmp_path):
+def test_the_process_that_fails_tells_why_once_and_all_end(runs):
     """One line by the process that it happened to; every status but 0."""
-    command = f"fail 3|{RUN} --out {taught(runs / 'one', tmp_path / 'run')}"
-    status, errors = launch(2, [command], tmp_path / "errors")
+    status, errors = ended(runs / "errors-failed")
     assert status == [1, 1] and errors == ["", "ladd.py: no such luck\n"]
 
 
 def test_a_full_disk_ends_all_and_leaves_the_state_before(runs, tmp_path):
     """Of divided networks: the second state can't be written by one process. One line that names
     its folder; the first state is whole, and the run goes on from it."""
-    run = taught(runs / "two-divided", tmp_path / "run")
-    flags = f"{RUN} --shard --save-every 4 --out {run}"
-    status, errors = launch(2, [f"full 6|{flags}"], tmp_path / "errors")
+    status, errors = ended(runs / "errors-full")
     assert status == [1, 1]
     (line,) = [e for e in errors if e]
-    assert line.startswith(
-        f"ladd.py: {run}/distillation-state-00000008: the state can't be written"
-    )
+    state = runs / "full" / "distillation-state-00000008"
+    assert line.startswith(f"ladd.py: {state}: the state can't be written")
     assert line.count("\n") == 1
+    run = shutil.copytree(runs / "full", tmp_path / "run")
     assert [p.parent.name for p in run.glob("*/state.pt")] == ["distillation-state-00000004"]
-    alone(flags)
+    alone(f"{RUN} --shard --save-every 4 --out {run}")
     assert worst(runs / "one", run, "student.pt", "weights") < 1e-5
     assert not list(run.glob("*state*"))
 
 
 def test_a_killed_process_ends_the_run_and_torchrun_goes_on_from_the_last_state(runs):
     """Killed after update 6 of 10, states every 4: the result is that of one process."""
-    run, words = runs / "dead", [sys.executable, "-m", "torch.distributed.run"]
-    worker = run.parent / "worker.py"
-    worker.write_text(WORK + "work(commands, ports)\nparallel.leave(0)")
-    words += ["--nproc-per-node", "2", "--max-restarts", "1", "--master-port", *free_ports(1)]
-    words += [str(worker), json.dumps([[f"die 6|{RUN} --save-every 4 --out {run}"]])]
-    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=HANGS)
-    assert done.returncode == 0, done.stderr
-    assert "distillation: going on from update 4 of 10" in done.stdout
-    assert worst(runs / "one", run, "student.pt", "weights") < 1e-5
+    status, errors = ended(runs / "errors-dead")
+    assert status == [0], errors
+    out = (runs / "errors-dead" / "out").read_text()
+    assert "distillation: going on from update 4 of 10" in out
+    assert worst(runs / "one", runs / "dead", "student.pt", "weights") < 1e-5
 
 
-def test_a_damaged_teacher_is_not_trained_on(runs, tmp_path):
+def test_a_damaged_teacher_is_not_trained_on(runs):
     """Divided networks read it memory-mapped; its checksum is looked at all the same."""
-    run = taught(runs / "two-divided", tmp_path / "run")
-    flip(run / "teacher.pt")
-    status, errors = launch(2, [f"{RUN} --shard --out {run}"], tmp_path / "errors")
+    status, errors = ended(runs / "errors-damaged")
     assert 0 not in status
     assert any("teacher.pt" in e and "checksum" in e and e.count("\n") == 1 for e in errors), errors
 

@@ -535,10 +535,9 @@ print(json.dumps(codes))
 '''
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """A folder with the run `whole` and the run `cut`, killed 12 times; and all exit statuses."""
-    folder, rng, plan = tmp_path_factory.mktemp("killed"), random.Random(7), []
+def make_killed(folder):
+    """The run `whole` and the run `cut`, killed 12 times; codes.json: all exit statuses."""
+    rng, plan = random.Random(7), []
     for stage in ladd.STAGES:  # the first late enough that a state is there to go on from
         most = dict(teacher=(4, 8), distillation=(9, 13)).get(stage, (0, 2))
         plan += [(stage, kind, rng.randrange(*most)) for kind in ("work", "half")]
@@ -550,7 +549,14 @@ def killed(tmp_path_factory):
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr
     (folder / "said").write_text(answer.stdout)
-    return folder, json.loads(answer.stdout.splitlines()[-1])
+    (folder / "codes.json").write_text(answer.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def killed(beside):
+    """Its folder, and all exit statuses."""
+    folder = beside(make_killed)
+    return folder, json.loads((folder / "codes.json").read_text())
 
 
 def test_a_run_killed_twelve_times_is_bit_for_bit_the_run_that_was_not(killed):

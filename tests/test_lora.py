@@ -195,19 +195,29 @@ def test_compiled_blocks_train_the_same_adapter(train, whole, adapted_run, monke
     assert worst(out, adapted_run, "student.pt", "weights") < 1e-5
 
 
-def test_two_processes_that_divide_the_shared_weights_train_the_same_adapter(tmp_path):
-    """By FSDP, also after a cut."""
+def make_divided(root):
+    """Runs with an adapter: "one" by one process; "two" by two that divide the shared weights by
+    FSDP; "cut" by two as well, that were cut and went on."""
     few = f"{MANY} --lora 3 --teacher-iterations 2 --iterations 7 --save-every 2"
-    alone(f"{few} --out {tmp_path / 'one'}")
+    alone(f"{few} --out {root / 'one'}")
     for name in ("two", "cut"):
-        taught(tmp_path / "one", tmp_path / name)
+        taught(root / "one", root / name)
     flags = f"{few} --shard --checkpointing --out"
-    commands = [f"{flags} {tmp_path / 'two'}", f"stop 5|{flags} {tmp_path / 'cut'}"]
-    commands += [f"{flags} {tmp_path / 'cut'}"]
-    status, errors = launch(2, commands, tmp_path / "errors")
+    commands = [f"{flags} {root / 'two'}", f"stop 5|{flags} {root / 'cut'}"]
+    commands += [f"{flags} {root / 'cut'}"]
+    status, errors = launch(2, commands, root / "errors")
     assert status == [0, 0], errors
-    assert worst(tmp_path / "one", tmp_path / "two", "student.pt", "weights") < 1e-6
-    assert same(tmp_path / "two" / "student.pt", tmp_path / "cut" / "student.pt")
+
+
+@pytest.fixture
+def divided(beside):
+    return beside(make_divided)
+
+
+def test_two_processes_that_divide_the_shared_weights_train_the_same_adapter(divided):
+    """By FSDP, also after a cut."""
+    assert worst(divided / "one", divided / "two", "student.pt", "weights") < 1e-6
+    assert same(divided / "two" / "student.pt", divided / "cut" / "student.pt")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The plan: what it reckons without data is what real updates take."""
 
+import functools
+
 import pytest
 from conftest import randn
 from test_lib_parallel import launch
@@ -16,6 +18,7 @@ from tools.plan import main, meta_networks, plan
 from tools.train import given_settings
 
 
+@functools.cache
 def plan_of(words, gpus=1):
     return plan(given_settings(words.split())[0], gpus)
 
@@ -103,20 +106,30 @@ commands, *ports = json.loads(sys.argv[1])
 """
 
 
-def test_the_plan_of_memory_agrees_with_two_processes(tmp_path):
-    """nano, divided in two, the student's own weights and an adapter: what either process holds at
-    the most, within 10 %."""
-    words = "--iterations 2 --heads-warmup 0 --synthetic 64 --device cpu --precision fp32 --shard"
-    words += " --muon-lr 0 --teacher-iterations 1 --teacher-batch 2 --synthetic-steps 1"
-    words += " --sample-every 1000 --lora "
-    commands = [f"{words}{lora} --out {tmp_path / lora}" for lora in "08"]
-    status, errors = launch(2, commands, tmp_path / "errors", MEASURE)
+DIVIDED = "--iterations 2 --heads-warmup 0 --synthetic 64 --device cpu --precision fp32 --shard"
+DIVIDED += " --muon-lr 0 --teacher-iterations 1 --teacher-batch 2 --synthetic-steps 1"
+DIVIDED += " --sample-every 1000 --lora "
+
+
+def make_divided(root):
+    """Runs of nano, divided in two: the student's own weights, "0", and an adapter, "8"."""
+    commands = [f"{DIVIDED}{lora} --out {root / lora}" for lora in "08"]
+    status, errors = launch(2, commands, root / "errors", MEASURE)
     assert status == [0, 0], errors
-    for lora in "08":
-        planned = plan_of(words + lora, gpus=2)["ways"][False]["total"]
-        for process in range(2):
-            held = int((tmp_path / lora / f"held-{process}").read_text())
-            assert planned == pytest.approx(held, rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def divided(beside):
+    return beside(make_divided)
+
+
+@pytest.mark.parametrize("lora", ["0", "8"])
+def test_the_plan_of_memory_agrees_with_two_processes(divided, lora):
+    """What either process holds at the most, within 10 %."""
+    planned = plan_of(DIVIDED + lora, gpus=2)["ways"][False]["total"]
+    for process in range(2):
+        held = int((divided / lora / f"held-{process}").read_text())
+        assert planned == pytest.approx(held, rel=0.1)
 
 
 # ---------------------------------------------------------------------------------------------
