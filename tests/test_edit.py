@@ -152,7 +152,7 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(train, whole, monkeypatch):
     ("flags", "named"),
     [
         ("--data cifar10", "--data cifar10: pairs of pictures"),
-        ("--data .", "--data .: pairs of pictures"),
+        ("--data tests", "--data tests: pairs of pictures"),
     ],
 )
 def test_other_data_than_shapes_is_refused(launch, tmp_path, capsys, flags, named):
