@@ -119,11 +119,14 @@ class Parser(argparse.ArgumentParser):
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # tests put others in their place
                 stream.reconfigure(errors="replace")
-        sys.excepthook = lambda kind, error, trace: (
-            print(f"\n{program}: interrupted", file=sys.stderr)
-            if kind is KeyboardInterrupt
-            else sys.__excepthook__(kind, error, trace)
-        )
+
+        def uncaught(kind, error, trace):
+            if kind is not KeyboardInterrupt:
+                return sys.__excepthook__(kind, error, trace)
+            print(file=sys.stderr)  # below the ^C of a terminal
+            exit_status(program, error)
+
+        sys.excepthook = uncaught
         super().__init__(program, description=description, allow_abbrev=False, **options)
 
     def error(self, message):

@@ -40,7 +40,8 @@ def judge_features(judge, x0):
 
 def logits_of(heads, tokens, sizes, b):
     """Of every map, (B, 1, h, w)."""
-    clean, maps = torch.zeros_like(b.t), zip(heads, tokens, sizes, strict=True)
+    clean = torch.zeros_like(b.t)
+    maps = zip(heads, tokens, sizes, strict=True)
     return [head([own], clean, b.text.pooled, *size) for head, own, size in maps]
 
 

@@ -198,10 +198,11 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
         taken = to_take(run, start) if s.source else {}
         check_folder(run, finished(run, [*taken, "teacher.pt"] if start else taken))
     with run.opened(note):
-        captions = {*dataset.captions, *s.told(dataset).captions}  # a method may tell others
-        words, file = known_words(captions, s.text_length), run.out / "words.txt"
-        if text is not dataset and words and rank() == 0 and not file.exists():
-            write_text("\n".join(words) + "\n", file)
+        file = run.out / "words.txt"
+        if text is not dataset and rank() == 0 and not file.exists():
+            captions = {*dataset.captions, *s.told(dataset).captions}  # a method may tell others
+            if words := known_words(captions, s.text_length):
+                write_text("\n".join(words) + "\n", file)
         for name, path in taken.items():
             link(path, run.out / name)
         if start and rank() == 0 and "teacher.pt" not in taken:  # tuned, perhaps
