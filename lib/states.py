@@ -26,6 +26,7 @@ from lib.parallel import barrier, gather, my_share, rank
 
 KEPT = 2  # states of a stage
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs none
+warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch 2.9's own writer uses it
 
 
 def state_folders(out, stage="*"):
