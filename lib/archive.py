@@ -130,5 +130,7 @@ class Files:
     def text(self, name):
         try:
             return self.read(name).decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise DataError(f"{self.path}: {name} is not UTF-8 text. Save it as UTF-8.") from None
         except Exception as error:  # a damaged or encrypted member of a zip raises nearly anything
             raise DataError(f"{self.path}: {name} can't be read ({error}).") from None

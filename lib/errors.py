@@ -130,4 +130,5 @@ class Parser(argparse.ArgumentParser):
         super().__init__(program, description=description, allow_abbrev=False, **options)
 
     def error(self, message):
+        message = message.replace("invalid parse_", "invalid ")  # argparse tells a function's name
         self.exit(2, f"{self.prog}: {message} (--help lists all options)\n")

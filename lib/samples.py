@@ -69,9 +69,10 @@ def read_file(path, channels, patch, check):
     except Exception as error:  # a damaged file raises nearly anything
         pass_on(error, path)
         why = reason(error, 1000).removeprefix(f"{path}: ")
-        raise RunError(
-            f"{path} is damaged ({why}). Delete it and give the command again."
-        ) from None
+        advice = "Delete it and give the command again."
+        if path.stat().st_nlink > 1:  # --from gives a file of another run a second name
+            advice = "Delete it here and in --from's run, and give that run's command and this again."
+        raise RunError(f"{path} is damaged ({why}). {advice}") from None
 
 
 def read_samples(folder, channels, patch):

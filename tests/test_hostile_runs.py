@@ -194,6 +194,18 @@ def test_damaged_samples_of_the_teacher_are_refused_by_name(
     assert ladd.main(run_again()) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"ladd.py: {SHARD} is damaged") and said.count("\n") == 1
+    assert said.endswith("Delete it and give the command again.\n")
+
+
+def test_damaged_samples_of_the_run_that_from_names_are_to_be_deleted_in_both(
+    tmp_path, trained, monkeypatch, capsys
+):
+    """They are one file with two names: the next command would take the damaged one again."""
+    damage(tmp_path, trained, SHARD, b"cut", ["run/student.pt"])
+    monkeypatch.chdir(tmp_path)
+    assert ladd.main([*run_again(), "--from=run", "--out=other"]) == 1
+    said = capsys.readouterr().err
+    assert "other/synthetic/00000.pt is damaged" in said and "in --from's run" in said
 
 
 def not_finite(content):

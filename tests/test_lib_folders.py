@@ -360,8 +360,8 @@ CAPTIONS = {
     "a huge number beside": (b'{"file":"0.png","caption":"x","n":' + b"9" * 5000 + b"}", "line 1"),
     "a caption of numbers": (json_lines(row_of(caption=[1, 2])), "line 1"),
     "a control character": (b'{"file": "0.png", "caption": "a\x1b[2Jb"}', "line 1"),
-    "not UTF-8": (b'{"file": "0.png", "caption": "caf\xe9"}', "captions.jsonl can't be read"),
-    "UTF-16": (json_lines(row_of()).decode().encode("utf-16"), "captions.jsonl can't be read"),
+    "not UTF-8": (b'{"file": "0.png", "caption": "caf\xe9"}', "captions.jsonl is not UTF-8"),
+    "UTF-16": (json_lines(row_of()).decode().encode("utf-16"), "captions.jsonl is not UTF-8"),
     "twice the same": (
         json_lines(row_of(), row_of(caption="b")),
         "line 2 names 0.png a second time",
@@ -399,7 +399,7 @@ def test_two_lists_that_name_the_same_picture_are_refused(tmp_path, refused):
 
 def test_a_caption_beside_its_picture_that_is_not_utf8_is_refused_by_name(tmp_path, refused):
     path = folder(tmp_path / "set", {"0.png": PICTURE, "0.txt": b"caf\xe9"})
-    refused(ladd, run_on(path), 2, path, "0.txt can't be read")
+    refused(ladd, run_on(path), 2, path, "0.txt is not UTF-8 text")
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["in a list", "beside"])

@@ -194,7 +194,7 @@ BAD = {
     "abbreviation": ("--iter 3", "--iter"),
     "a word for a number": ("--seed x", "--seed"),
     "words for numbers": ("--levels a,b", "--levels"),
-    "a word for a size": ("--size big", "--size"),
+    "a word for a size": ("--size big", "--size: invalid size value: 'big'"),
     "three sides": ("--size 8x8x8", "--size"),
     "indivisible size": ("--size 15", "--size"),
     "one indivisible side": ("--size 16x15", "--size"),

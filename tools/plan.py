@@ -150,7 +150,7 @@ def plan_table(s, gpus, tflops, utilisation):
 
 
 def main(argv=None):
-    parser = Parser("tools/plan.py", "What a run needs; takes all settings of ladd.py, too.")
+    parser = Parser("ladd.py", "What a run needs; takes all settings of ladd.py, too.")
     parser.add_argument("--dry-run", action="store_true", help="as ladd.py calls it")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--tflops", type=float, default=989.0, help="of one GPU, dense bf16: H100")
