@@ -71,7 +71,7 @@ def read_file(path, channels, patch, check):
         why = reason(error, 1000).removeprefix(f"{path}: ")
         advice = "Delete it and give the command again."
         if path.stat().st_nlink > 1:  # --from gives a file of another run a second name
-            advice = "Delete it here and in --from's run, and give that run's command and this again."
+            advice = "Delete it here and in --from's run; give that run's command, then this again."
         raise RunError(f"{path} is damaged ({why}). {advice}") from None
 
 
