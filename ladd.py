@@ -195,8 +195,8 @@ class Settings(HowToRun):
     targets: str = setting("synthetic", "what is real to the heads", choices=("synthetic", "real"))
     levels: tuple = setting((1.0, 0.75, 0.5, 0.25), "noise levels t of the student", above=0)
     level_p: tuple = setting((), "their probabilities; default: .4, and equal parts", low=0)
-    warmup_iterations: int = setting(0, "first updates, with other probabilities", low=0)
-    warmup_p: tuple = setting((0.0, 0.0, 0.5, 0.5), "those", low=0)
+    level_warmup: int = setting(0, "first updates, with other probabilities", low=0)
+    level_warmup_p: tuple = setting((0.0, 0.0, 0.5, 0.5), "those", low=0)
     t_hat_mean: float = setting(1.0, "m of t̂, the mean of its logit")
     t_hat_std: float = setting(1.0, "σ of t̂", above=0)
     distill_weight: float = setting(10.0, "weight λ of the distillation loss at t < 1", low=0)
@@ -283,7 +283,7 @@ SD3 = dict(
     text_dim=4096, pooled_dim=2048, text_length=154,  # [P] 77 tokens of CLIP, 77 of T5
     shift=3.0, adam_eps=1e-15,  # [P]
     level_p=(0.7, 0.1, 0.1, 0.1),  # [L], and the levels
-    warmup_iterations=500, warmup_p=(0.0, 0.0, 0.5, 0.5),  # [L] above 512²
+    level_warmup=500, level_warmup_p=(0.0, 0.0, 0.5, 0.5),  # [L] above 512²
     taps=(), distill_weight=0.0,  # [L] all blocks; and m = 1 of -1, 0, 1, 2
     iterations=10_000,  # [L] of its ablations
     aspects=("1:1", "5:4", "4:5", "3:2", "2:3", "16:9", "9:16"), batch=128, synthetic=500_000,
@@ -439,8 +439,8 @@ def distillation_samples(run):
 
 def draw_levels(settings, n, step, random):
     """n levels of the student, by their probabilities; at the first only heads teach. -> (n,)"""
-    warm = step < settings.warmup_iterations
-    p = np.array(settings.warmup_p if warm else settings.level_p)
+    warm = step < settings.level_warmup
+    p = np.array(settings.level_warmup_p if warm else settings.level_p)
     return torch.from_numpy(random.choice(np.float32(settings.levels), n, p=p / p.sum()))
 
 

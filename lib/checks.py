@@ -42,12 +42,13 @@ def check_together(s):
         refuse(s, "out", f"is inside --data {s.data}, which would get the run's pictures, too")
     # noise levels
     levels = s.levels
-    p, warmup_p = s.level_p or levels, s.warmup_p if s.warmup_iterations else levels
-    if not len(levels) == len(p) == len(warmup_p):
-        refuse(s, "level_p", "--levels, --level-p and --warmup-p need the same number of values")
+    p, warm_p = s.level_p or levels, s.level_warmup_p if s.level_warmup else levels
+    if not len(levels) == len(p) == len(warm_p):
+        flags = "--levels, --level-p and --level-warmup-p"
+        refuse(s, "level_p", f"{flags} need the same number of values")
     if not all(a > b for a, b in pairwise((*levels, 0))) or not 0.99 <= max(levels, default=0) <= 1:
         refuse(s, "levels", "must fall, from 1 (or .99: samples start from noise) to above 0")
-    for name, values in (("level_p", p), ("warmup_p", warmup_p)):
+    for name, values in (("level_p", p), ("level_warmup_p", warm_p)):
         if sum(values) <= 0:
             refuse(s, name, "must be probabilities")
     # the discriminator

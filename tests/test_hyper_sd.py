@@ -195,7 +195,7 @@ def test_smoke_runs_to_its_report(launch, tmp_path, teacher):
 @pytest.mark.parametrize(("words", "named"), [
     ("--shares 1,1", "six"), ("--shares 0,0,0,0,0,0", "above 0"),
     ("--shares 1,1,1,1,1,-1", "at least"),
-    ("--preset sd3-2b --level-p 1,0,0,0,0,0,0,0 --warmup-iterations 0", "fifth must be 0"),
+    ("--preset sd3-2b --level-p 1,0,0,0,0,0,0,0 --level-warmup 0", "fifth must be 0"),
 ])  # fmt: skip
 def test_shares_that_make_no_sense_are_refused(launch, capsys, words, named):
     assert launch("out", words, **HOW) == 2

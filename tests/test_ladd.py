@@ -389,8 +389,8 @@ def test_no_warm_up_of_the_heads_stays_none_at_any_scale():
 
 STUDENT_ONLY = ["--targets real", "--distill-weight 1", "--r1 0.1", "--taps 0,2", "--beta1 0"]
 STUDENT_ONLY += ["--t-hat-mean 0", "--t-hat-std 0.1", "--levels 1,0.9,0.8,0.7", "--batch 3"]
-STUDENT_ONLY += ["--level-p 0,0,0,1", "--warmup-iterations 4", "--head-width 16", "--clip 1e-9"]
-STUDENT_ONLY += ["--warmup-iterations 4 --warmup-p 0,0,0,1", "--student-lr 1e-3"]
+STUDENT_ONLY += ["--level-p 0,0,0,1", "--level-warmup 4", "--head-width 16", "--clip 1e-9"]
+STUDENT_ONLY += ["--level-warmup 4 --level-warmup-p 0,0,0,1", "--student-lr 1e-3"]
 STUDENT_ONLY += ["--heads-warmup 3", "--heads-lr 1", "--student-ema 0.1", "--iterations 5"]
 STUDENT_ONLY += ["--synthetic 6", "--synthetic-cfg 9", "--synthetic-steps 4", "--shift 3"]
 STUDENT_ONLY += ["--steps-scale 0.5 --evaluation 16"]
@@ -485,12 +485,13 @@ def draws(settings, step, n=20_000):
 
 
 def test_levels_are_drawn_with_their_probabilities():
-    """First the warm-up's, from update `warmup_iterations` on the others."""
+    """First the warm-up's, from update `level_warmup` on the others."""
     settings = ladd.Settings(
         levels=(1.0, 0.75, 0.5, 0.25), level_p=(0.7, 0.1, 0.15, 0.05),
-        warmup_p=(0.0, 0.0, 0.2, 0.8), warmup_iterations=3,
+        level_warmup_p=(0.0, 0.0, 0.2, 0.8), level_warmup=3,
     )  # fmt: skip
-    for step, p in ((0, settings.warmup_p), (2, settings.warmup_p), (3, settings.level_p)):
+    first, later = settings.level_warmup_p, settings.level_p
+    for step, p in ((0, first), (2, first), (3, later)):
         want = dict(zip(settings.levels, p, strict=True))
         assert draws(settings, step) == pytest.approx(want, abs=0.014)  # four standard errors
 

@@ -38,7 +38,7 @@ def test_a_run_in_parts_that_was_cut_is_bit_for_bit_the_one_that_was_not(
 
 @pytest.mark.parametrize(
     "flags",
-    ["--level-p 1,0 --warmup-p 0,1", "--level-p 0,1 --warmup-p 1,0 --warmup-iterations 1"],
+    ["--level-p 1,0 --level-warmup-p 0,1", "--level-p 0,1 --level-warmup-p 1,0 --level-warmup 1"],
 )
 def test_the_heads_learn_alone_on_the_levels_that_the_student_starts_with(whole, flags):
     """By level_p, or where there are first updates with other probabilities, by those."""
@@ -50,5 +50,5 @@ def test_the_heads_learn_alone_on_the_levels_that_the_student_starts_with(whole,
 
 
 def test_a_student_of_one_level_learns(train):
-    """warmup_p, of four levels, is nothing to it."""
+    """level_warmup_p, of four levels, is nothing to it."""
     assert (train("one_level", "--levels 1") / "student.pt").exists()

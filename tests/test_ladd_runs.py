@@ -361,7 +361,7 @@ def test_a_network_for_grey_images_is_refused_as_the_data_are_coloured(launch, t
 
 def test_a_student_of_two_levels_gets_its_report(launch, tmp_path):
     """The table and the pictures have as many steps as there are levels."""
-    levels = "--levels 1,0.5 --level-p 0.6,0.4 --warmup-p 0.5,0.5"
+    levels = "--levels 1,0.5 --level-p 0.6,0.4 --level-warmup-p 0.5,0.5"
     assert launch("run", f"{SMALL} {levels} --smoke") == 0
     names = [r["name"] for r in json.loads((tmp_path / "run/metrics.json").read_text())["rows"]]
     assert names[-2:] == ["student, 2 steps", "student, 1 step"]

@@ -52,7 +52,7 @@ class Own(HowToRun):
 
 VALUES = dict(
     preset="tiny", data="photos", size=(20, 12), patch=4, heads=2, width=132, text_dim=66,
-    levels=(1.0, 0.8, 0.6, 0.2), level_p=(0.1, 0.2, 0.3, 0.4), warmup_p=(0.4, 0.3, 0.2, 0.1),
+    levels=(1.0, 0.8, 0.6, 0.2), level_p=(0.1, 0.2, 0.3, 0.4), level_warmup_p=(0.4, 0.3, 0.2, 0.1),
     targets="real", taps=(0, 2), out="elsewhere", data_dir="there", device="cpu", head_width=32,
     precision="fp32", stage="report", teacher="there.pt", steps_scale=0.5, drop=0.2,
     teacher_ema=0.5, student_ema=0.6, beta1=0.7, t_hat_mean=-0.5, discriminator="heads.pt",
@@ -216,7 +216,7 @@ BAD = {
     "a level above 1": ("--levels 1.5,0.75,0.5,0.25", "--levels"),
     "negative probability": ("--level-p=-1,1,1,1", "--level-p"),
     "no probability": ("--level-p 0,0,0,0", "--level-p"),
-    "no warm-up probability": ("--warmup-p 0,0,0,0 --warmup-iterations 5", "--warmup-p"),
+    "no warm-up probability": ("--level-warmup-p 0,0,0,0 --level-warmup 5", "--level-warmup-p"),
     "unknown targets": ("--targets fake", "--targets"),
     "unknown stage": ("--stage sleep", "--stage"),
     "unknown precision": ("--precision fp8", "--precision"),

@@ -47,7 +47,7 @@ def explain(s, watch, given):
     heads, _ = ladd.start_heads(run)
     networks = dict(student=student, teacher=teacher.requires_grad_(False), heads=heads)
     images = ladd.Samples(run.dataset, run.text.ids(run.dataset.captions), None)
-    step = s.heads_warmup + s.warmup_iterations  # the first that is like most
+    step = s.heads_warmup + s.level_warmup  # the first that is like most
     b = ladd.draw_batch(run, images, step, s.heads_warmup)
     with run.autocast():
         x0_hat = ladd.student_predict(student, b.x0, b.text, b.t, b.noise)
