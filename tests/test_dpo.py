@@ -213,7 +213,7 @@ def test_pairs_that_can_not_be_used_are_refused_in_one_line(case, refused, tmp_p
     if case == "an empty list":
         files["pairs.jsonl"], told = b"\n\n", "has 0 pairs"
     if case == "no text":
-        files["pairs.jsonl"], told = b"\xff\xfe", "pairs.jsonl can't be read"
+        files["pairs.jsonl"], told = b"\xff\xfe", "pairs.jsonl is not UTF-8 text"
     given = folder(tmp_path / "mine", files)
     if case == "no folder":
         given, told = tmp_path / "none", "neither a folder nor a file"
