@@ -6,6 +6,7 @@ Alignment is the share of pictures of which every attribute is read right. Fréc
 
 import copy
 import hashlib
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -110,7 +111,10 @@ def get_judge(
     if attributes:
         train_judge(judge, draw, steps, precision)
     weights = {name: tensor.cpu() for name, tensor in judge.state_dict().items()}
-    save(dict(weights=weights), path)
+    try:
+        save(dict(weights=weights), path)
+    except OSError as error:  # no permission, a full disk: no reason to end a run
+        print(f"The judge can't be kept ({error}): it is trained anew each time.", file=sys.stderr)
     return judge.eval()
 
 

@@ -243,6 +243,16 @@ def test_a_network_to_learn_from_is_another_one_than_the_judge_that_scores(tmp_p
     assert scores.read(images)[0].shape == teaches.read(images)[0].shape  # as large
 
 
+def test_a_run_does_not_end_for_a_judge_that_can_not_be_kept(tmp_path, capsys):
+    """A data folder that may only be read, or a full disk: it scores, and one line says so."""
+    kept = judge_of(data.Shapes(8, 8), tmp_path / "judges")
+    (tmp_path / "file").write_text("")
+    judge = judge_of(data.Shapes(8, 8), tmp_path / "file" / "below")  # no folder can be made there
+    told = capsys.readouterr().err
+    assert told.startswith("The judge can't be kept") and told.count("\n") == 1
+    assert torch.equal(judge.heads[0].weight, kept.heads[0].weight)
+
+
 def test_a_judge_reads_all_sizes_of_images():
     """To as many features; in batches as at once."""
     judge = Judge([2, 5], width=8, size=(8, 8))
