@@ -33,7 +33,7 @@ from lib.machine import facts
 from lib.parallel import world
 from lib.pictures import panels, save_png, stack
 from lib.report import read_metrics, write_metrics
-from lib.settings import bound, command_of, locked
+from lib.settings import bound, command_of, locked, refuse
 from tools.report import given_and_truth, pictures_of
 from tools.table import STEPS, sweep_table
 from tools.train import base_of, given_settings, run_program, train
@@ -104,6 +104,9 @@ def members_of(args, words):
         runs = {int(seed): given_settings([*own, f"--seed={seed}"], kind=kind)[0] for seed in seeds}
         for s in runs.values():
             check_for_method(s, method)
+            for flag in ("teacher", "discriminator"):
+                if not Path(getattr(s, flag)).exists():  # "", where there is no flag, is a folder
+                    refuse(s, flag, "no such file")
         members.append(Member(values, method, runs))
         first = members[0].method
         if kind.told is not method_of(first)[2].told:
