@@ -22,6 +22,7 @@ from lib.files import read, save
 from lib.machine import autocast
 
 REAL = "real, held out"  # the name of a table's first row
+UNKEPT = {}  # path -> weights of judges that could not be written there, for this process
 
 
 class Judge(torch.nn.Module):
@@ -98,9 +99,9 @@ def get_judge(
         torch.manual_seed(seed)
         answers = [len(values) for values in attributes.values()]
         judge = Judge(answers, width, size, channels, kernel).to(device)
-    if path.exists():
+    if path in UNKEPT or path.exists():
         try:
-            judge.load_state_dict(read(path)["weights"])
+            judge.load_state_dict(UNKEPT.get(path) or read(path)["weights"])
             if not_finite(judge.state_dict()):
                 raise ValueError("numbers that are not finite")
         except (ValueError, KeyError, TypeError, RuntimeError):  # also CheckpointError
@@ -114,7 +115,8 @@ def get_judge(
     try:
         save(dict(weights=weights), path)
     except OSError as error:  # no permission, a full disk: no reason to end a run
-        print(f"The judge can't be kept ({error}): it is trained anew each time.", file=sys.stderr)
+        UNKEPT[path] = weights
+        print(f"The judge can't be kept ({error}): each command trains it anew.", file=sys.stderr)
     return judge.eval()
 
 

@@ -251,6 +251,9 @@ def test_a_run_does_not_end_for_a_judge_that_can_not_be_kept(tmp_path, capsys):
     told = capsys.readouterr().err
     assert told.startswith("The judge can't be kept") and told.count("\n") == 1
     assert torch.equal(judge.heads[0].weight, kept.heads[0].weight)
+    again = judge_of(data.Shapes(8, 8), tmp_path / "file" / "below")  # at the next grid of samples
+    assert capsys.readouterr().err == ""  # it was not trained a second time
+    assert torch.equal(again.heads[0].weight, kept.heads[0].weight)
 
 
 def test_a_judge_reads_all_sizes_of_images():
