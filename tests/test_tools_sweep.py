@@ -192,6 +192,7 @@ def test_no_student_is_scored_from_the_noise_of_what_it_learned_from(monkeypatch
         ("taps=0 --sweep method=gan", "method=gan"), ("method=dpo --sweep out=a,b", "out"),
         ("batch=2 --sweep batch=4", "a name is there twice"),
         ("discriminator=.,no.pt", "--discriminator no.pt: no such file"),
+        ("data=shapes,no.zip", "--data no.zip: no such file"),
         ("batch=2,4 --from elsewhere", "--from"), ("batch=2,4 --downscale 4 --size 32", "images"),
     ],
 )  # fmt: skip

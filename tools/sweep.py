@@ -104,9 +104,10 @@ def members_of(args, words):
         runs = {int(seed): given_settings([*own, f"--seed={seed}"], kind=kind)[0] for seed in seeds}
         for s in runs.values():
             check_for_method(s, method)
-            for flag in ("teacher", "discriminator"):
-                if not Path(getattr(s, flag)).exists():  # "", where there is no flag, is a folder
-                    refuse(s, flag, "no such file")
+            for flag in ("teacher", "discriminator", "data"):
+                path = getattr(s, flag)
+                if path not in ("", "shapes", "cifar10") and not Path(path).exists():
+                    refuse(s, flag, "no such file or folder")
         members.append(Member(values, method, runs))
         first = members[0].method
         if kind.told is not method_of(first)[2].told:
