@@ -10,7 +10,7 @@ def object_cover(height, width, size, shape, u, half):
     places it: exact size, x, y. half (B,): 0 to 3 keep it in the left, right, upper or lower half
     of the image and make it smaller; -1 leaves it the whole image."""
     side = min(height, width)
-    low, high = np.where(size, 0.37, 0.26), np.where(size, 0.44, 0.30)  # half of its extent
+    low, high = np.where(size, 0.40, 0.30), np.where(size, 0.44, 0.33)  # half of its extent
     r = (low + (high - low) * u[:, 0]) * side * np.where(half < 0, 1.0, 0.55)
     left, right = np.where(half == 1, width / 2, 0), np.where(half == 0, width / 2, width)
     top, bottom = np.where(half == 3, height / 2, 0), np.where(half == 2, height / 2, height)

@@ -226,7 +226,7 @@ def test_one_judge_scores_the_runs_of_all_seeds(tmp_path):
 def test_a_judge_learns_to_read_the_attributes(tmp_path):
     """Backgrounds of shapes are seen in a few updates; chance is an eighth."""
     dataset = data.Shapes(8, 8)
-    judge, held = judge_of(dataset, tmp_path, steps=40), held_out(data.shares(dataset, 200))
+    judge, held = judge_of(dataset, tmp_path, steps=60), held_out(data.shares(dataset, 200))
     right = judge_accuracy(held, dataset.labels, dataset.attributes, judge)
     assert list(right) == ["size", "colour", "shape", "background", "pattern"]
     assert right["background"] > 0.8
