@@ -1,5 +1,5 @@
 """What only a machine with one CUDA GPU can show, in one command of at most 12 minutes: the tests
-that need one, `tiny` and `nano` in short, speed and memory.
+that need one, an eighth of `tiny`, speed and memory.
 
     bash tools/gpu_check.sh [cifar10-train.zip] [--parts tests benchmark]
 
@@ -36,12 +36,11 @@ def parts_of(data, out):
     """The parts in order; the benchmark, whose every row stands for itself, has what is left.
 
     The limits are for the H100 of docs/results/gpu-h100.txt, whose host is slow."""
-    tiny = ["--preset", "tiny", "--data", data, "--steps-scale", "0.04", "--judge-steps", "1000"]
-    nano = ["--preset", "nano", "--steps-scale", "0.4"]
+    tiny = ["--preset", "tiny", "--data", data, "--steps-scale", "0.125", "--compile", "yes"]
+    tiny += ["--judge-steps", "1000", "--evaluation", "5000"]
     return [
         Part("tests", ["-m", "pytest", "tests/test_gpu.py"], 190),
-        Part("tiny", ["ladd.py", *tiny, "--device", "cuda", "--out", f"{out}/tiny"], 170),
-        Part("nano", ["ladd.py", *nano, "--device", "cuda", "--out", f"{out}/nano"], 150),
+        Part("tiny", ["ladd.py", *tiny, "--device", "cuda", "--out", f"{out}/tiny"], 440),
         Part("benchmark", ["-m", "tools.benchmark", "--gpu"], 400),
     ]
 
