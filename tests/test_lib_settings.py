@@ -288,6 +288,8 @@ def test_the_reported_command_gives_the_same_settings_again(flags):
     command = command_of(settings, base, ["python", "ladd.py", "--preset", settings.preset])
     python, script, *words = shlex.split(command)
     assert (python, script) == ("python", "ladd.py") and "--seed" not in words
+    flags = [word for word in words if word[:2] == "--"]
+    assert len(flags) == len(set(flags))
     again, _ = given_settings([*words, "--out", settings.out, "--seed", "7"])
     # A scale may stand in the command as the numbers that it gave.
     assert dataclasses.replace(again, steps_scale=settings.steps_scale) == settings

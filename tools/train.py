@@ -35,7 +35,7 @@ EPILOG = "Also: --explain, --dry-run and --sweep, which are tools/explain.py, pl
 
 def base_of(s):
     """The settings of the preset alone."""
-    return type(s)(**ladd.PRESETS[s.preset]).scaled()
+    return type(s)(preset=s.preset, **ladd.PRESETS[s.preset]).scaled()
 
 
 def given_settings(argv, program="ladd.py", kind=ladd.Settings):
