@@ -1,5 +1,5 @@
 """What only a machine with one CUDA GPU can show, in one command of at most 12 minutes: the tests
-that need one, an eighth of `tiny`, speed and memory.
+that need one, a tenth of `tiny`, speed and memory.
 
     bash tools/gpu_check.sh [cifar10-train.zip] [--parts tests benchmark]
 
@@ -36,11 +36,11 @@ def parts_of(data, out):
     """The parts in order; the benchmark, whose every row stands for itself, has what is left.
 
     The limits are for the H100 of docs/results/gpu-h100.txt, whose host is slow."""
-    tiny = ["--preset", "tiny", "--data", data, "--steps-scale", "0.125", "--compile", "yes"]
+    tiny = ["--preset", "tiny", "--data", data, "--steps-scale", "0.1", "--compile", "yes"]
     tiny += ["--judge-steps", "1000", "--evaluation", "5000"]
     return [
         Part("tests", ["-m", "pytest", "tests/test_gpu.py"], 190),
-        Part("tiny", ["ladd.py", *tiny, "--device", "cuda", "--out", f"{out}/tiny"], 440),
+        Part("tiny", ["ladd.py", *tiny, "--device", "cuda", "--out", f"{out}/tiny"], 430),
         Part("benchmark", ["-m", "tools.benchmark", "--gpu"], 400),
     ]
 
