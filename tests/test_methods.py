@@ -141,13 +141,13 @@ def test_the_judges_maps_are_those_that_it_reads_with():
 
 
 def test_adds_heads_learn_to_tell_and_its_student_to_please_them(train, whole):
-    """Heads alone rank real above fake more and more often; to heads that stay as they are the
+    """Heads alone rank real above fake mostly; to heads that stay as they are the
     student's samples look more and more real."""
     flags = f"--from {whole} --judge-steps 5 --iterations 60 --distill-weight 0"
-    rows = {}
-    for name, own in (("heads", "--heads-warmup 59"), ("student", "--heads-lr 1e-9")):
+    learning, rows = dict(heads="--heads-warmup 59 --heads-lr 1e-2", student="--heads-lr 1e-9"), {}
+    for name, own in learning.items():
         rows[name] = updates(train(name, f"{flags} {own}", MAKING[2:], **how("add")))[-60:]
-    assert statistics.fmean(row["ranked"] for row in rows["heads"][-15:]) > 0.7
+    assert statistics.fmean(row["ranked"] for row in rows["heads"][-45:]) > 0.7
     early, late = rows["student"][5:15], rows["student"][-10:]
     assert statistics.fmean(r["d_fake"] for r in late) > statistics.fmean(
         r["d_fake"] for r in early
