@@ -559,8 +559,8 @@ def distil(run):
 
 def separation(real, fake):
     """How well the heads tell samples apart: real and fake logits (B, …) -> what is logged."""
-    ranked = (real.flatten(1).mean(1) > fake.flatten(1).mean(1)).float().mean()
-    return dict(d_real=real.mean(), d_fake=fake.mean(), ranked=ranked)
+    real, fake = (logits.float().flatten(1).mean(1) for logits in (real, fake))  # bf16 has ties
+    return dict(d_real=real.mean(), d_fake=fake.mean(), ranked=(real > fake).float().mean())
 
 
 @torch.no_grad()

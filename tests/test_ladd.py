@@ -303,6 +303,15 @@ def test_what_is_logged_of_the_heads_is_means_and_the_share_of_pairs_in_the_righ
     assert told == dict(d_real=0.25, d_fake=-0.625, ranked=0.75)
 
 
+def test_logits_of_bf16_are_ranked_without_its_rounding():
+    """Means that differ by less than bf16 resolves are no ties."""
+    fake = torch.ones(3, 2, 8, 8, dtype=torch.bfloat16)
+    real = fake.clone()
+    real[:, 0, 0, 0] = 1.0078125  # the next number of bf16
+    assert ladd.separation(real, fake)["ranked"] == 1
+    assert ladd.separation(fake, real)["ranked"] == 0
+
+
 def test_one_iteration_costs_six_forwards():
     """Student 1 + 2, teacher on fakes 1 + 1 (activations only), on reals 1; the heads apart."""
     s = Setting(width=96)

@@ -37,7 +37,7 @@ def parts_of(data, out):
 
     The limits are for the H100 of docs/results/gpu-h100.txt, whose host is slow."""
     tiny = ["--preset", "tiny", "--data", data, "--steps-scale", "0.1", "--compile", "yes"]
-    tiny += ["--judge-steps", "1000", "--evaluation", "5000"]
+    tiny += ["--judge-steps", "1000", "--evaluation", "20000"]
     return [
         Part("tests", ["-m", "pytest", "tests/test_gpu.py"], 190),
         Part("tiny", ["ladd.py", *tiny, "--device", "cuda", "--out", f"{out}/tiny"], 430),
