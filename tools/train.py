@@ -149,8 +149,8 @@ def check_folder(run, done):
 def compiling(s):
     """--compile, with `auto` decided: "yes" or "no".
 
-    On an H100 an update of `tiny` took two thirds of its time compiled, and compiling both stages a
-    minute (docs/gpu.md): that pays for itself in some thousand updates."""
+    On an H100 an update of `tiny` took two thirds of its time compiled, and compiling both stages two
+    minutes (docs/gpu.md): that pays for itself in some thousand updates."""
     if s.compile == "no":
         return "no"
     device = device_of(s.device)
@@ -175,7 +175,7 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
     check_for_method(s, method)
     s = dataclasses.replace(s, compile=compiling(s))
     if s.compile == "yes" and rank() == 0:
-        print("compiling: the first updates of a stage take up to a minute", flush=True)
+        print("compiling: the first updates of a stage take a minute or two", flush=True)
     start = given_teacher(s) if s.teacher else None  # its tensors are views of the file
     heads = given_heads(s) if s.discriminator else None
     if (Path(s.out) / "teacher.pt").exists():
