@@ -149,8 +149,8 @@ def check_folder(run, done):
 def compiling(s):
     """--compile, with `auto` decided: "yes" or "no".
 
-    On an H100 an update of `tiny` took two thirds of its time compiled, and compiling both stages two
-    minutes (docs/gpu.md): that pays for itself in some thousand updates."""
+    On an H100 an update of `tiny` took two thirds of its time compiled, and compiling both stages
+    two minutes (docs/gpu.md): that pays for itself in some thousand updates."""
     if s.compile == "no":
         return "no"
     device = device_of(s.device)
