@@ -40,7 +40,7 @@ def parts_of(data, out):
     tiny += ["--judge-steps", "1000", "--evaluation", "20000"]
     return [
         Part("tests", ["-m", "pytest", "tests/test_gpu.py"], 190),
-        Part("tiny", ["ladd.py", *tiny, "--device", "cuda", "--out", f"{out}/tiny"], 430),
+        Part("tiny", ["ladd.py", *tiny, "--device", "cuda", "--out", f"{out}/tiny"], 420),
         Part("benchmark", ["-m", "tools.benchmark", "--gpu"], 400),
     ]
 
