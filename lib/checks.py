@@ -84,6 +84,10 @@ def check_for_method(s, method):
         refuse(s, "targets", "real images have no noise that they were made of")
     if method in ("add", "dpo") and s.is_latent:
         refuse(s, "data", f"methods/{method}.py reads pixels, not latents")
+    if method == "dpo" and s.pairs:
+        from lib.pairs import read_list
+
+        read_list(s.pairs)  # what is wrong with it is said before anything is made
 
 
 def check_captions(s, method, dataset):

@@ -234,16 +234,18 @@ def locked(out):
             os.close(handle)
 
 
-def open_folder(out, mine, defaults):
-    """Signs a run folder, if it is empty, with its settings, or finds it made with the same.
+def open_folder(out, mine, defaults, sign="config.json"):
+    """Signs a folder, if it is empty, with what it is made of, or finds it made of the same.
 
-    mine, defaults: dicts as `bound` makes them; a folder that is older than a setting has its
-    default."""
-    path = out / "config.json"
+    mine, defaults: dicts, for runs as `bound` makes them; a folder that is older than a setting has
+    its default."""
+    path = out / sign
+    # .sign.: other processes that started with this one are signing; they may be done by now
+    strangers = [p.name for p in out.iterdir() if not p.name.startswith(f".{sign}.")]
     if path.exists():
         theirs = defaults | read_object(path)
         check_same("--out", out, theirs, mine, theirs | mine)
-    elif any(not p.name.startswith(".config.json.") for p in out.iterdir()):
-        raise UsageError(f"{out} is not empty and not a run folder: choose another with --out.")
+    elif strangers:
+        raise UsageError(f"{out} has {strangers[0]} and no {sign}: choose another with --out.")
     else:
         write_json(mine, path)

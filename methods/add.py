@@ -6,8 +6,7 @@ heads, on the features of a frozen network of clean pixels. One update:
     3  L_D  = the hinge loss of the heads on every map, each map counting alike
     4  L_G  = -E[D(f)] + λ·E[(LN(f) - LN(r))²] where t < 1, as in LADD
 
-ADD reads DINO's features; here a classifier stands in for it, which is like the judge that scores,
-but with other weights and wider convolutions: nobody is scored by what it has learned to please.
+ADD reads DINO's features; here the classifier of methods/classifier.py stands in for it.
 
     python -m methods.add --preset nano --from runs/nano
 """
@@ -18,24 +17,13 @@ import torch
 from torch import nn
 
 import ladd
-import sample
 from discriminator import Discriminator, hinge_d, hinge_g
 from ladd import distillation_loss, draw_batch, separation, student_predict
 from lib.optim import make_optimizers, step_all, update_ema
 from lib.parallel import leave
+from methods.classifier import classifier_of, features, widths
 
 UNITS = 5  # forwards of the network, an update: student 1 + 2, and at nano 2 of the heads
-
-
-def judge_features(judge, x0):
-    """Line 2: the maps after the judge's convolutions. -> tokens [(B, h·w, C)], sizes [(h, w)]"""
-    tokens, sizes, x = [], [], x0
-    for layer in judge.body:
-        x = layer(x)
-        if isinstance(layer, nn.Conv2d):
-            tokens.append(x.flatten(2).transpose(1, 2))
-            sizes.append(x.shape[2:])
-    return tokens, sizes
 
 
 def logits_of(heads, tokens, sizes, b):
@@ -45,19 +33,11 @@ def logits_of(heads, tokens, sizes, b):
     return [head([own], clean, b.text.pooled, *size) for head, own, size in maps]
 
 
-def classifier_of(run):
-    """A classifier that methods may learn from, frozen: neither judge that scores."""
-    s, own = run.settings, dict(seed=1, kernel=5)
-    judge = sample.judge_of(run.dataset, s, run.device, s.data_dir, s.precision, **own)
-    return judge.requires_grad_(False)
-
-
 def distil(run):
     s = run.settings
     judge = classifier_of(run)
     student, ema, student_optimizers = ladd.start_student(run)
-    widths = [layer.out_channels for layer in judge.body if isinstance(layer, nn.Conv2d)]
-    arguments = [s.head_sizes() | dict(width=width, taps=(0,)) for width in widths]
+    arguments = [s.head_sizes() | dict(width=width, taps=(0,)) for width in widths(judge)]
     heads = nn.ModuleList(run.make(Discriminator, **own) for own in arguments)
     heads_optimizers = make_optimizers(heads, s.heads_lr, 0.0, s.beta1, s.adam_eps)
     samples = ladd.distillation_samples(run)
@@ -70,8 +50,8 @@ def distil(run):
         with run.autocast():
             with torch.set_grad_enabled(learning):
                 x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)  # line 1
-                fake, sizes = judge_features(judge, x0_hat)  # line 2
-                real, _ = judge_features(judge, b.x0)
+                fake, sizes = features(judge, x0_hat)  # line 2
+                real, _ = features(judge, b.x0)
             on_real = logits_of(heads, real, sizes, b)
             on_fake = logits_of(heads, [f.detach() for f in fake], sizes, b)
             loss_d = sum(map(hinge_d, on_real, on_fake)) / len(heads)  # line 3

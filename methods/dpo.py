@@ -25,7 +25,6 @@ import torch.nn.functional as F
 import ladd
 import sample
 from lib.optim import learning_rate, make_optimizers, step_all, update_ema
-from lib.pairs import read_list
 from lib.parallel import average, barrier, leave
 from lib.run import Run
 from lib.settings import setting
@@ -45,11 +44,6 @@ class Settings(ladd.Settings):
     tuning_iterations: int = setting(100, "updates of the adapter", low=1, scales=True, smoke=2)
     tuning_lr: float = setting(1e-4, "AdamW, the adapter", above=0)
     adapter_scale: float = setting(1.0, "times that the student gets it, too", low=-1e3, high=1e3)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.pairs:
-            read_list(self.pairs)  # what is wrong with it is said before anything is made
 
 
 def errors(network, winner, loser, text, t, noise):

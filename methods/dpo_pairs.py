@@ -15,7 +15,7 @@ from lib.captions import unread_words
 from lib.errors import UsageError
 from lib.pairs import LIST, best_and_worst, read_pairs, rewards, tensors_of, write_pairs
 from lib.parallel import rank, world
-from methods.add import classifier_of
+from methods.classifier import classifier_of
 
 PAIR_INDEX = 3 << 35  # from here on captions are drawn whose samples are ranked
 

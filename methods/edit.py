@@ -84,15 +84,12 @@ class Pairs(data.Shapes):
 @dataclasses.dataclass(frozen=True)
 class Settings(inpaint.Settings):
     tune_iterations: int = setting(1500, "updates of the teacher", low=1, scales=True, smoke=2)
+    condition_channels = 3  # of the picture to edit
 
     def __post_init__(self):
         super().__post_init__()
         if self.data != "shapes":
             refuse(self, "data", "pairs of pictures are drawn of the built-in shapes alone")
-
-    @property
-    def condition_channels(self):
-        return self.channels
 
     def told(self, dataset):
         return Pairs(*dataset.size, self.seed)

@@ -17,9 +17,9 @@ Score: the student and a network of its samples learn as in methods/dmd.py.
 
 The paper's are the parts, their order, line 3 and the one adapter. It adds an adversarial loss to
 line 3, with a weight that it does not give, and has rewards of people's taste in line 5. Ours: the
-weight is 0, and the distance pseudo-Huber in place of squares; p is the classifier of
-methods/add.py, which scores nobody; the anchor λ, which holds the picture to what the student's
-average θ⁻ makes of the same noise; the score at all levels of the sampler, not in one step alone.
+weight is 0, and the distance pseudo-Huber in place of squares; p is methods/classifier.py's, which
+scores nobody; the anchor λ, which holds the picture to what the student's average θ⁻ makes of the
+same noise; the score at all levels of the sampler, not in one step alone.
 
 The sampler is sample.renoise; docs/methods.md says where the paper's differs: at 0 < η < 1.
 
@@ -31,7 +31,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import ladd
 from ladd import draw_batch, student_predict
@@ -39,7 +38,7 @@ from lib.machine import moved
 from lib.optim import make_optimizers, step_all, update_ema
 from lib.parallel import leave
 from lib.settings import refuse, setting
-from methods.add import classifier_of
+from methods.classifier import classifier_of, labels_of, mean_log_p
 from methods.consistency import LEVELS, consistency_loss, draw_times
 from methods.dmd import matching_losses
 from sample import euler_times, guided_velocity
@@ -81,21 +80,6 @@ def segment(i, k):
     return torch.stack([i, i + 1, (i // length + 1) * length])
 
 
-def feedback_loss(judge, x0_hat, labels, anchor, weight):
-    """Line 5. labels (B, A) of the captions, anchor as x̂_0. -> the loss, the reward in it"""
-    _, answers = judge(x0_hat.clamp(-1, 1))
-    of_each = [F.cross_entropy(a.float(), labels[:, k]) for k, a in enumerate(answers)]
-    reward = -sum(of_each) / len(of_each)
-    return weight * (x0_hat - anchor).square().mean() - reward, reward
-
-
-def labels_of(run, samples):
-    """What the samples' captions say, as answers to the classifier's questions. -> (n, A)"""
-    ids = run.text.ids(run.dataset.captions).tolist()
-    known = dict(zip(map(tuple, ids), run.dataset.labels, strict=True))
-    return torch.stack([known[tuple(own)] for own in samples.words.tolist()])
-
-
 def distil(run):
     s = run.settings
     times = euler_times(LEVELS, s.shift).to(run.device)
@@ -125,7 +109,8 @@ def distil(run):
                 with torch.no_grad():
                     anchor = student_predict(ema, b.x0, b.text, b.t, b.noise)
                 told = moved(labels[b.caption], run.device)
-                loss, reward = feedback_loss(judge, x0_hat, told, anchor, s.anchor)
+                reward = mean_log_p(judge, x0_hat.clamp(-1, 1), told)  # line 5
+                loss = s.anchor * (x0_hat - anchor).square().mean() - reward
                 loop.add(reward=reward)
             else:
                 loss, loss_score = matching_losses(run, student, fake_score, b, guided, step)

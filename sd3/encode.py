@@ -5,7 +5,6 @@ python -m sd3.encode --model SD3_DIR --images PATH --out shards/        latents 
 """
 
 import hashlib
-import os
 import re
 import sys
 from pathlib import Path
@@ -17,10 +16,12 @@ from tqdm import tqdm
 from data import bucket_sizes
 from lib.archive import Files
 from lib.errors import DataError, Parser, RunError, UserError, exit_status, reason
-from lib.files import read_lines, read_object, save, write_json
+from lib.files import read_lines, save
 from lib.folders import decode_all, find_captions, in_threads
 from lib.images import nearest, size_of
 from lib.machine import device_of
+from lib.parallel import my_share
+from lib.settings import open_folder
 from sd3.encoders import Encoders
 from sd3.shards import SHARDS
 
@@ -45,7 +46,7 @@ def by_bucket(files, sizes):
 
 
 def encode(encoders, args, sizes):
-    """Writes the shards i of --prompts or of --images for which i mod --world is --rank.
+    """Writes this process's share of the shards of --prompts or of --images.
 
     sizes: the (H, W) in pixels of images; each is cropped to that of the nearest aspect ratio.
     NNNNNN.pt holds captions of samples of one size, and bf16 tensors: context, pooled, and of
@@ -63,9 +64,12 @@ def encode(encoders, args, sizes):
     made_of = dict(format=SHARDS, shards=len(plan), samples=sum(len(rows) for _, rows in plan))
     made_of |= dict(source=source, model=encoders.identity(), t5=encoders.t5)
     out = Path(args.out)
-    claim(out, made_of)
+    if out.is_file():
+        raise DataError(f"--out {out}: is a file; choose another name.")
+    out.mkdir(parents=True, exist_ok=True)
+    open_folder(out, made_of, {}, "shards.json")
 
-    bad, mine = [], list(enumerate(plan))[args.rank :: args.world]
+    bad, mine = [], my_share(list(enumerate(plan)))
     for i, (bucket, rows) in tqdm(mine, "shards", disable=None):
         path, pixels = out / f"{i:06d}.pt", None
         if path.exists():
@@ -96,30 +100,12 @@ def features_of(encoders, captions, pixels):
     return tensors
 
 
-def claim(out, made_of):
-    """Signs the folder, if it is empty, or finds it made of the same."""
-    if out.exists() and not out.is_dir():
-        raise DataError(f"--out {out}: is a file; choose another name.")
-    out.mkdir(parents=True, exist_ok=True)
-    # .tmp: other processes that started with this one are signing
-    strangers = [path.name for path in out.iterdir() if path.suffix != ".tmp"]
-    signed = read_object(out / "shards.json") if (out / "shards.json").exists() else {}
-    if strangers and not signed:
-        raise DataError(f"--out {out}: has {strangers[0]} and is no shard folder; choose another.")
-    if signed and (differing := [k for k in made_of if signed.get(k) != made_of[k]]):
-        raise DataError(
-            f"--out {out}: was made with another {', '.join(differing)}; choose "
-            "another, or give the same prompts or images, model and options to go on."
-        )
-    write_json(made_of, out / "shards.json")
-
-
 ASPECTS = "1:1,5:4,4:5,3:2,2:3,16:9,9:16"
 
 
 def main(argv=None):
     parser = Parser("sd3/encode.py", "Computes text features, and latents of images.")
-    add, env = parser.add_argument, os.environ
+    add = parser.add_argument
     add("--model", required=True, metavar="SD3_DIR", help="a local SD3 folder, diffusers' layout")
     either = parser.add_mutually_exclusive_group(required=True).add_argument
     either("--prompts", default="", metavar="FILE", help="one prompt a line")
@@ -130,13 +116,8 @@ def main(argv=None):
     add("--aspects", default=ASPECTS, metavar="W:H,…", help="and the nearest of these")
     add("--no-t5", action="store_true", help="zeros for T5's tokens")
     add("--shard", type=int, default=256, help="samples of a file; 1.8 MB each at 1024²")
-    add("--rank", type=int, default=env.get("RANK", 0), help="which process this is")
-    add("--world", type=int, default=env.get("WORLD_SIZE", 1), help="of so many")
-    cuda = f"cuda:{env.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    add("--device", default=cuda)
+    add("--device", default="auto")
     args = parser.parse_args(argv)
-    if not 0 <= args.rank < args.world:
-        parser.error(f"--rank {args.rank}: must be from 0 to below --world {args.world}")
     if args.shard < 1 or args.multiple < 8 or args.multiple % 8 or args.size < args.multiple:
         parser.error("--shard: at least 1; --multiple: a multiple of 8; --size: at least that")
     if not re.fullmatch(r"[1-9]\d*:[1-9]\d*(,[1-9]\d*:[1-9]\d*)*", args.aspects):

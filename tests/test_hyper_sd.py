@@ -9,10 +9,9 @@ from conftest import MAKING, Constant, cut_at, randn, same, updates, weights
 import data
 import sample
 from lib.lora import ENDS
-from lib.scores import Judge
 from methods import hyper_sd
 from methods.consistency import LEVELS, consistency_loss
-from methods.hyper_sd import SEGMENTS, Settings, feedback_loss, segment
+from methods.hyper_sd import SEGMENTS, Settings, segment
 from tools.table import sweep_table
 
 HOW = dict(distil=hyper_sd.distil, method="hyper_sd", kind=Settings)
@@ -86,36 +85,28 @@ def test_on_straight_paths_the_target_is_exact(k):
 # ---------------------------------------------------------------------------------------------
 
 
-def test_a_step_against_the_feedbacks_gradient_raises_the_reward():
-    """The judge's log-probability of the caption's attributes; the anchor alone pulls back."""
-    torch.manual_seed(0)
-    judge = Judge([2, 3], 8, (16, 16)).requires_grad_(False)
-    anchor, labels = randn(4, 3, 16, 16).float() / 9, torch.tensor([[0, 2], [1, 1], [0, 0], [1, 2]])
-    x0_hat = anchor.clone().requires_grad_()
-    loss, reward = feedback_loss(judge, x0_hat, labels, anchor, 10.0)
-    assert loss == -reward  # nothing has moved yet
-    _, answers = judge(anchor)
-    told = [a.softmax(1)[range(4), labels[:, k]].log().mean() for k, a in enumerate(answers)]
-    torch.testing.assert_close(reward, sum(told) / 2)
-    loss.backward()
-    moved = (anchor - 5 * x0_hat.grad).requires_grad_()
-    loss, after = feedback_loss(judge, moved, labels, anchor, 10.0)
-    assert after > reward and loss > -after
-    feedback_loss(judge, moved, labels, anchor, 1e6)[0].backward()
-    assert ((moved.grad * (moved - anchor)).sum() > 0).item()
+@pytest.mark.parametrize("anchor", [0, 10])
+def test_the_anchor_costs_what_leads_away_from_the_average(train, whole, anchor):
+    """Which the student still is at its first update; the reward is the rest of the loss."""
+    flags = f"--from {whole} {QUICK} --shares 0,0,0,0,1,0 --iterations 4 --anchor {anchor}"
+    flags += " --lora 0 --student-lr 0.1"  # far enough to be seen in float32
+    first, *others = updates(train("out", flags, MAKING[2:], **HOW))[-4:]
+    assert first["loss"] == -first["reward"]
+    for row in others:
+        assert row["loss"] > -row["reward"] if anchor else row["loss"] == -row["reward"]
 
 
 def test_the_feedback_asks_for_what_the_batchs_captions_say(train, monkeypatch, whole):
     """Each image's answers are those of its own caption."""
     batches, asked = [], []
-    draw, feedback = hyper_sd.draw_batch, hyper_sd.feedback_loss
+    draw, reward = hyper_sd.draw_batch, hyper_sd.mean_log_p
 
     def watched(run, *arguments, **options):
         batches.append((run, draw(run, *arguments, **options)))
         return batches[-1][1]
 
     monkeypatch.setattr(hyper_sd, "draw_batch", watched)
-    monkeypatch.setattr(hyper_sd, "feedback_loss", lambda *a: asked.append(a[2]) or feedback(*a))
+    monkeypatch.setattr(hyper_sd, "mean_log_p", lambda *a: asked.append(a[2]) or reward(*a))
     train("out", f"--from {whole} {QUICK} --shares 0,0,0,0,1,0", MAKING[2:], **HOW)
     rows = [row.tolist() for row in batches[0][0].dataset.labels]
     for (run, b), labels in zip(batches, asked, strict=True):

@@ -347,7 +347,7 @@ def test_a_folder_with_a_setting_that_is_gone_is_another_runs(tmp_path):
 
 def test_strange_and_damaged_folders_are_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("It was a dark and stormy night.")
-    with pytest.raises(UsageError, match="not empty and not a run folder"):
+    with pytest.raises(UsageError, match=r"has thesis\.txt and no config\.json"):
         open_folder(tmp_path, {}, {})
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(DataError, match=r"config\.json is damaged"):

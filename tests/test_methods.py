@@ -14,8 +14,6 @@ from conftest import FEW, MAKING, Constant, cut_at, randn, same, update_cost, up
 import data
 import ladd
 import sample
-from lib.scores import Judge
-from methods.add import judge_features
 from methods.consistency import consistency_loss
 from methods.dmd import matching_gradient, matching_loss
 
@@ -128,16 +126,6 @@ def test_regression_to_real_images_is_refused(launch, teacher, capsys):
     flags += " --size 12 --width 16 --depth 3 --heads 2 --text-dim 10 --device cpu"
     assert launch("out", flags, **how("regression")) == 2
     assert "--targets real" in capsys.readouterr().err
-
-
-def test_the_judges_maps_are_those_that_it_reads_with():
-    """As many as it has convolutions, tokens row by row, the first of the image's own size."""
-    judge = Judge([2, 3], 8, (16, 16)).requires_grad_(False)
-    x = randn(2, 3, 16, 16, dtype=torch.float32)
-    tokens, sizes = judge_features(judge, x)
-    convolutions = sum(isinstance(layer, torch.nn.Conv2d) for layer in judge.body)
-    assert len(tokens) == len(sizes) == convolutions and sizes[0] == (16, 16)
-    torch.testing.assert_close(tokens[0][:, 5 * 16 + 3], judge.body[0](x)[:, :, 5, 3])
 
 
 def test_adds_heads_learn_to_tell_and_its_student_to_please_them(train, whole):

@@ -353,14 +353,15 @@ def test_a_cut_run_goes_on_and_keeps_what_is_finished(sd3, prompts, tmp_path, mo
 
 
 def test_two_processes_share_the_work(sd3, prompts, tmp_path, monkeypatch):
-    """Each writes its own shards and nothing else, in any order; torchrun's variables serve too."""
+    """Each writes its own shards and nothing else, in any order, as torchrun's variables say."""
     arguments = ("--model", sd3, "--prompts", prompts, "--shard", 8, "--out")
     encode(*arguments, tmp_path / "one")
     out = tmp_path / "two"
-    assert encode(*arguments, out, "--rank", 1, "--world", 2) == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert encode(*arguments, out) == 0
     assert {int(p.stem) % 2 for p in out.glob("*.pt")} == {1}
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
     assert encode(*arguments, out) == 0
     assert contents(out) == contents(tmp_path / "one")
 
@@ -373,11 +374,15 @@ def test_processes_that_start_together_finish_one_folder(sd3, prompts, tmp_path,
     def interrupted(self, captions):
         if not status:
             status.append(None)
-            status[0] = encode(*arguments, "--world", 2, "--rank", 0)
+            monkeypatch.setenv("RANK", "0")
+            status[0] = encode(*arguments)
+            monkeypatch.setenv("RANK", "1")
         return text(self, captions)
 
     monkeypatch.setattr(Encoders, "text", interrupted)
-    assert encode(*arguments, "--world", 2, "--rank", 1) == 0 and status == [0]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert encode(*arguments) == 0 and status == [0]
     assert data.load(str(tmp_path / "out"), [(8, 8)]).sets[0].train_size == 40
 
 
@@ -433,12 +438,14 @@ def test_other_folders_are_left_alone(sd3, prompts, tmp_path, capsys):
     arguments = ("--model", sd3, "--prompts", prompts, "--out")
     assert encode(*arguments, out) == 2 and contents(out) == {"thesis.txt": b"mine"}
     assert "thesis.txt" in capsys.readouterr().err
+    assert encode(*arguments, out / "thesis.txt") == 2 and contents(out) == {"thesis.txt": b"mine"}
     encode(*arguments, tmp_path / "shards")
     before = contents(tmp_path / "shards")
     capsys.readouterr()
     assert encode(*arguments, tmp_path / "shards", "--no-t5") == 2
     error = capsys.readouterr().err
-    assert "made with another model, t5" in error and contents(tmp_path / "shards") == before
+    assert "made with other settings (model" in error and "t5 True → False" in error
+    assert contents(tmp_path / "shards") == before
 
 
 def test_an_unreadable_image_among_many_is_named_and_left_out(sd3, tmp_path, capsys):
