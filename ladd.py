@@ -198,7 +198,7 @@ class Settings(HowToRun):
     level_warmup: int = setting(0, "first updates, with other probabilities", low=0)
     level_warmup_p: tuple = setting((0.0, 0.0, 0.5, 0.5), "those", low=0)
     t_hat_mean: float = setting(1.0, "m of t̂, the mean of its logit")
-    t_hat_std: float = setting(1.0, "σ of t̂", above=0)
+    t_hat_std: float = setting(2.0, "σ of t̂; wider than the paper's 1", above=0)
     distill_weight: float = setting(10.0, "weight λ of the distillation loss at t < 1", low=0)
     heads_warmup: int = setting(100, "first updates: heads alone", low=0, scales=True, smoke=0)
     taps: tuple = setting((1, 2), "blocks whose tokens the heads see; empty: all", kind=int)
@@ -284,7 +284,7 @@ SD3 = dict(
     shift=3.0, adam_eps=1e-15,  # [P]
     level_p=(0.7, 0.1, 0.1, 0.1),  # [L], and the levels
     level_warmup=500, level_warmup_p=(0.0, 0.0, 0.5, 0.5),  # [L] above 512²
-    taps=(), distill_weight=0.0,  # [L] all blocks; and m = 1 of -1, 0, 1, 2
+    taps=(), distill_weight=0.0, t_hat_std=1.0,  # [L] all blocks; and m = 1 of -1, 0, 1, 2
     iterations=10_000,  # [L] of its ablations
     aspects=("1:1", "5:4", "4:5", "3:2", "2:3", "16:9", "9:16"), batch=128, synthetic=500_000,
     student_lr=1e-5, heads_lr=1e-4, student_ema=0.999, head_width=128, save_every=500, log_every=10,

@@ -33,10 +33,13 @@ def subplots(rows):
 def draw_levels():
     """The density of t̂, and the student's levels as bars."""
     (axis,) = subplots(1)
-    s, t = given_settings([])[0], torch.linspace(0.001, 0.999, 999)
-    normal = torch.distributions.Normal(s.t_hat_mean, s.t_hat_std)
-    density = normal.log_prob(t.logit()).exp() / (t * (1 - t))  # du/dt of t = sigmoid(u)
-    axis.fill_between(t, density / density.max(), alpha=0.4, label=f"t̂, m = {s.t_hat_mean:g}")
+    t = torch.linspace(0.001, 0.999, 999)
+    for preset in ("sd3-8b", "nano"):
+        s = given_settings(["--preset", preset])[0]
+        normal = torch.distributions.Normal(s.t_hat_mean, s.t_hat_std)
+        density = normal.log_prob(t.logit()).exp() / (t * (1 - t))  # du/dt of t = sigmoid(u)
+        label = f"t̂ of {preset}: m = {s.t_hat_mean:g}, σ = {s.t_hat_std:g}"
+        axis.fill_between(t, density / density.max(), alpha=0.4, label=label)
     bars = axis.bar(s.levels, s.level_p, 0.012, color="tab:red", label="t of the student")
     axis.bar_label(bars, [f"t = {level:.2g}" for level in s.levels])
     axis.set(ylabel="probability of t, density of t̂")
