@@ -253,7 +253,7 @@ class Generator:
 
 def read_network(run, teacher=False, adapter=None, scale=1.0):
     """The checkpoint of a run's student (or teacher), with another run's adapter added to it."""
-    checkpoint = read_checkpoint(run, ("teacher", "student") if teacher else ("student", "teacher"))
+    checkpoint = read_checkpoint(run, ("teacher",) if teacher else ("student", "teacher"))
     if adapter:
         kinds = ("student", "teacher", "adapter")
         other = checkpoints.read_checkpoint(adapter, kinds, MMDiT, alone=True)

@@ -6,6 +6,7 @@ from collections import Counter
 
 import torch
 
+from lib.errors import DataError
 from lib.files import read_lines
 
 MOST_WORDS = 4096  # of a caption: the highest --text-length
@@ -33,7 +34,11 @@ def strange_words(prompts, file, length):
     """Which words of the prompts are not among those of a run's words.txt, in one line, or None."""
     if not file.is_file():  # of an older version
         return None
-    strange = set(known_words(prompts, length)).difference(read_lines(file, "words of the run"))
+    try:
+        known = read_lines(file, "words of the run")
+    except DataError:  # it is for this hint alone
+        return None
+    strange = set(known_words(prompts, length)).difference(known)
     if not strange:
         return None
     some = ", ".join(sorted(strange)[:20])[:500]

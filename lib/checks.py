@@ -8,6 +8,7 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
+from lib.captions import split_words
 from lib.parallel import world
 from lib.settings import refuse
 
@@ -77,7 +78,10 @@ def check_together(s):
 
 
 def check_for_method(s, method):
-    """Refuses what does not fit the method of distillation."""
+    """Refuses what does not fit the method of distillation, or is not there to be read."""
+    if s.source and not Path(s.source).is_dir():
+        what = "is a file: give the run's folder" if Path(s.source).exists() else "no such folder"
+        refuse(s, "source", what)
     if method in ("ladd", "add", "dpo", "inpaint", "edit") and s.heads_warmup >= s.iterations:
         refuse(s, "heads_warmup", f"leaves none of {s.iterations} updates")
     if method == "regression" and s.targets == "real":
@@ -85,14 +89,22 @@ def check_for_method(s, method):
     if method in ("add", "dpo") and s.is_latent:
         refuse(s, "data", f"methods/{method}.py reads pixels, not latents")
     if method == "dpo" and s.pairs:
-        from lib.pairs import read_list
+        from lib.pairs import LIST, read_list
 
-        read_list(s.pairs)  # what is wrong with it is said before anything is made
+        if not Path(s.out, "pairs", LIST).exists():  # else the run goes on with those
+            read_list(s.pairs)  # what is wrong with it is said before anything is made
 
 
 def check_captions(s, method, dataset):
-    """Refuses captions that ask a classifier nothing where the method learns from its answers."""
-    if method == "hyper_sd" and s.shares[4] and not dataset.attributes:
-        refuse(s, "shares", "these captions ask a classifier nothing; the fifth must be 0")
+    """Refuses captions that ask a classifier nothing where the method learns from its answers, or
+    that ask it different things and are read alike."""
+    if method == "hyper_sd" and s.shares[4]:
+        if not dataset.attributes:
+            refuse(s, "shares", "these captions ask a classifier nothing; the fifth must be 0")
+        read = [tuple(split_words(caption)[: s.text_length]) for caption in dataset.captions]
+        asked = map(tuple, dataset.labels.tolist())
+        if len(set(read)) < len(set(zip(read, asked, strict=True))):
+            why = "captions that differ in what they ask a classifier are read alike"
+            refuse(s, "text_length", f"{why}; read more words, or let the fifth of --shares be 0")
     if method == "dpo" and not s.pairs and not dataset.attributes:
         refuse(s, "pairs", "is needed, as these captions ask nothing to rank samples by")

@@ -6,6 +6,7 @@ Exit status 2: what was asked for can't be done. 1: a run has failed. 128 + n: e
 
 import argparse
 import errno
+import os
 import re
 import sys
 import traceback
@@ -116,8 +117,11 @@ class Parser(argparse.ArgumentParser):
     file behind it can't show (Windows, Latin-1) is a "?", and does not end the program."""
 
     def __init__(self, program, description, **options):
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # tests put others in their place
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if stream is None:  # closed, as by 2>&-
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            elif hasattr(stream, "reconfigure"):  # tests put others in their place
                 stream.reconfigure(errors="replace")
 
         def uncaught(kind, error, trace):

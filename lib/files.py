@@ -31,6 +31,9 @@ def replacing(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
+            mode = os.fstat(file.fileno()).st_mode
+        if temporary.stat().st_mode != mode:  # safetensors' file has taken its place
+            temporary.chmod(mode)
         os.replace(temporary, path)
         with contextlib.suppress(OSError):  # the new name, too, outlives a loss of power
             folder = os.open(path.parent, os.O_RDONLY)
@@ -65,10 +68,10 @@ def read_object(path):
     return value
 
 
-def read_lines(path, flag, most=1 << 27):
-    """The distinct lines of a user's text file that are not empty, each clean; DataError if none.
+def read_lines(path, flag, most=1 << 27, repeated=False):
+    """The lines of a user's text file that are not empty, each clean; DataError if none.
 
-    most: bytes of the file, a million prompts"""
+    most: bytes of the file, a million prompts. repeated: keep a line that was there before"""
     try:
         with open(path, "rb") as file:
             text = file.read(most + 1)
@@ -77,10 +80,10 @@ def read_lines(path, flag, most=1 << 27):
         lines = text.decode("utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise DataError(f"{flag} {path}: can't be read ({error}).") from None
-    lines = list(dict.fromkeys(filter(None, map(clean, lines))))
+    lines = list(filter(None, map(clean, lines)))
     if not lines:
         raise DataError(f"{flag} {path}: no prompt in it; one a line is expected.")
-    return lines
+    return lines if repeated else list(dict.fromkeys(lines))
 
 
 def sha256(path):

@@ -64,7 +64,7 @@ def find_captions(files):
     images = [n for n in files.names if n.lower().endswith(SUFFIXES)]
     names, captions, left_out = set(files.names), {}, dict(files.left_out)
     lists = [n for n in files.names if posixpath.basename(n) == "captions.jsonl"]
-    beside = {n: posixpath.splitext(n)[0] + ".txt" for n in images}
+    beside = {n: posixpath.splitext(n)[0] + ".txt" for n in images if not lists}
     classes = not lists and names.isdisjoint(beside.values())
     if classes:
         left_out["in thumbnail or system folders"] = [n for n in images if THUMBNAILS.match(n)]

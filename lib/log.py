@@ -38,7 +38,8 @@ class Log:
         for line in lines:
             with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("step", 0), int):
+                known = isinstance(row, dict) and row.keys() & {"stage", "settings"}
+                if known and isinstance(row.get("step", 0), int):
                     yield row
 
     def forget(self, stage=None, step=0):

@@ -16,7 +16,7 @@ from PIL import Image
 from lib.archive import Files
 from lib.errors import DataError, clean, pass_on, reason
 from lib.files import write_text
-from lib.folders import decode_all, read_rows
+from lib.folders import decode_all, listed, read_rows
 from lib.images import size_of
 from lib.pictures import save_png
 
@@ -35,7 +35,7 @@ def read_list(path):
     files, pairs = Files(path), []
     there = set(files.names)
     if LIST not in there:
-        raise DataError(f"{path}: no {LIST} in it, which names the pairs.")
+        raise DataError(f"{path}: no {LIST} in it, which names the pairs{listed(files.left_out)}.")
     for where, (*names, caption) in read_rows(files, LIST, (*SIDES, "caption")):
         if not clean(caption):
             raise DataError(f"{where} has no caption.")

@@ -27,11 +27,18 @@ def number_of(variable, otherwise):
 
 
 def rank():
-    return number_of("RANK", 0)
+    """Which process this is; one alone is the first, whatever RANK was left over."""
+    return number_of("RANK", 0) if world() > 1 else 0
 
 
 def world():
     return max(1, number_of("WORLD_SIZE", 1))
+
+
+def check_rank():
+    """For processes that don't meet: UsageError where one of many is not told which it is."""
+    if world() > 1 and number_of("RANK", world()) >= world():
+        raise UsageError(f"WORLD_SIZE is {world()}: it needs a RANK from 0 to {world() - 1}.")
 
 
 def my_share(batch):

@@ -4,7 +4,9 @@ A file that this program did not make is never replaced.
 """
 
 import math
+import os
 import re
+import stat
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, PngImagePlugin
 
-from lib.errors import UsageError, clean
+from lib.errors import UsageError, clean, pass_on
 from lib.files import replacing
 
 WRITERS = 16  # threads that write the pictures of a folder: they wait for the disk more than work
@@ -60,13 +62,15 @@ def stack(pictures):
 
 def refuse_strangers(path):
     """Raises UsageError where a file is that this program did not make."""
+    ours = False
     try:
-        with Image.open(path, formats=("PNG", "GIF")) as old:
-            ours = old.info.get("Software") == "LADD" or old.info.get("comment") == b"LADD"
+        if stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe might never end
+            with Image.open(path, formats=("PNG", "GIF")) as old:
+                ours = old.info.get("Software") == "LADD" or old.info.get("comment") == b"LADD"
     except (FileNotFoundError, NotADirectoryError):
         return
-    except Exception:  # Pillow raises nearly anything on damaged files
-        ours = False
+    except Exception as error:  # Pillow raises nearly anything on damaged files
+        pass_on(error, path)
     if not ours:
         raise UsageError(f"{path} exists and was not made by this program; choose another")
 

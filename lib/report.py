@@ -54,6 +54,12 @@ def read_metrics(folder):
     """A run's metrics.json, {} if there is none. CheckpointError: not of its checkpoints."""
     path = Path(folder) / "metrics.json"
     metrics = read_object(path) if path.exists() else {}
+    for name in ("teacher.pt", "student.pt"):
+        if metrics and not path.with_name(name).exists():
+            raise CheckpointError(
+                f"{path} tells of a {name} that is gone: put it back, or delete metrics.json, and "
+                "the same command makes it anew."
+            )
     if metrics and metrics.get("checkpoints") != fingerprints(folder):
         raise CheckpointError(
             f"{path}: not made from the teacher.pt and student.pt beside it (or by an older "

@@ -99,20 +99,25 @@ def get_judge(
         torch.manual_seed(seed)
         answers = [len(values) for values in attributes.values()]
         judge = Judge(answers, width, size, channels, kernel).to(device)
-    if path in UNKEPT or path.exists():
-        try:
+    closed = None
+    try:
+        if path in UNKEPT or path.exists():
             judge.load_state_dict(UNKEPT.get(path) or read(path)["weights"])
             if not_finite(judge.state_dict()):
                 raise ValueError("numbers that are not finite")
-        except (ValueError, KeyError, TypeError, RuntimeError):  # also CheckpointError
-            raise CheckpointError(
-                f"{path}: damaged. Delete it and give the command again: it is made anew."
-            ) from None
-        return judge.eval()
+            return judge.eval()
+    except PermissionError as error:  # another user's, which is not replaced
+        closed = error
+    except (ValueError, KeyError, TypeError, RuntimeError):  # also CheckpointError
+        raise CheckpointError(
+            f"{path}: damaged. Delete it and give the command again: it is made anew."
+        ) from None
     if attributes:
         train_judge(judge, draw, steps, precision)
     weights = {name: tensor.cpu() for name, tensor in judge.state_dict().items()}
     try:
+        if closed:
+            raise closed
         save(dict(weights=weights), path)
     except OSError as error:  # no permission, a full disk: no reason to end a run
         UNKEPT[path] = weights

@@ -20,7 +20,7 @@ from lib.files import read_lines, save
 from lib.folders import decode_all, find_captions, in_threads
 from lib.images import nearest, size_of
 from lib.machine import device_of
-from lib.parallel import my_share
+from lib.parallel import check_rank, my_share
 from lib.settings import open_folder
 from sd3.encoders import Encoders
 from sd3.shards import SHARDS
@@ -64,9 +64,10 @@ def encode(encoders, args, sizes):
     made_of = dict(format=SHARDS, shards=len(plan), samples=sum(len(rows) for _, rows in plan))
     made_of |= dict(source=source, model=encoders.identity(), t5=encoders.t5)
     out = Path(args.out)
-    if out.is_file():
-        raise DataError(f"--out {out}: is a file; choose another name.")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise DataError(f"--out {out}: is a file; choose another name.") from None
     open_folder(out, made_of, {}, "shards.json")
 
     bad, mine = [], my_share(list(enumerate(plan)))
@@ -125,6 +126,7 @@ def main(argv=None):
     sizes = bucket_sizes((args.size, args.size), args.multiple, args.aspects.split(","))
     kept = f"what is finished in {args.out} is kept, the same command goes on"
     try:
+        check_rank()
         encoders = Encoders(
             args.model, device_of(args.device), not args.no_t5, vae=bool(args.images)
         )

@@ -116,13 +116,16 @@ class Encoders:
         l_states, l_pooled = self.read("", captions)
         g_states, g_pooled = self.read("_2", captions)
         clip = torch.cat([l_states, g_states], dim=2)  # (n, 77, 768 + 1280)
+        path, least = self.folder / "text_encoder_3" / "config.json", clip.shape[2]
+        width = read_object(path).get("d_model") if path.exists() else 4096
+        if type(width) is not int or not least <= width < 1 << 16:
+            wanted = f"the CLIPs' width, {least}, or more is expected"
+            raise DataError(f"{path}: d_model is {width!r:.50}; {wanted}.")
         if self.t5:
             (t5,) = self.read("_3", captions)
         else:
-            path = self.folder / "text_encoder_3" / "config.json"
-            width = read_object(path)["d_model"] if path.exists() else 4096
             t5 = torch.zeros(len(captions), TOKENS, width)
-        clip = torch.nn.functional.pad(clip, (0, t5.shape[2] - clip.shape[2]))
+        clip = torch.nn.functional.pad(clip, (0, width - least))
         return torch.cat([clip, t5], dim=1), torch.cat([l_pooled, g_pooled], dim=1)
 
     def tell_cut(self):
@@ -189,10 +192,12 @@ def codec_of(folder, generator):
     """SD3's encoders and VAE, which also replace the text features that a model is sampled with."""
     encoders, config = Encoders(folder, generator.device, vae=True), generator.model.config
     context, pooled = encoders([""])
-    mine = context.shape[2], pooled.shape[1], encoders.part("vae").config.latent_channels
+    channels = encoders.part("vae").config.latent_channels
+    mine = context.shape[2], pooled.shape[1], channels, encoders.unit
     wanted = config["context_dim"], config["pooled_dim"], config["channels"]
+    wanted += (generator.settings.downscale,)
     if mine != wanted:
-        names = "widths of text and pooled text, and channels of latents"
+        names = "widths of text and pooled text, channels of latents and pixels to one of them"
         raise DataError(f"--decode {folder}: {names} are {mine}, but the model has {wanted}")
     generator.text = encoders
     return encoders

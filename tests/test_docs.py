@@ -24,8 +24,8 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 TORCHRUN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"}
 PROGRAMS = [
     "ladd", "ladd --sweep=a", "ladd --dry-run", "sample", "sample --evaluate", "sd3.encode",
-    "tools.benchmark", "tools.gpu_check", "tools.pictures", "methods.hyper_sd", "methods.dpo",
-    "methods.inpaint",
+    "tools.benchmark", "tools.gpu_check", "tools.pictures", "tools.table", "methods.hyper_sd",
+    "methods.dpo", "methods.inpaint",
 ]  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def flags(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             runpy.run_module(name, run_name="__main__")
         assert stop.value.code == 0, name
-    return set(FLAG.findall(capsys.readouterr().out)) | TORCHRUN | {"--write"}  # tools.table's
+    return set(FLAG.findall(capsys.readouterr().out)) | TORCHRUN
 
 
 def test_every_flag_that_the_documents_name_exists(flags):
@@ -131,3 +131,17 @@ def test_pictures_without_matplotlib_name_the_command(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert pictures.main(["a", "b"]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_a_log_that_can_not_be_drawn_leaves_the_pictures_as_they_are(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    assert pictures.main(["no.jsonl", "no.jsonl"]) == 1
+    assert "no.jsonl" in capsys.readouterr().err and not any((tmp_path / "docs").iterdir())
+
+
+def test_a_log_without_one_of_the_numbers_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "log.jsonl").write_text(json.dumps(dict(step=1, loss_g=0, loss_d=2, ranked=0.5)))
+    pictures.draw_health(dict(own=tmp_path / "log.jsonl")).savefig(tmp_path / "a.png")

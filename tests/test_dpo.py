@@ -1,7 +1,10 @@
 """methods/dpo.py, its pairs and lib/pairs.py: what preferences do, and how pairs are given."""
 
+import errno
 import json
 import math
+import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,9 +29,9 @@ from test_lib_parallel import WORK, launch, worst
 import data
 import ladd
 import sample
-from lib.errors import UsageError
+from lib.errors import DataError, UsageError
 from lib.optim import make_optimizers
-from lib.pairs import best_and_worst, read_pairs, rewards, tensors_of, write_pairs
+from lib.pairs import best_and_worst, read_list, read_pairs, rewards, tensors_of, write_pairs
 from lib.run import Run
 from lib.scores import Judge
 from methods import dpo
@@ -37,7 +40,7 @@ from tools.train import given_settings
 
 HOW = dict(distil=dpo.distil, method="dpo", kind=dpo.Settings)
 BOTH = "--judge-steps 5 --evaluation 8 --save-every 2"
-OWN = f"{BOTH} --tie 0 --tuning-iterations 5 --lora 3"
+OWN = f"{BOTH} --tie 0 --tuning-iterations 5 --lora 3 --t-hat-std 1"  # at higher t̂ logits tie
 BY_DPO = WORK.replace("words.split())", "words.split(), dpo.distil, 'dpo', dpo.Settings)")
 BY_DPO = (
     BY_DPO.replace("(0, 75)", "(0, 75, 143)")
@@ -202,6 +205,15 @@ def program(words):
     return ladd.main(words, **HOW)
 
 
+def test_a_folder_that_can_not_be_listed_is_named_with_the_cause(tmp_path, monkeypatch):
+    def denied(_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", denied)
+    with pytest.raises(DataError, match=r"no pairs.jsonl in it.*Permission denied"):
+        read_list(tmp_path)
+
+
 @pytest.mark.parametrize("case", [*WRONG, "no folder", "no list", "an empty list", "no text"])
 def test_pairs_that_can_not_be_used_are_refused_in_one_line(case, refused, tmp_path):
     """Before anything is made."""
@@ -282,7 +294,7 @@ def test_a_cut_run_goes_on_bit_for_bit(train_and_show, monkeypatch, whole, tuned
 def test_a_users_pairs_train_without_a_judge_and_are_kept(
     train, monkeypatch, whole, tmp_path, capsys
 ):
-    """A run goes on with the pairs that it has begun with."""
+    """A run goes on with the pairs that it has begun with, wherever the folder then is."""
     monkeypatch.setattr(sample, "judge_of", None)
     captions = [f"a {i % 3}" + 11 * " far" for i in range(12)]
     rows = "\n".join(json.dumps(pair(caption=caption)) for caption in captions)
@@ -293,6 +305,9 @@ def test_a_users_pairs_train_without_a_judge_and_are_kept(
     assert "--pairs: 3 of 3 captions have more than 12 words" in capsys.readouterr().err
     winner, loser = kept[0][0].chunk(2)
     assert np.unique(winner[0]) == [1] and np.unique(loser[0]) == [2]
+    (out / "student.pt").unlink()
+    shutil.rmtree(mine)
+    train("out", f"--from {whole} {OWN} --pairs {mine}", MAKING[2:], **HOW)
     assert (out / "student.pt").exists()
 
 

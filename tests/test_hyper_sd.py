@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MAKING, Constant, cut_at, randn, same, updates, weights
+from conftest import FEW, MAKING, Constant, cut_at, randn, same, updates, weights
 
 import data
 import sample
@@ -192,6 +192,18 @@ def test_shares_that_make_no_sense_are_refused(launch, capsys, words, named):
     assert launch("out", words, **HOW) == 2
     said = capsys.readouterr().err
     assert "--shares" in said and named in said
+
+
+def test_captions_of_other_answers_that_are_read_alike_are_refused_with_feedback(
+    launch, tmp_path, capsys
+):
+    """Eight words of nine leave out "background" alone; seven the colour, too."""
+    words = f"{FEW} {QUICK} --smoke --shares 0,0,0,0,1,0 --text-length"
+    assert launch("out", f"{words} 7", **HOW) == 2
+    assert "--text-length 7: captions that differ" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert launch("out", f"{words} 8 --stage teacher", **HOW) == 0
+    assert launch("more", f"{FEW} --text-length 7 --shares 1,1,1,1,0,1 --stage teacher", **HOW) == 0
 
 
 def test_captions_that_ask_nothing_are_enough_without_feedback(train, monkeypatch, whole):

@@ -4,7 +4,13 @@ import unicodedata
 
 import torch
 
-from lib.captions import class_attributes, split_words, unread_words, word_attributes
+from lib.captions import (
+    class_attributes,
+    split_words,
+    strange_words,
+    unread_words,
+    word_attributes,
+)
 
 
 def test_marks_belong_to_their_word_and_composition_makes_no_other_word():
@@ -32,6 +38,18 @@ def test_captions_that_are_not_read_to_their_end_or_read_alike_are_told():
     assert unread_words(["a " * 5000], 2) == (
         "1 of 1 captions have more than 2 words; shorten them."
     )
+
+
+def test_strange_words_are_told_and_a_file_that_tells_nothing_is_no_error(tmp_path):
+    """words.txt is for a hint alone: missing, empty, not UTF-8, a folder."""
+    file = tmp_path / "words.txt"
+    assert strange_words(["a red fox"], file, 4) is None
+    for content in (b"", b"caf\xe9\n"):
+        file.write_bytes(content)
+        assert strange_words(["a red fox"], file, 4) is None
+    assert strange_words(["a red fox"], tmp_path, 4) is None
+    file.write_text("a\nred\n")
+    assert "never seen: fox; " in strange_words(["a red fox"], file, 4)
 
 
 def test_class_names_become_captions_and_labels():

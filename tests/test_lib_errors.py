@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import ladd
 import sample
@@ -60,6 +61,16 @@ def test_ctrl_c_is_one_line_in_every_program(monkeypatch, capsys):
     assert capsys.readouterr().err == "\ntools/any.py: interrupted\n"
     sys.excepthook(ValueError, ValueError("odd"), None)
     assert "ValueError: odd" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_closed_stream_ends_no_program(monkeypatch, name):
+    """2>&- leaves no stream at all, and a bar of progress needs one."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, name, None)
+    Parser("tools/any.py", "Does nothing.")
+    with getattr(sys, name) as stream:
+        assert list(tqdm(range(2), file=stream, disable=None)) == [0, 1]
 
 
 def test_an_error_that_was_not_foreseen_keeps_its_traceback(end, capsys):

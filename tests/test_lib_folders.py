@@ -293,6 +293,10 @@ TOLD = {
         {"a.bmp": PICTURE, "captions.jsonl": caption_lines({"a.bmp": "a cat"}), **ONE},
         "1 image, 1 caption; left out: 1 without a caption (0.png)",
     ),
+    "texts beside a list": (
+        {"captions.jsonl": caption_lines({"0.png": "a cat"}), **ONE, "0.txt": b"a dog"},
+        "1 image, 1 caption; left out: 1 .txt (0.txt)",
+    ),
     "hidden ones": (
         PETS | {".git/x/a.png": b"", "cat/.DS_Store": b"", "cat/._00.png": b""},
         "left out: 3 hidden (.git, cat/.DS_Store, cat/._00.png)",

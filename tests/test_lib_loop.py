@@ -97,6 +97,12 @@ def test_a_log_line_without_any_applied_update_is_left_out(tmp_path):
     assert list(numbers(tmp_path)) == [1, 2, 4]
 
 
+def test_a_row_of_no_stage_is_passed_over(tmp_path):
+    rows = [dict(settings={}), dict(finished=True, seconds=1.0), dict(step=1), dict(stage="a")]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, [*rows, 1])))
+    assert [*Log(tmp_path).rows()] == [rows[0], rows[3]]
+
+
 def test_a_row_is_told_at_once_and_the_speed_is_in_images(tmp_path, capsys):
     """Where standard error is no terminal, a line at the end of the stage, too."""
     loop = make_loop(tmp_path, total=2)

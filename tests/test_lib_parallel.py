@@ -16,8 +16,9 @@ import torch
 from conftest import lines, updates
 
 import ladd
+from lib.errors import UsageError
 from lib.loop import Watch
-from lib.parallel import average, barrier, broadcast, gather, highest, leave, my_share
+from lib.parallel import average, barrier, broadcast, check_rank, gather, highest, leave, my_share
 from tools import report
 
 ROOT = Path(ladd.__file__).parent
@@ -419,6 +420,22 @@ def test_one_process_has_all_of_everything():
     assert list(my_share(range(5))) == [0, 1, 2, 3, 4]
     average([tensor := torch.arange(3.0)])
     assert tensor.tolist() == [0, 1, 2]
+
+
+def test_a_rank_that_was_left_over_takes_no_rows_from_one_process(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    assert list(my_share(range(3))) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("rank", ["", "2", "one"])
+def test_one_of_many_that_is_not_told_which_it_is_is_refused(monkeypatch, rank):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(UsageError, match="WORLD_SIZE is 2: it needs a RANK from 0 to 1"):
+        check_rank()
+    monkeypatch.setenv("RANK", "1")
+    check_rank()
 
 
 def test_the_processes_shares_are_all_of_a_batch(monkeypatch):

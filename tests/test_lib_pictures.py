@@ -1,5 +1,6 @@
 """Grids, sheets and animations, pixel by pixel; a stranger's file is never replaced."""
 
+import os
 import weakref
 
 import numpy as np
@@ -127,6 +128,18 @@ def test_a_strangers_file_is_never_replaced(tmp_path):
         with pytest.raises(UsageError, match=path.name):
             pictures.save_gif(frames(2), path)
         assert path.read_bytes() == before
+
+
+def test_where_no_file_can_be_the_systems_reason_is_told_and_none_is_called_a_strangers(tmp_path):
+    with pytest.raises(OSError, match="File name too long"):
+        pictures.refuse_strangers(tmp_path / f"{'a' * 300}.png")
+
+
+def test_a_pipe_is_refused_and_not_opened(tmp_path):
+    """Opening it would wait for another program that writes."""
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(UsageError, match="not made by this program"):
+        pictures.refuse_strangers(tmp_path / "a.png")
 
 
 def test_pictures_of_a_folder_are_written_while_the_next_are_made_and_not_kept(tmp_path):

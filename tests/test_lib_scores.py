@@ -1,14 +1,16 @@
 """Scores against closed forms, and the judge that they are taken by."""
 
+import errno
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import randn, seeded
+from conftest import randn, seeded, snapshot
 
 import data
+from lib import scores
 from lib.errors import CheckpointError, RunError
 from lib.files import save
 from lib.scores import (
@@ -235,12 +237,12 @@ def test_a_judge_learns_to_read_the_attributes(tmp_path):
 def test_a_network_to_learn_from_is_another_one_than_the_judge_that_scores(tmp_path):
     """Of another seed and with other convolutions, each kept in a file of its own."""
     dataset = data.Shapes(8, 8)
-    scores, teaches = judge_of(dataset, tmp_path), judge_of(dataset, tmp_path, seed=1, kernel=5)
+    one, teaches = judge_of(dataset, tmp_path), judge_of(dataset, tmp_path, seed=1, kernel=5)
     assert len(list(tmp_path.iterdir())) == 2
-    assert scores.body[0].weight.shape[2:] == (3, 3) and teaches.body[0].weight.shape[2:] == (5, 5)
-    assert not torch.equal(scores.heads[0].weight, teaches.heads[0].weight)
+    assert one.body[0].weight.shape[2:] == (3, 3) and teaches.body[0].weight.shape[2:] == (5, 5)
+    assert not torch.equal(one.heads[0].weight, teaches.heads[0].weight)
     images, _ = dataset.batch(range(4))
-    assert scores.read(images)[0].shape == teaches.read(images)[0].shape  # as large
+    assert one.read(images)[0].shape == teaches.read(images)[0].shape  # as large
 
 
 def test_a_run_does_not_end_for_a_judge_that_can_not_be_kept(tmp_path, capsys):
@@ -254,6 +256,22 @@ def test_a_run_does_not_end_for_a_judge_that_can_not_be_kept(tmp_path, capsys):
     again = judge_of(data.Shapes(8, 8), tmp_path / "file" / "below")  # at the next grid of samples
     assert capsys.readouterr().err == ""  # it was not trained a second time
     assert torch.equal(again.heads[0].weight, kept.heads[0].weight)
+
+
+def test_a_judge_that_may_not_be_read_is_made_anew_and_left_as_it_is(tmp_path, capsys, monkeypatch):
+    """Another user's, in a data folder that both share."""
+    kept = judge_of(data.Shapes(8, 8), tmp_path)
+    before = snapshot(tmp_path)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(scores, "read", refuse)
+    for told in (1, 0):  # the second is not trained
+        judge = judge_of(data.Shapes(8, 8), tmp_path)
+        assert torch.equal(judge.heads[0].weight, kept.heads[0].weight)
+        assert capsys.readouterr().err.count("The judge can't be kept") == told
+    assert snapshot(tmp_path) == before
 
 
 def test_a_judge_reads_all_sizes_of_images():

@@ -43,6 +43,18 @@ def test_captions_that_ask_nothing_are_refused_before_anything_is_trained(
     assert named in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flag", ["--sweep=t_hat_mean=0", "--explain", "--dry-run"])
+def test_a_tool_of_ladds_is_refused_and_not_named_by_another_methods_program(
+    launch, tmp_path, capsys, flag
+):
+    assert launch("out", f"{FEW} {flag}", **how("dmd")) == 2
+    said = capsys.readouterr().err
+    assert "python ladd.py … --sweep method=dmd" in said and said.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+    assert launch("out", "--help", **how("dmd")) == 0
+    assert flag.split("=")[0] not in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------------
 # Consistency
 # ---------------------------------------------------------------------------------------------

@@ -541,6 +541,13 @@ def test_a_folder_gets_one_png_per_image_with_its_own_prompt(run, tmp_path):
     assert np.abs(first - third).mean() > 5  # the same prompt with another noise
 
 
+def test_every_line_of_a_file_of_prompts_is_an_image_repeated_ones_too(tmp_path):
+    made, out = run_folder(tmp_path / "made"), tmp_path / "out"
+    (tmp_path / "prompts.txt").write_text("red\n\nred\nblue\n")
+    assert cpu(made, "--prompts", tmp_path / "prompts.txt", "--out", out) == 0
+    assert [notes(p)["prompt"] for p in sorted(out.iterdir())] == ["red", "red", "blue"]
+
+
 def test_odd_prompts_are_drawn_as_clean_lines(tmp_path, capsys):
     path, made = tmp_path / "prompts.txt", run_folder(tmp_path / "made")
     path.write_bytes(b"\xef\xbb\xbfa \x1b[31mcat\0\r\n" + b"very " * 100_000 + b"long\n")
@@ -635,6 +642,14 @@ def test_a_trajectory_has_one_frame_per_step(run, tmp_path, words, frames):
     assert np.abs(shown - final).mean() < 20
 
 
+def test_a_trajectory_says_so_where_it_shows_a_part_of_the_images(tmp_path, capsys):
+    made, gif = run_folder(tmp_path / "made"), tmp_path / "a.gif"
+    for number, told in ((64, "2 frames: "), (65, "2 frames of the first 64 images: ")):
+        words = ["--prompt", "x", "--num", number, "--steps", 2, "--out", tmp_path / "a.png"]
+        assert cpu(made, *words, "--trajectory", gif) == 0
+        assert f"{told}{gif}\n" in capsys.readouterr().out
+
+
 def test_little_strength_stays_near_the_image(run, tmp_path):
     """At 0.01 a hundredth of noise is all there is to see; at 1 the image is forgotten."""
     source = np.add.outer(np.arange(12) * 12, np.arange(12) * 8)
@@ -689,6 +704,15 @@ def test_a_prompt_without_a_word_is_told(run, tmp_path, capsys):
     assert "no word that can be read is in: '🐱 !'" in capsys.readouterr().err
 
 
+PATHS = ["prompts", "out", "trajectory", "init-image", "mask", "decode", "export", "adapter"]
+
+
+@pytest.mark.parametrize("flag", [*PATHS, "data", "data-dir"])
+def test_an_empty_path_is_not_taken_for_one_that_was_left_out(refused, flag):
+    refused(sample, ["run", "--prompt", "x", f"--{flag}", ""], 2, f"--{flag}: is empty")
+    refused(sample, ["", "--prompt", "x"], 2, "the run: is empty")
+
+
 # What is wrong: the command line, and what the message must name.
 BAD = {
     "missing run": ("{dir}/gone --prompt x", "gone"),
@@ -709,6 +733,12 @@ BAD = {
     "a strength of nothing": ("{run} --prompt x --strength 0.5", "--strength"),
     "a type of nothing": ("{run} --prompt x --dtype bf16", "--dtype"),
     "a prompt for weights": ("{run} --export {dir}/a.safetensors --prompt x", "--prompt"),
+    "data that nothing reads": ("{run} --prompt x --data {dir}/gone", "--data"),
+    "a student's file for a teacher": ("{run}/student.pt --prompt x --teacher", "holds student"),
+    "the same, exported": (
+        "{run}/student.pt --teacher --export {dir}/a.safetensors",
+        "holds student",
+    ),
     "no strength": ("{run} --prompt x --strength 0", "--strength"),
     "missing image": ("{run} --prompt x --init-image {dir}/gone.png", "gone.png"),
     "foreign image": ("{run} --prompt x --init-image {dir}/text.jpg", "text.jpg"),

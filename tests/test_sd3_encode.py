@@ -25,7 +25,7 @@ from lib.images import decode_file
 from lib.run import Run
 from mmdit import MMDiT
 from sd3.encode import main
-from sd3.encoders import Encoders
+from sd3.encoders import Encoders, codec_of
 from sd3.weights import open_sd3
 from tools.train import given_settings
 
@@ -241,6 +241,17 @@ def test_every_encoder_is_on_the_device_only_while_it_works(sd3, monkeypatch):
     assert moves == [(name, device) for name in names for device in ("cpu:0", "cpu")]
 
 
+@pytest.mark.parametrize("t5", [True, False])
+@pytest.mark.parametrize("width", [None, "24", 19, 24.0])
+def test_a_width_of_t5_that_can_not_be_is_refused_by_key_and_file(sd3, tmp_path, t5, width):
+    """Narrower than the CLIPs' 20, it would cut their features."""
+    folder = shutil.copytree(sd3, tmp_path / "sd3")
+    path = folder / "text_encoder_3" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(d_model=width)))
+    with pytest.raises(DataError, match=f"text_encoder_3/config.json: d_model is {width!r}"):
+        Encoders(folder, t5=t5).text(["a"])
+
+
 @pytest.mark.parametrize("part", ["text_encoder_2", "tokenizer_3", "vae"])
 def test_a_missing_part_is_named(sd3, images, tmp_path, capsys, part):
     folder = shutil.copytree(sd3, tmp_path / "sd3", ignore=shutil.ignore_patterns(part))
@@ -438,7 +449,10 @@ def test_other_folders_are_left_alone(sd3, prompts, tmp_path, capsys):
     arguments = ("--model", sd3, "--prompts", prompts, "--out")
     assert encode(*arguments, out) == 2 and contents(out) == {"thesis.txt": b"mine"}
     assert "thesis.txt" in capsys.readouterr().err
-    assert encode(*arguments, out / "thesis.txt") == 2 and contents(out) == {"thesis.txt": b"mine"}
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for file in (out / "thesis.txt", out / "thesis.txt/more", "/dev/null", tmp_path / "dangling"):
+        assert encode(*arguments, file) == 2 and contents(out) == {"thesis.txt": b"mine"}
+        assert f"--out {file}: is a file" in capsys.readouterr().err
     encode(*arguments, tmp_path / "shards")
     before = contents(tmp_path / "shards")
     capsys.readouterr()
@@ -591,7 +605,15 @@ def test_decode_refuses_what_does_not_fit(student, sd3, capsys, tmp_path):
         checkpoint | dict(model=model.config, weights=model.state_dict()), student / "student.pt"
     )
     assert sample.main([*run, "--decode", str(sd3)]) == 2
-    assert "(24, 16, 16), but the model has (32, 16, 16)" in capsys.readouterr().err
+    assert "(24, 16, 16, 8), but the model has (32, 16, 16, 8)" in capsys.readouterr().err
+
+
+def test_decode_refuses_a_vae_of_another_factor(student, sd3):
+    """Which would draw the picture in another size."""
+    generator = sample.load_generator(student, device="cpu")
+    generator.settings.downscale = 4
+    with pytest.raises(DataError, match=r"\(24, 16, 16, 8\), but the model has \(24, 16, 16, 4\)"):
+        codec_of(sd3, generator)
 
 
 def test_ctrl_c_says_that_what_is_finished_is_kept(sd3, prompts, tmp_path, monkeypatch, capsys):

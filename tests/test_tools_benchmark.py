@@ -18,6 +18,12 @@ def test_contestants_take_turns_and_the_first_rounds_do_not_count():
     assert list(seconds) == ["a", "b"] and all(0 < value < 1 for value in seconds.values())
 
 
+def test_no_rounds_are_refused_in_one_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        benchmark.main(["--rounds", "0"])
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
 def test_an_iteration_moves_both_players_and_the_average_but_not_the_teacher():
     d = benchmark.Distillation(benchmark.settings("nano", *SMALL.split()), torch.device("cpu"))
     networks = d.networks | dict(teacher=d.teacher)

@@ -2,7 +2,8 @@
 
 import signal
 
-from conftest import FEW, snapshot
+import pytest
+from conftest import FEW, TINY, encoded, shard_of, snapshot
 
 import ladd
 from tools import explain
@@ -43,3 +44,17 @@ def test_a_cut_explanation_goes_on_as_an_explanation(monkeypatch, tmp_path, caps
     monkeypatch.setattr(explain, "open_data", lambda *_: signal.raise_signal(signal.SIGINT))
     assert ladd.main([*FEW.split(), "--explain"]) == 130
     assert capsys.readouterr().err.rstrip().endswith("--explain")
+
+
+@pytest.mark.parametrize("flag", ["--teacher", "--from"])
+def test_a_teacher_that_is_not_read_is_not_passed_over_in_silence(launch, capsys, flag, tmp_path):
+    assert launch("out", f"{FEW} --explain {flag} {tmp_path}") == 2
+    said = capsys.readouterr().err
+    assert "--explain reads no teacher but out/teacher.pt" in said and said.count("\n") == 1
+
+
+def test_prompts_alone_are_no_images_to_follow(tmp_path, launch, capsys):
+    encoded(tmp_path / "prompts", **{"000001_pt": shard_of(["a", "b"])})
+    words = f"{TINY} --downscale 8 --channels 16 --size 32 --data prompts --teacher made.pt"
+    assert launch("out", f"{words} --explain") == 2
+    assert "--data prompts has prompts alone" in capsys.readouterr().err

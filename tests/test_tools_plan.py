@@ -1,6 +1,8 @@
 """The plan: what it reckons without data is what real updates take."""
 
 import functools
+import io
+import sys
 
 import pytest
 from conftest import randn
@@ -233,3 +235,22 @@ def test_settings_that_ladd_refuses_are_refused_in_one_line(capsys):
     assert main(["--taps", "7"]) == 2
     line = capsys.readouterr().err
     assert "--taps 7" in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", ["--batch 32 --gpus 3", "--replicas 7 --gpus 2 --shard"])
+def test_what_so_many_gpus_would_refuse_is_not_planned_for_them(words, capsys):
+    assert main(words.split()) == 2
+    line = capsys.readouterr().err
+    assert words.partition(" --gpus")[0] in line and line.count("\n") == 1
+
+
+def test_a_reader_who_has_gone_is_one_line(monkeypatch, capsys):
+    """As in `ladd.py --dry-run | head -1`."""
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError("nobody reads")
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert main([]) == 1
+    assert capsys.readouterr().err == "ladd.py: nobody reads\n"

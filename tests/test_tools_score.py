@@ -8,7 +8,8 @@ import torch
 from conftest import CPU, NETWORK, SETTINGS, checkpoint, run_folder, seeded, snapshot
 
 import sample
-from lib.report import fingerprints
+from lib.errors import CheckpointError
+from lib.report import fingerprints, read_metrics
 from mmdit import MMDiT
 
 SCORED = SETTINGS | dict(evaluation=32, teacher_steps=4, cfg=4.0)
@@ -90,6 +91,15 @@ def test_metrics_of_another_checkpoint_are_refused_and_kept(run, tmp_path, capsy
     message = capsys.readouterr().err
     assert "metrics.json: not made from" in message and message.count("\n") == 1
     assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_a_checkpoint_of_the_metrics_that_is_gone_is_named_with_the_way_out(run, tmp_path, kind):
+    folder = shutil.copytree(run, tmp_path / "run")
+    (folder / "metrics.json").write_text(json.dumps(dict(checkpoints=fingerprints(folder))))
+    (folder / f"{kind}.pt").unlink()
+    with pytest.raises(CheckpointError, match=f"{kind}.pt that is gone: put it back"):
+        read_metrics(folder)
 
 
 def test_the_untrained_rows_are_the_student_before_distillation(run, tmp_path):

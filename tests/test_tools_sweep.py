@@ -184,6 +184,10 @@ def test_no_student_is_scored_from_the_noise_of_what_it_learned_from(monkeypatch
         ("batch=4,x", "--batch"), ("seed=1,2", "seed"), ("taps=0,1/9", "--taps"),
         ("iterations=1,2 --units 60", "--units"), ("method=ladd,gan", "method"),
         ("units=60,x", "units"), ("batch=2,4 --seeds 1,1", "--seeds"), ("batch=2,", "batch"),
+        ("units=²", "units"), ("batch=2,4 --seeds ²", "--seeds"), ("batch=2 --units 0", "0: must"),
+        ("t_hat_mean=1,1.0", "t_hat_mean=1.0 makes the same students"),
+        ("method=dmd --accumulate 2 --teacher-batch 4", "--accumulate 2: is for LADD alone"),
+        ("method=ladd,dmd --shard --muon-lr 0", "--shard True: is for LADD alone"),
         ("method=regression,inpaint", "regression and inpaint are told"),
         ("method=edit,inpaint", "edit and inpaint are told"), ("beta=1,2", "setting of ladd"),
         ("beta=1,2 --sweep method=dpo,ladd", "beta=1,2: must be a setting of ladd"),
@@ -191,8 +195,8 @@ def test_no_student_is_scored_from_the_noise_of_what_it_learned_from(monkeypatch
         ("method=dpo --sweep beta=0,1", "--beta 0.0"), ("method=dpo --sweep beta=", "beta"),
         ("taps=0 --sweep method=gan", "method=gan"), ("method=dpo --sweep out=a,b", "out"),
         ("batch=2 --sweep batch=4", "a name is there twice"),
-        ("discriminator=.,no.pt", "--discriminator no.pt: no such file"),
-        ("data=shapes,no.zip", "--data no.zip: no such file"),
+        ("discriminator=no.pt", "no.pt: no such file"),
+        ("data=shapes,no.zip", "--data no.zip: no such folder or file"),
         ("batch=2,4 --from elsewhere", "--from"), ("batch=2,4 --downscale 4 --size 32", "images"),
     ],
 )  # fmt: skip
@@ -203,6 +207,22 @@ def test_a_sweep_that_can_not_be_is_refused_before_anything_is_made(
     said = capsys.readouterr().err
     assert named in said and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_later_student_can_not_be_made_of_is_refused_before_the_first(
+    launch, teacher, tmp_path, capsys
+):
+    assert launch("out", f"{SWEEP} --sweep width=16,24 --teacher {teacher}") == 2
+    assert "width 16 → 24" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_captions_that_a_later_student_can_not_learn_from_are_refused_before_the_first(
+    launch, monkeypatch, tmp_path, capsys
+):
+    (dataset := data.load("shapes", [(12, 12)])).attributes = {}
+    monkeypatch.setattr(data, "load", lambda *_, **__: dataset)
+    assert launch("out", f"{SWEEP} --sweep method=ladd,hyper_sd") == 2
+    assert "the fifth must be 0" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_another_teachers_students_are_not_taken_for_this_ones(swept, cache):

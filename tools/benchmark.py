@@ -316,6 +316,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.gpu and not torch.cuda.is_available():
         parser.error("--gpu: no GPU is here")
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: must be at least 1")
     keep_memory()  # as ladd.py does; it serves all contestants
     where = facts()
     dirty = " with uncommitted changes" if where["dirty"] else ""

@@ -66,7 +66,9 @@ def parse(argv):
     add("--batch", type=int, default=256, help="images at a time")
     args = parser.parse_args(argv)
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-    flags = {name: f"--{name.replace('_', '-')}" for name in given}
+    flags = {name: f"--{name.replace('_', '-')}" for name in given} | dict(run="the run")
+    if empty := [name for name in given if getattr(args, name) == ""]:
+        parser.error(f"{flags[empty[0]]}: is empty; give it a value, or leave it out")
     for mode, read in dict(evaluate=READ, export=WRITTEN).items():
         if getattr(args, mode) and (unread := [name for name in given if name not in read]):
             parser.error(f"{flags[unread[0]]}: no place beside --{mode}, which does not read it")
@@ -80,6 +82,8 @@ def parse(argv):
     for name, other in needs.items():
         if name in given and not getattr(args, other):
             parser.error(f"{flags[name]}: is for --{other.replace('_', '-')}")
+    if args.data and not args.evaluate and args.prompts != "@captions":
+        parser.error(f"--data {args.data}: is for --prompts @captions and for --evaluate")
     if args.trajectory and not args.trajectory.lower().endswith(".gif"):
         parser.error(f"--trajectory {args.trajectory}: is written as .gif; let it end so")
     return args
@@ -92,7 +96,7 @@ def read_prompts(args, generator):
         for captions, _ in data.held_out_captions(data_of(generator, args), args.num or 16):
             prompts += captions
     elif args.prompts:
-        prompts += read_lines(args.prompts, "--prompts")
+        prompts += read_lines(args.prompts, "--prompts", repeated=True)
     if not prompts:
         raise UsageError("no prompt: give --prompt TEXT, --prompts FILE, or --prompts @captions")
     length = math.inf if args.decode else generator.settings.text_length
@@ -217,7 +221,8 @@ def make_pictures(args):
         path = generator.trajectory(first, range(len(first)), **options)
         frames = [square(codec.decode(x)) for x in path]
         save_gif(frames, args.trajectory)
-        print(f"{plural(len(frames), 'frame')}: {args.trajectory}")
+        shown = f" of the first {len(first)} images" if len(first) < len(prompts) else ""
+        print(f"{plural(len(frames), 'frame')}{shown}: {args.trajectory}")
 
 
 def main(argv):

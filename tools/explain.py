@@ -12,6 +12,7 @@ import torch
 
 import data
 import ladd
+from lib.errors import UsageError
 from lib.run import Run
 from mmdit import MMDiT
 from sample import add_noise
@@ -38,8 +39,12 @@ def show_gradients(loss, symbol, networks):
 
 def explain(s, watch, given):
     s, dataset, _ = open_data(s, given)
+    if not dataset.channels:
+        raise UsageError(f"--explain follows images, and --data {s.data} has prompts alone.")
     run = Run(s, dataset, data.text_features(dataset, s.text_dim, s.text_length), watch)
     taught = run.path("teacher").exists()
+    if not taught and (s.teacher or s.source):
+        raise UsageError(f"--explain reads no teacher but {run.path('teacher')}, a finished run's.")
     teacher = ladd.load(run, "teacher") if taught else run.make(MMDiT, **s.model())
     student = run.adapted(teacher) if s.lora else copy.deepcopy(teacher).requires_grad_(True)
     if s.discriminator:

@@ -39,10 +39,10 @@ def draw_levels():
         normal = torch.distributions.Normal(s.t_hat_mean, s.t_hat_std)
         density = normal.log_prob(t.logit()).exp() / (t * (1 - t))  # du/dt of t = sigmoid(u)
         label = f"t̂ of {preset}: m = {s.t_hat_mean:g}, σ = {s.t_hat_std:g}"
-        axis.fill_between(t, density / density.max(), alpha=0.4, label=label)
+        axis.fill_between(t, density / 4, alpha=0.4, label=label)
     bars = axis.bar(s.levels, s.level_p, 0.012, color="tab:red", label="t of the student")
     axis.bar_label(bars, [f"t = {level:.2g}" for level in s.levels])
-    axis.set(ylabel="probability of t, density of t̂")
+    axis.set(ylabel="probability of t, density of t̂ / 4")
     axis.set_xlabel("noise level: 0 is data, 1 is pure noise")
     axis.legend(loc="upper left")
     return axis.figure
@@ -85,14 +85,14 @@ def pass_table():
 
 def draw_health(logs):
     """The numbers of some runs, {label: log.jsonl}, with a line where each is a bad sign."""
-    runs = {}
+    axes, runs = subplots(len(NUMBERS)), {}
     for label, path in logs.items():
         lines = Path(path).read_text("utf-8").splitlines()
         runs[label] = [json.loads(line) for line in lines if "loss_g" in line]
-    axes = subplots(len(NUMBERS))
     for axis, (name, (bad, meaning)) in zip(axes, NUMBERS.items(), strict=True):
         for label, rows in runs.items():
-            axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=label)
+            known = [row for row in rows if name in row]
+            axis.plot([row["step"] for row in known], [row[name] for row in known], label=label)
         axis.axhline(bad, color="grey", linestyle="--", label=f"{bad:g}: {meaning}")
         axis.set_ylabel(name)
         axis.legend(ncols=3)
@@ -109,10 +109,11 @@ def main(argv=None):
     print(pass_table())
     numbers = read_code()
     try:
+        health = draw_health(vars(args))  # of files that may be wrong: before any is replaced
         picture = draw_architecture(numbers)
         picture.savefig("docs/architecture.png", metadata=dict(numbers=json.dumps(numbers)))
         draw_levels().savefig("docs/levels.png", dpi=110)
-        draw_health(vars(args)).savefig("docs/health.png", dpi=110)
+        health.savefig("docs/health.png", dpi=110)
     except ImportError:
         missing = UsageError("matplotlib is missing: pip install matplotlib")
         return exit_status("tools/pictures.py", missing)

@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ladd
 from discriminator import Discriminator
-from lib.errors import Parser, UserError, exit_status
+from lib.errors import ENDS, Parser, exit_status
 from lib.lora import adapt
 from lib.memory import in_bytes, kept_by
+from lib.settings import refuse
 from mmdit import MMDiT
 from tools.train import given_settings
 
@@ -90,11 +91,16 @@ def plan(s, gpus=1, tflops=989.0, utilisation=0.4):
     is float32, as are gradients (there all the time, as when they are accumulated), AdamW's two
     moments and the average; the teacher is as the arithmetic. With --lora the student has only its
     adapter, and the teacher's weights. FSDP's buffers are not counted."""
+    if s.batch % (gpus * s.accumulate):
+        equal = f"can't be divided equally among {gpus} GPUs with --accumulate {s.accumulate}"
+        refuse(s, "batch", f"its images {equal}")
+    if gpus > 1 and gpus % s.replicas:
+        refuse(s, "replicas", f"must divide the {gpus} GPUs")
     student, teacher, heads, dtype = meta_networks(s)
     P, T, K = numbers_of(student), numbers_of(teacher, frozen=True), numbers_of(heads)
     block = max(numbers_of(b, frozen=True) for b in student.joint_blocks)
     learning = max(map(numbers_of, student.joint_blocks))
-    width, images = dtype.itemsize, math.ceil(s.batch / gpus)
+    width, images = dtype.itemsize, s.batch // gpus
     parts = max(1, gpus // s.replicas) if s.shard else 1  # that all but the heads is divided into
     each = dict(weights=4, gradients=4, optimiser=8)  # bytes, of a weight that learns
     share = {name: n * (P / parts + K) for name, n in each.items()}
@@ -110,7 +116,7 @@ def plan(s, gpus=1, tflops=989.0, utilisation=0.4):
     traffic = (gathers * width * T + 4 * P) * (1 - 1 / parts) * s.accumulate
     rows = gpus // parts  # that hold the same, and have gradients to exchange
     traffic += 8 * P / parts * (1 - 1 / rows)
-    ways, part = {}, math.ceil(images / s.accumulate)
+    ways, part = {}, images // s.accumulate
     for again in (False, True):
         kept, forward, flops = meta_iteration(s, part, again)
         seconds = max(flops * s.accumulate / (tflops * 1e12 * utilisation), traffic / NETWORK)
@@ -160,9 +166,9 @@ def main(argv=None):
         parser.error("--gpus must be at least 1, --tflops and --utilisation above 0 and finite")
     try:
         s, _ = given_settings(rest, parser.prog)
-    except UserError as error:
+        print(plan_table(s, args.gpus, args.tflops, args.utilisation), flush=True)
+    except ENDS as error:
         return exit_status(parser.prog, error)
-    print(plan_table(s, args.gpus, args.tflops, args.utilisation))
     return 0
 
 

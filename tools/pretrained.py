@@ -36,9 +36,13 @@ def publish(run, out):
     metrics = read_metrics(run)
     if not metrics:
         raise UsageError(f"{run}: no metrics.json; only a finished run is published")
-    for kind in ("teacher", "student", "heads"):
-        save(rounded(run / f"{kind}.pt", [kind]), out / f"{kind}.pt")
-    write_json(read_object(run / "config.json"), out / "config.json")
+    if not (run / "heads.pt").exists():
+        raise UsageError(f"{run}: no heads.pt; only a run that leaves LADD's heads is published")
+    config = read_object(run / "config.json")
+    parts = {kind: rounded(run / f"{kind}.pt", [kind]) for kind in ("teacher", "student", "heads")}
+    for kind, checkpoint in parts.items():  # all can be read: now the folder is made
+        save(checkpoint, out / f"{kind}.pt")
+    write_json(config, out / "config.json")
     if (run / "words.txt").exists():
         shutil.copy(run / "words.txt", out)
     write_json(metrics | dict(checkpoints=fingerprints(out)), out / "metrics.json")

@@ -26,17 +26,16 @@ from typing import NamedTuple
 import data
 import ladd
 import sample
-from lib.checks import check_for_method
 from lib.errors import Parser, UsageError, plural
 from lib.files import read_object, sha256, write_json, write_text
 from lib.machine import facts
 from lib.parallel import world
 from lib.pictures import panels, save_png, stack
 from lib.report import read_metrics, write_metrics
-from lib.settings import bound, command_of, locked, refuse
+from lib.settings import bound, command_of, locked
 from tools.report import given_and_truth, pictures_of
 from tools.table import STEPS, sweep_table
-from tools.train import base_of, given_settings, run_program, train
+from tools.train import base_of, given_settings, open_given, run_program, train
 
 UNITS = 6  # forwards of the network, an update of LADD; methods with other updates bring theirs
 METHODS = ("ladd", "regression", "consistency", "add", "dmd", "hyper_sd", "dpo", "inpaint", "edit")
@@ -90,25 +89,22 @@ def members_of(args, words):
         raise UsageError("--sweep: a name is there twice; give all of its values at once")
     axes, members = [axis_of(*each, methods) for each in named], []
     seeds = args.seeds.split(",")
-    if not all(seed.isdigit() for seed in seeds) or len(set(seeds)) < len(seeds):
+    if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
         raise UsageError(f"--seeds {args.seeds}: must be numbers, none twice: 0,1,2")
     for values in map(dict, itertools.product(*axes)):
         settings = dict(values)
         method, units = settings.pop("method", "ladd"), settings.pop("units", args.units)
         _, cost, kind = method_of(method)
-        if units and "iterations" in settings:
+        if units is not None and "iterations" in settings:
             raise UsageError("--sweep iterations: --units decides them")
-        if units:
+        if units is not None:
             settings["iterations"] = round(int(units) / cost)
         own = [*words, *map(word_of, settings.items())]
         runs = {int(seed): given_settings([*own, f"--seed={seed}"], kind=kind)[0] for seed in seeds}
-        for s in runs.values():
-            check_for_method(s, method)
-            for flag in ("teacher", "discriminator", "data"):
-                path = getattr(s, flag)
-                if path not in ("", "shapes", "cifar10") and not Path(path).exists():
-                    refuse(s, flag, "no such file or folder")
-        members.append(Member(values, method, runs))
+        member = Member(values, method, runs)
+        if member[1:] in [other[1:] for other in members]:
+            raise UsageError(f"--sweep: {told(member)} makes the same students as another value")
+        members.append(member)
         first = members[0].method
         if kind.told is not method_of(first)[2].told:
             what = f"the networks of {first} and {method} are told different things"
@@ -126,7 +122,7 @@ def axis_of(name, text, methods):
             raise UsageError(f"{wrong} a setting of {method} that changes results")
         mark = "/" if isinstance(known[name], tuple) else ","
     values = text.split(mark)
-    if not all(values) or (name == "units" and not all(map(str.isdigit, values))):
+    if not all(values) or (name == "units" and not all(map(str.isdecimal, values))):
         raise UsageError(f"{wrong} a name and its values: t_hat_mean=-1,0,1 or taps=0,1/1,2")
     return [(name, value) for value in values]
 
@@ -193,7 +189,7 @@ def student(member, seed, teacher_seed, out, watch):
             part = sample.load_generator(path, device=s.device, precision=s.precision)
             for row in scores(run, s, None, part)[1:]:
                 rows.append(row | dict(name=row["name"].replace("student", path.stem)))
-        took = [row["seconds"] for row in run.log.rows() if row.get("finished")]
+        took = [row.get("seconds") for row in run.log.rows() if row.get("finished")]
         took = took[-1] if took else None  # None: cut between the student and its row
         write_metrics(run, rows, dict(distillation=took))
     return read_metrics(folder)
@@ -252,6 +248,8 @@ def sweep(s, watch, members, command):
     """Every student, seed by seed, then the table. What is finished is skipped."""
     out, seeds = Path(s.out), list(members[0].settings)
     results = [dict(values=member.values, runs=[]) for member in members]
+    for member in members:  # what can be refused is refused before anything is made
+        open_given(member.settings[seeds[0]], member.method)
     with locked(out):
         if not (out / "shared").is_dir() and any(out.iterdir()):
             raise UsageError(f"{out} is not empty and not a sweep's folder: choose another --out.")

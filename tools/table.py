@@ -11,7 +11,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from lib.errors import plural
+from lib.errors import Parser, plural
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 DOCUMENTS = ("../README.md", "results.md", "ablations.md", "exercises.md")
@@ -127,11 +127,13 @@ def filled(text):
     return re.sub(r"(<!-- sweep: (\S+) -->).*?(<!-- end -->)", sweep, text, flags=re.S)
 
 
-def main(argv):
-    stale = 0
+def main(argv=None):
+    parser = Parser("tools/table.py", __doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="write the tables into the texts")
+    write, stale = parser.parse_args(argv).write, 0
     for path in (DOCS / name for name in DOCUMENTS):
         text = path.read_text("utf-8")
-        if "--write" in argv:
+        if write:
             path.write_text(filled(text), "utf-8")
         elif filled(text) != text:
             print(f"{path.name} is not what docs/results says: run python -m tools.table --write")
@@ -140,4 +142,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -42,7 +42,8 @@ def given_settings(argv, program="ladd.py", kind=ladd.Settings):
     """The command line -> settings of that kind, and whether --data was given: a preset's row, with
     every flag replacing a field; then --smoke and --steps-scale are worked in."""
     about = ladd.__doc__.splitlines()[0]
-    s, given = parse_settings(kind, ladd.PRESETS, argv, program, about, EPILOG)
+    epilog = EPILOG if program == "ladd.py" else ""
+    s, given = parse_settings(kind, ladd.PRESETS, argv, program, about, epilog)
     out = f"runs/{s.preset}"
     if program.startswith("-m methods."):
         out += "-" + program.split(".")[-1]
@@ -168,14 +169,12 @@ def compiling(s):
     return "yes"
 
 
-def train(s, watch, distil=ladd.distil, method="ladd", given=True):
-    """One run: checks what it is given, opens its folder, goes through its stages. -> the run"""
+def open_given(s, method, given=True):
+    """What a run is given: data and checkpoints that fit its settings, which fit the method.
+    -> settings, --teacher's checkpoint, data set, note"""
     if method != "ladd" and (s.shard or s.accumulate > 1):
         refuse(s, "shard" if s.shard else "accumulate", "is for LADD alone")
     check_for_method(s, method)
-    s = dataclasses.replace(s, compile=compiling(s))
-    if s.compile == "yes" and rank() == 0:
-        print("compiling: the first updates of a stage take a minute or two", flush=True)
     start = given_teacher(s) if s.teacher else None  # its tensors are views of the file
     heads = given_heads(s) if s.discriminator else None
     if (Path(s.out) / "teacher.pt").exists():
@@ -189,6 +188,15 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
     if rank() == 0:
         barrier()
     check_captions(s, method, dataset)
+    return s, start, dataset, note
+
+
+def train(s, watch, distil=ladd.distil, method="ladd", given=True):
+    """One run: checks what it is given, opens its folder, goes through its stages. -> the run"""
+    s, start, dataset, note = open_given(s, method, given)
+    s = dataclasses.replace(s, compile=compiling(s))
+    if s.compile == "yes" and rank() == 0:
+        print("compiling: the first updates of a stage take a minute or two", flush=True)
     text = data.text_features(dataset, s.text_dim, s.text_length)
     if text is not dataset:  # which brings features of its own
         note = " ".join(filter(None, [note, unread_words(dataset.captions, s.text_length)])) or None
@@ -239,10 +247,13 @@ def run_program(argv, program, parse, work):
 
 def main(argv, distil, method, kind):
     """The program of ladd.py and of methods/, after its command line; or the tool of a flag."""
+    program = "ladd.py" if method == "ladd" else f"-m methods.{method}"
     for flag, tool in TOOLS.items():
         if any(word.split("=")[0] == flag for word in argv):
+            if method != "ladd":
+                instead = f"to sweep: python ladd.py … --sweep method={method}"
+                return exit_status(program, UsageError(f"{flag} is ladd.py's alone; {instead}"))
             return importlib.import_module(f"tools.{tool}").main(argv)
-    program = "ladd.py" if method == "ladd" else f"-m methods.{method}"
     return run_program(
         argv,
         program,
