@@ -39,8 +39,8 @@ from tools import sweep
 from tools.train import given_settings
 
 HOW = dict(distil=dpo.distil, method="dpo", kind=dpo.Settings)
-BOTH = "--judge-steps 5 --evaluation 8 --save-every 2"
-OWN = f"{BOTH} --tie 0 --tuning-iterations 5 --lora 3 --t-hat-std 1"  # at higher t̂ logits tie
+BOTH = "--judge-steps 5 --evaluation 8 --save-every 2 --t-hat-std 1"  # at higher t̂ logits tie
+OWN = f"{BOTH} --tie 0 --tuning-iterations 5 --lora 3"
 BY_DPO = WORK.replace("words.split())", "words.split(), dpo.distil, 'dpo', dpo.Settings)")
 BY_DPO = (
     BY_DPO.replace("(0, 75)", "(0, 75, 143)")
