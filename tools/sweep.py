@@ -249,7 +249,8 @@ def sweep(s, watch, members, command):
     out, seeds = Path(s.out), list(members[0].settings)
     results = [dict(values=member.values, runs=[]) for member in members]
     for member in members:  # what can be refused is refused before anything is made
-        open_given(member.settings[seeds[0]], member.method)
+        if not all(read_metrics(folder_of(member, seed, s.seed, out)) for seed in seeds):
+            open_given(member.settings[seeds[0]], member.method)
     with locked(out):
         if not (out / "shared").is_dir() and any(out.iterdir()):
             raise UsageError(f"{out} is not empty and not a sweep's folder: choose another --out.")
