@@ -68,7 +68,11 @@ class DataSet:
     size = (0, 0)  # (H, W) of x_0
     train_size = None  # images that are trained on; None: endless
     held_out_size = None  # images that never are; None: endless
-    captions, attributes, labels = (), {}, torch.empty(0, 0, dtype=torch.int64)
+    captions, attributes = (), {}
+
+    @functools.cached_property  # which a set with attributes replaces
+    def labels(self):
+        return torch.empty(len(self.captions), 0, dtype=torch.int64)
 
     @property
     def sets(self):
@@ -81,7 +85,8 @@ class DataSet:
         raise NotImplementedError
 
     def told(self, text, index):
-        """What the network is told of images: their text features. Some methods tell it more."""
+        """What the network is told of images: their text features. Two methods tell it more, a
+        condition beside the text: inpainting and editing."""
         return text
 
     def to(self, device):
@@ -249,7 +254,7 @@ class Shapes(DataSet):
     name = "shapes 2"  # another number where they are drawn otherwise: runs are bound to it
 
     def __init__(self, height, width, seed=0, pairs=None):
-        self.size, self.seed = (height, width), seed
+        self.size, self.seed, self.stream = (height, width), seed, "shapes"
         self.palette = np.array(list(COLOURS.values()), np.float32)
         self.tones = self.palette / 2  # of a pattern, each beside its own colour
         self.tones[list(COLOURS).index("black")] = 120
@@ -272,9 +277,9 @@ class Shapes(DataSet):
         self.rows[tuple(labels.T)] = np.arange(len(labels))  # attribute values -> caption
 
     def of_size(self, size):
-        """The same images and captions in another size."""
+        """The same captions in another size, with draws of their own."""
         other = copy.copy(self)
-        other.size = size
+        other.size, other.stream = size, f"{self.stream}, {size[0]}×{size[1]}"
         return other
 
     def caption(self, row):
@@ -293,9 +298,9 @@ class Shapes(DataSet):
         relation; 9 to 14 the second one's size, colour, shape, place; 15 to 18 the pattern."""
         index = np.asarray(index, np.int64)
         if held_out:  # all seeds are scored alike
-            u = uniform(0, "shapes, held out", index, 19)
+            u = uniform(0, f"{self.stream}, held out", index, 19)
         else:
-            u = uniform(self.seed, "shapes", index, 19)
+            u = uniform(self.seed, self.stream, index, 19)
         pick = lambda slot, n: (u[:, slot] * n).astype(np.int64)  # noqa: E731
         size, colour, shape = pick(0, 2), pick(1, 8), pick(2, 4)
         background, pattern = (colour + 1 + pick(3, 7)) % 8, pick(15, 4)
@@ -419,20 +424,20 @@ def check(dataset, s, processes, needs_images):
         )
 
 
-def load(name, sizes, *, data_dir="data", seed=0):
+def load(name, sizes, *, data_dir="data", seed=0, flip=True):
     """The data set `shapes`, `cifar10`, or of a folder or zip of images, or a folder of shards.
 
-    sizes: the (H, W) of x_0, one or several."""
+    sizes: the (H, W) of x_0, one or several. flip: whether photographs are mirrored at random."""
     if name == "shapes":
         pairs = min(map(min, sizes)) >= PAIR_SIDE  # in all buckets or in none
         first = Shapes(*sizes[0], seed, pairs)
-        return one_or_buckets([first.of_size(size) for size in sizes])
+        return one_or_buckets([first, *map(first.of_size, sizes[1:])])
     if name == "cifar10":
         from lib.cifar10 import read_cifar10
         from lib.images import nearest
 
         found = read_cifar10(Path(data_dir), *nearest(sizes, 1, 1))  # its images are square
-        return ImageSet(*found, seed)
+        return ImageSet(*found, seed, flip)
     if not os.path.exists(name):
         raise DataError(f"--data {name}: no such folder or file, and not one of shapes, cifar10.")
     if os.path.exists(os.path.join(name, "shards.json")):
@@ -442,7 +447,8 @@ def load(name, sizes, *, data_dir="data", seed=0):
     from lib.folders import read_folder
 
     sets, content, *known = read_folder(name, sizes)
-    return one_or_buckets([ImageSet(content, train, held, *known, seed) for train, held in sets])
+    known += seed, flip
+    return one_or_buckets([ImageSet(content, train, held, *known) for train, held in sets])
 
 
 def parse_size(text):

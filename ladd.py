@@ -71,10 +71,10 @@ class Batch(NamedTuple):
     text: Text  # (B, M, D_c), (B, D_p)
     t: torch.Tensor  # (B,) the student's levels
     noise: torch.Tensor  # (B, C, H, W) ε of line 1
-    paired: torch.Tensor  # (B,) whether x_t still holds some of x_0: there x̂_0 is held to it
+    paired: torch.Tensor  # (B,) whether ε is x_0's own: there x̂_0 is held to x_0
     t_hat: torch.Tensor  # (B,) t̂, the level of the re-noising
     noise_hat: torch.Tensor  # (B, C, H, W) the noise of line 3
-    caption: torch.Tensor  # (B,) rows of the captions of `Samples`
+    caption: torch.Tensor  # (B,) rows of `Samples.words`: methods read it
 
 
 def student_predict(student, x0, text, t, noise):
@@ -159,12 +159,13 @@ class Settings(HowToRun):
     seed: int = setting(0, "of all randomness")
     size: tuple = setting((16, 16), "of the images, pixels: 16 or 24x40", parse=parse_size)
     aspects: tuple = setting((), "width:height of more sizes of the same area", kind=str)
+    flip: bool = setting(True, "mirror half of the images at random (shapes: never)")
     # the network: teacher and student
     channels: int = setting(3, "of x_0: 3 for pixels", low=1)
     downscale: int = setting(1, "pixels per position of x_0: 8 for SD3's latents", low=1)
     patch: int = setting(2, "side of a patch", low=1)
     width: int = setting(128, "D", low=1)
-    depth: int = setting(4, "blocks", low=1)
+    depth: int = setting(4, "blocks", low=1, high=1000)
     heads: int = setting(4, "attention heads", low=1)
     qk_norm: bool = setting(True, "RMSNorm of queries and keys, as in SD3.5")
     attn2_blocks: int = setting(0, "first blocks with a second attention (SD3.5-medium)", low=0)
@@ -216,7 +217,7 @@ class Settings(HowToRun):
     )
     teacher_steps: int = setting(32, "Euler steps of the teacher", low=1, high=10_000, smoke=4)
     cfg: float = setting(4.0, "guidance scale w of the teacher's samples", low=-1e3, high=1e3)
-    eta: float = setting(0.0, "share of fresh noise between the student's steps", low=0, high=1)
+    eta: float = setting(0.0, "weight of fresh noise between the student's steps", low=0, high=1)
     judge_steps: int = setting(700, "updates of the judge", low=1, high=10**6, smoke=20)
     judge_width: int = setting(32, "its channels", low=4, high=1024)
     stage: str = setting("all", "run one of STAGES alone", choices=("all", *STAGES), free=True)
@@ -265,9 +266,8 @@ class Settings(HowToRun):
 
     def head_sizes(self):
         """The Discriminator's arguments."""
-        pooled_dim = self.pooled_dim or self.text_dim
-        sizes = dict(width=self.width, taps=self.tapped, pooled_dim=pooled_dim)
-        return sizes | dict(hidden=self.head_width)
+        sizes = dict(width=self.width, taps=self.tapped, hidden=self.head_width)
+        return sizes | dict(pooled_dim=self.model()["pooled_dim"])
 
     def scaled(self):
         """With the levels' probabilities worked in, too."""
@@ -300,7 +300,7 @@ PRESETS = {
         taps=(), student_ema=0.999, evaluation=10_000, judge_steps=8_000, judge_width=64,
         log_every=50, save_every=2_000, sample_every=2_000,
     ),
-    "small": dict(  # ours, not run yet
+    "small": dict(  # ours, run in short only
         size=(64, 64), aspects=("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16"), patch=4,
         width=512, depth=12, heads=8, text_length=16, teacher_iterations=40_000, teacher_batch=256,
         teacher_lr=1e-3, teacher_ema=0.999, synthetic=50_000, iterations=10_000,
@@ -438,7 +438,7 @@ def distillation_samples(run):
 
 
 def draw_levels(settings, n, step, random):
-    """n levels of the student, by their probabilities; at the first only heads teach. -> (n,)"""
+    """n levels of the student, by their probabilities. -> (n,)"""
     warm = step < settings.level_warmup
     p = np.array(settings.level_warmup_p if warm else settings.level_p)
     return torch.from_numpy(random.choice(np.float32(settings.levels), n, p=p / p.sum()))
@@ -457,7 +457,7 @@ def draw_batch(run, samples, step, heads_warmup=0, own_noise="low"):
     images, caption = bucket.batch(index)
     x0 = data.to_float(moved(images, device))
     text = bucket.told(run.text.features(words[caption]), index)
-    since = max(0, step - heads_warmup)  # the student's own updates: 0 while the heads learn alone
+    since = max(0, step - heads_warmup)  # how many updates the student has had
     t = moved(my_share(draw_levels(s, s.batch, since, random)), device)
     m = s.t_hat_mean + s.logit_shift(x0.shape[2:])
     t_hat = moved(my_share(logit_normal(s.batch, m, s.t_hat_std, random)), device)

@@ -12,7 +12,7 @@ pooled caption (adaLN-Zero). The output is the velocity v of rectified flow.
     C, H, W  channels, height, width     t       t           (B,)          0 is data, 1 is noise
     p        patch size                  c       context     (B, M, D_c)   text features per token
     h, w     H/p, W/p: grid of patches   y       pooled      (B, D_p)      text features, pooled
-    N, M     image tokens h·w, text      v       (returned)  (B, C, H, W)  velocity ε - x_0
+    N, M     tokens: of image h·w, text  v       (returned)  (B, C, H, W)  velocity ε - x_0
     D        width; A heads of d = D/A   -       features    [(B, N, D)]   tokens after taps
 
 Parameters carry the names and shapes of the released checkpoints, so SD3-medium, SD3.5-medium and
@@ -136,7 +136,7 @@ class Attention(nn.Module):
         return q, k, v
 
     def merge(self, attended):
-        """What every head read, (B, A, L, d), side by side and projected -> (B, L, D)"""
+        """What every attention head read, (B, A, L, d), side by side and projected -> (B, L, D)"""
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 
@@ -182,7 +182,7 @@ class Stream(nn.Module):
         return self.attn.project(modulate(layer_norm(x), shift, scale))
 
     def update(self, x, attended, mod):
-        """Adds what the heads read, (B, A, L, d), then the MLP, each through its gate."""
+        """Adds what the attention read, (B, A, L, d), then the MLP, each through its gate."""
         gate, mlp_shift, mlp_scale, mlp_gate = mod[2:6]
         if self.attn2 is not None:
             shift2, scale2, gate2 = mod[6:]
@@ -238,7 +238,7 @@ class MMDiT(nn.Module):
     `pos_size` is the side of the position table: the largest h or w the network can take.
     `attn2_blocks` is the number of first blocks with a second image attention (13 in SD3.5-medium).
     `condition_channels` are inputs beside x_t, such as a picture to edit. Their embedding is added
-    to that of x_t, which makes one embedding of both, and starts at zero.
+    to that of x_t: one patch embedding of the channels of both, whose second part starts at zero.
     With the attribute `checkpointing` a backward computes every block again instead of keeping it.
     """
 
@@ -317,7 +317,7 @@ class MMDiT(nn.Module):
 
         x (B, C, H, W), t (B,), context (B, M, D_c), pooled (B, D_p), condition (B, C', H, W)
         -> v (B, C, H, W), features: list of (B, N, D), one per tap in ascending order.
-        With `features_only` nothing runs after the last tapped block, and v is None."""
+        With `features_only` and a tap nothing runs after the last tapped block, and v is None."""
         B, C, H, W = x.shape
         p = self.config["patch"]
         if H % p or W % p:

@@ -107,9 +107,9 @@ def euler(model, x, times, text, uncond=None, cfg=1.0):
 def renoise(model, x, levels, text, fresh_noise, eta=0.0):
     """The student's few-step sampler: predict x̂_0, noise it to the next level, repeat.
 
-    x = x_t at levels[0]; fresh_noise(i) gives the noise of step i. Without guidance. η mixes the
-    noise: 0 keeps the one that the student has just predicted, ε̂ = x̂_0 + v, which makes this an
-    Euler sampler on the student's levels; 1 draws it afresh. Between them it has variance 1, too.
+    x = x_t at levels[0]; fresh_noise(i) gives the noise of step i. Without guidance. The noise
+    is √(1 - η²) of the one that the student has just predicted, ε̂ = x̂_0 + v, and η of fresh one:
+    its variance is 1 for any η. η = 0 makes this an Euler sampler on the student's levels.
     (LADD's paper does not say which; consistency models draw it, the released turbo models keep
     it.)"""
     for i, t in enumerate(levels):
@@ -142,7 +142,8 @@ def latent_sizes(s):
 
 
 def noise_of(seed, stream, indices, shape, step=0, device="cpu"):
-    """The noise of sampling: ε of every image at a step. -> (B, *shape)"""
+    """The noise of sampling, ε at a step. The noise of image i depends on (seed, stream, i) alone,
+    wherever and whenever it is drawn. -> (B, *shape)"""
     return normal(seed, f"{stream}, step {step}", indices, shape, device)
 
 
@@ -192,7 +193,8 @@ class Generator:
         sampler follows the number of positions, SD3's rule: α·√(H·W / that of the training).
 
         indices: the number of every image, which with seed and stream decides its noise.
-        start: (x0 of one image, strength), to begin at it noised to that level, not at noise."""
+        start: (x0 of one image, strength), to begin at it noised to that level, not at noise. All
+        levels are then times the strength, so a student meets some that it has not learned at."""
         s = self.settings
         steps, cfg, sampler = self.way(steps, cfg, sampler)
         shape = (self.model.config["channels"], *(size or self.size))

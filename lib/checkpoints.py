@@ -73,7 +73,7 @@ def base_of(checkpoint, path, network, check):
 
 def settings_of(checkpoint):
     """A checkpoint's settings, read as attributes. An older version's size is one side."""
-    older = dict(downscale=1, pooled_dim=0, aspects=(), eta=0.0)
+    older = dict(downscale=1, pooled_dim=0, aspects=(), eta=0.0, flip=True)
     s = SimpleNamespace(**older | checkpoint["settings"])
     if isinstance(s.size, int):
         s.size = (s.size, s.size)

@@ -1,5 +1,6 @@
 """data.py: what it promises about pixels, text features, shapes, image sets and buckets."""
 
+import itertools
 import re
 from collections import Counter
 
@@ -363,10 +364,34 @@ def test_second_objects_come_from_32_pixels_on(least):
     assert "relation" not in data.Shapes(31, 60).attributes
 
 
-def test_a_bucket_of_the_shapes_is_the_set_of_its_size():
-    wide, tall = data.load("shapes", [(12, 14), (16, 10)], seed=3).sets
+def test_the_first_bucket_of_the_shapes_is_the_set_of_its_size():
+    wide, _ = data.load("shapes", [(12, 14), (16, 10)], seed=3).sets
     assert torch.equal(wide.batch(range(5))[0], data.Shapes(12, 14, seed=3).batch(range(5))[0])
-    assert torch.equal(tall.batch(range(5))[0], data.Shapes(16, 10, seed=3).batch(range(5))[0])
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_buckets_of_the_shapes_have_the_same_captions_and_draws_of_their_own(held_out):
+    """So scores over seven sizes rest on seven times as many captions and places."""
+    sets = data.load("shapes", [(12, 14), (16, 10), (14, 12)], seed=3).sets
+    assert all(each.captions == sets[0].captions for each in sets)
+    drawn = [each.batch(range(200), held_out)[1] for each in sets]
+    for a, b in itertools.combinations(drawn, 2):
+        assert (a == b).double().mean() < 0.05
+
+
+def test_a_set_without_attributes_asks_a_judge_nothing():
+    """What `DataSet` says of itself is enough for every stage, the report's judge included."""
+
+    class Grey(data.DataSet):
+        captions, size, seed = ("dark", "light"), (8, 8), 0
+
+        def batch(self, index, held_out=False):
+            index = np.asarray(index)
+            shade = torch.from_numpy(255 * (index % 2)).to(torch.uint8)
+            return shade.view(-1, 1, 1, 1).expand(-1, 3, 8, 8), torch.from_numpy(index % 2)
+
+    _, labels = data.judge_batches(Grey())(0, 6)
+    assert labels.shape == (6, 0) and labels.dtype == torch.int64
 
 
 @pytest.mark.parametrize("size", [(16, 20), (40, 52)])

@@ -6,7 +6,8 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import PICTURE, folder, json_lines, plain, png, row_of, run_on, zipped
+from conftest import PICTURE, encode, folder, json_lines, plain, png, row_of, run_on, zipped
+from PIL import Image
 
 import data
 import ladd
@@ -16,6 +17,18 @@ from lib.errors import MOST_CHARACTERS, DataError
 def read(path, height, width, **options):
     """The data set of a folder or a zip."""
     return data.load(f"{path}", [(height, width)], **options)
+
+
+def test_without_flip_no_image_of_a_folder_is_mirrored(tmp_path):
+    """For captions that name a side, and for letters and digits."""
+    half = np.zeros((4, 4, 3), np.uint8)
+    half[:, 2:] = 255
+    folder(
+        tmp_path, {f"dark left/{k:02}.png": encode(Image.fromarray(half), "PNG") for k in range(20)}
+    )
+    right, mirrored = (read(tmp_path, 4, 4, flip=f).batch(range(80))[0] for f in (False, True))
+    assert (right[..., 0] == 0).all()
+    assert 0 < (mirrored[..., 0] == 255).double().mean() < 1
 
 
 def keys(images):

@@ -102,17 +102,21 @@ def test_a_checkpoint_of_the_metrics_that_is_gone_is_named_with_the_way_out(run,
         read_metrics(folder)
 
 
-def test_the_untrained_rows_are_the_student_before_distillation(run, tmp_path):
-    """A student with the teacher's weights has the very scores of the untrained rows."""
+@pytest.mark.parametrize("own", [{}, dict(levels=(1.0, 0.3), eta=1.0, cfg=2.0, teacher_steps=3)])
+def test_the_untrained_rows_are_the_student_before_distillation(run, tmp_path, own):
+    """A student with the teacher's weights has the very scores of the untrained rows; also where
+    the teacher is another run's (--from) and brings `own` settings of that one."""
     folder = shutil.copytree(run, tmp_path / "run")
     teacher = torch.load(folder / "teacher.pt", weights_only=True)
     torch.save(teacher | dict(kind="student"), folder / "student.pt")
+    torch.save(teacher | dict(settings=teacher["settings"] | own), folder / "teacher.pt")
     (folder / "metrics.json").unlink(missing_ok=True)
     assert evaluate(run, folder=folder) == 0
     rows = json.loads((folder / "metrics.json").read_text())["rows"]
     for row in rows:
         row.pop("seconds", None)
     score = {row.pop("name"): row for row in rows}
+    assert "teacher, 4 steps, CFG 4" in score
     for steps in ("4 steps", "2 steps", "1 step"):
         assert score[f"student, {steps}"] == score[f"untrained, {steps}"]
     assert score["student, 4 steps"] != score["student, 1 step"]

@@ -43,7 +43,7 @@ def parse(argv):
     add("--teacher", action="store_true", help="sample from the teacher instead of the student")
     add("--cfg", type=float, help="guidance scale w (default: the teacher's own; students: 1)")
     add("--sampler", choices=("renoise", "euler"), help="default: renoise, for a teacher euler")
-    add("--eta", type=float, help="share of fresh noise between the student's steps (0 to 1)")
+    add("--eta", type=float, help="weight of fresh noise between the student's steps (0 to 1)")
     add("--seed", type=int, help="of the noise (default: 0; of scores the run's own)")
     add("--size", type=data.parse_size, metavar="HxW", help="pixels (default: as it was trained)")
     add("--out", default="samples.png", help="a grid as .png, or a folder for one PNG per image")

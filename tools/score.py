@@ -5,6 +5,7 @@
 What is scored as in the run's report goes to its metrics.json; other scores are printed alone.
 """
 
+import copy
 from pathlib import Path
 
 import data
@@ -23,7 +24,11 @@ def data_of(generator, args):
     """The data set that a model was trained on, or --data."""
     s = generator.settings
     return data.load(
-        args.data or s.data, sample.latent_sizes(s), data_dir=args.data_dir, seed=s.seed
+        args.data or s.data,
+        sample.latent_sizes(s),
+        data_dir=args.data_dir,
+        seed=s.seed,
+        flip=s.flip,
     )
 
 
@@ -35,6 +40,7 @@ def score(args):
     student = sample.load_generator(folder, False, args.device, args.precision)
     if "condition_channels" in student.model.config:
         raise UsageError(f"{folder}: fills or edits pictures; its scores are in its report.md")
+    teacher.settings = copy.copy(student.settings)  # its own are another run's after --from
     metrics, s = read_metrics(folder), vars(student.settings)
     wrong = [k for k, most in MOST.items() if type(s.get(k)) is not int or not 0 < s[k] <= most]
     if wrong or s["downscale"] > 1:

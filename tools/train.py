@@ -80,7 +80,7 @@ def open_data(s, given):
     and the note says so; data that is there is never replaced."""
     note = None
     try:
-        dataset = data.load(s.data, s.sizes, data_dir=s.data_dir, seed=s.seed)
+        dataset = data.load(s.data, s.sizes, data_dir=s.data_dir, seed=s.seed, flip=s.flip)
     except NotFetched as error:
         if given or s.is_latent:
             raise
