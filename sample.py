@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 import data
+from discriminator import Discriminator
 from lib import checkpoints
 from lib.errors import UsageError
 from lib.lora import added, build
@@ -130,7 +131,8 @@ def renoise(model, x, levels, text, fresh_noise, eta=0.0):
 def read_checkpoint(path, kinds=("teacher", "student"), check=True):
     """A checkpoint's dict: kind, model (arguments), weights (memory-mapped), settings (read as
     attributes), step. Runs no code. check: whether its checksums are."""
-    return checkpoints.read_checkpoint(path, kinds, MMDiT, check)
+    network = Discriminator if "heads" in kinds else MMDiT
+    return checkpoints.read_checkpoint(path, kinds, network, check)
 
 
 def latent_sizes(s):

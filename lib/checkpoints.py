@@ -4,16 +4,21 @@ A checkpoint may be a stranger's: it is refused where its parts can't be used, o
 more memory or time than they have content.
 """
 
+import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
+from lib.checks import ASPECT
 from lib.errors import CheckpointError, UsageError, clean, reason
 from lib.files import checksum, read
 from lib.kinds import kind_of
 from lib.lora import build, own_state
 from lib.settings import differences
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def is_ours(path):
@@ -41,16 +46,18 @@ def read_checkpoint(path, kinds, network, check=True, alone=False):
         raise CheckpointError(f"{path}: holds {checkpoint.get('kind')}, not {' or '.join(kinds)}.")
     try:
         checkpoint["settings"] = settings_of(checkpoint)
+        check_weights(checkpoint["weights"], path.stat().st_size)
+        if checkpoint["model"].get("depth", 0) > len(checkpoint["weights"]):
+            raise ValueError("fewer weights than blocks")
+        with torch.device("meta"):  # no memory for what the arguments claim
+            model = build(network, checkpoint)
+        if odd := own_state(model).keys() ^ checkpoint["weights"].keys():
+            raise ValueError(f"not the weights of its network: {clean(min(odd), 100)}")
+        model.load_state_dict(checkpoint["weights"], strict=False, assign=True)
         if checkpoint["kind"] != "heads":
-            check_weights(checkpoint["weights"], path.stat().st_size)
-            if checkpoint["model"]["depth"] > len(checkpoint["weights"]):
-                raise ValueError("fewer weights than blocks")
-            with torch.device("meta"):  # no memory for what the arguments claim
-                model = build(network, checkpoint)
-            if odd := own_state(model).keys() ^ checkpoint["weights"].keys():
-                raise ValueError(f"not the weights of its network: {clean(min(odd), 100)}")
-            model.load_state_dict(checkpoint["weights"], strict=False, assign=True)
             check_settings(checkpoint["settings"], model.config)
+        elif "optimizer" in checkpoint:
+            check_moments(checkpoint["optimizer"]["state"], checkpoint["weights"])
     except Exception as error:
         why = reason(error, 300)
         raise CheckpointError(f"{path}: its parts don't fit together ({why}).") from None
@@ -73,7 +80,7 @@ def base_of(checkpoint, path, network, check):
 
 def settings_of(checkpoint):
     """A checkpoint's settings, read as attributes. An older version's size is one side."""
-    older = dict(downscale=1, pooled_dim=0, aspects=(), eta=0.0, flip=True)
+    older = dict(downscale=1, pooled_dim=0, aspects=(), eta=0.0, flip=True, precision="auto")
     s = SimpleNamespace(**older | checkpoint["settings"])
     if isinstance(s.size, int):
         s.size = (s.size, s.size)
@@ -84,8 +91,20 @@ def check_weights(weights, size):
     """Raises where weights are no plain tensors, or claim more than a file of `size` bytes has."""
     if any(type(w) is not torch.Tensor or w.is_meta or w.is_sparse for w in weights.values()):
         raise ValueError("weights that are no plain tensors")
+    if odd := {w.dtype for w in weights.values()}.difference(FLOATS):
+        raise ValueError(f"weights of {odd.pop()}, not of fp32, bf16 or fp16")
     if sum(w.numel() * w.element_size() for w in weights.values()) > size:
         raise ValueError("it claims more weights than it holds")
+
+
+def check_moments(state, weights):
+    """Raises where AdamW's moments are not those of the weights; its kernels would not notice."""
+    for i, weight in enumerate(weights.values()):
+        first, second = state[i]["exp_avg"], state[i]["exp_avg_sq"]
+        if not first.shape == second.shape == weight.shape:
+            raise ValueError("the optimiser's moments have other shapes than the weights")
+        if not all(float(x.sum()) < math.inf for x in (first.abs(), second, state[i]["step"])):
+            raise ValueError("the optimiser's moments are not finite")
 
 
 def not_finite(weights):
@@ -106,8 +125,10 @@ def check_settings(s, config):
     if s.text_dim != config["context_dim"] or (s.pooled_dim or s.text_dim) != config["pooled_dim"]:
         raise ValueError(f"text_dim {s.text_dim}")
     numbers = torch.tensor([s.cfg, s.shift, *s.levels])
-    if not numbers.isfinite().all() or s.shift <= 0 or not all(s.levels):
-        raise ValueError("cfg, shift or levels")
+    if not numbers.isfinite().all() or s.shift <= 0 or not all(s.levels) or not 0 <= s.eta <= 1:
+        raise ValueError("cfg, shift, levels or eta")
+    if not all(re.fullmatch(ASPECT, aspect) for aspect in s.aspects):
+        raise ValueError(f"aspects {s.aspects}")
 
 
 def same_network(flag, file, given, wanted):

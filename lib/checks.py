@@ -12,6 +12,8 @@ from lib.captions import split_words
 from lib.parallel import world
 from lib.settings import refuse
 
+ASPECT = "[1-9][0-9]*:[1-9][0-9]*"  # width:height
+
 
 def check_together(s):
     """Raises the UsageError of the first field that does not fit the others."""
@@ -20,7 +22,7 @@ def check_together(s):
         refuse(s, "size", f"patches of {patch} pixels don't divide it")
     if max(s.size) > patch * s.pos_size:
         refuse(s, "size", f"more than {s.pos_size} patches a side")
-    if not all(re.fullmatch("[1-9][0-9]*:[1-9][0-9]*", aspect) for aspect in s.aspects):
+    if not all(re.fullmatch(ASPECT, aspect) for aspect in s.aspects):
         refuse(s, "aspects", "must be WIDTH:HEIGHT,… such as 1:1,3:2,2:3")
     for height, width in s.sizes:
         if max(height, width) > s.patch * s.pos_size:

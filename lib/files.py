@@ -140,7 +140,8 @@ def read(path, *, check=True, mmap=False):
     check: whether the checksums are. mmap: a tensor is read where it is touched."""
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file. Has the run got that far?")
+        far = " Has the run got that far?" if (path.parent / "log.jsonl").exists() else ""
+        raise CheckpointError(f"{path}: no such file.{far}")
     if not path.is_file():
         raise CheckpointError(f"{path}: not a file.")  # a pipe or a device might never end
     if kind_of(path) != "torch":

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import functools
 import os
+import signal
 import sys
 
 import torch
@@ -27,8 +28,10 @@ def number_of(variable, otherwise):
 
 
 def rank():
-    """Which process this is; one alone is the first, whatever RANK was left over."""
-    return number_of("RANK", 0) if world() > 1 else 0
+    """Which process this is; the first for one alone, whatever RANK was left over, and for one that
+    `check_rank` refuses."""
+    mine = number_of("RANK", 0)
+    return mine if mine < world() else 0
 
 
 def world():
@@ -56,6 +59,7 @@ def processes(device, program):
     if lacking:
         what = f"WORLD_SIZE is {world()}, without {', '.join(lacking)}"
         raise UsageError(f"{what}: start many processes by torchrun, or unset WORLD_SIZE.")
+    check_rank()
     out, err = sys.stdout, sys.stderr
     if rank() > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
@@ -63,16 +67,19 @@ def processes(device, program):
     if cuda:
         torch.cuda.set_device(device)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # without it, old addresses
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    patience = datetime.timedelta(minutes=10)
     try:
-        store = dist.PrefixStore(f"attempt {attempt}", next(dist.rendezvous("env://"))[0])
+        with deaf():
+            meeting = next(dist.rendezvous("env://", timeout=patience))[0]
+            store = dist.PrefixStore(f"attempt {attempt}", meeting)
+            options = dict(rank=rank(), world_size=world(), timeout=patience)
+            dist.init_process_group(backend, store=store, **options)
     except (ValueError, RuntimeError) as error:  # no such address, a port in use, nobody there
         sys.stdout, sys.stderr = out, err
-        raise RunError(
-            f"process {rank()} of {world()} finds no others ({reason(error)})."
-        ) from None
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    options = dict(rank=rank(), world_size=world(), timeout=datetime.timedelta(minutes=10))
-    dist.init_process_group(backend, store=store, **options)
+        where = ":".join(map(os.environ.get, TORCHRUN[1:]))
+        why = f"process {rank()} of {world()} finds no others at {where} ({reason(error)})."
+        raise RunError(why) from None
     try:
         yield
         stop_processes()
@@ -90,6 +97,16 @@ def processes(device, program):
         os._exit(status)  # without waiting for the others
     finally:
         sys.stdout, sys.stderr = out, err
+
+
+@contextlib.contextmanager
+def deaf():
+    """While C++ waits, no handler of Python's runs: Ctrl-C ends the process at once."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def lost_process(error):

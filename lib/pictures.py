@@ -108,6 +108,9 @@ def save_pictures(images, out, prompts, notes):
         save_png(square(images), out, prompt="; ".join(dict.fromkeys(prompts)), **notes)
         return len(images)
 
+    if (out / f"{len(prompts):05d}.png").exists():
+        raise UsageError(f"{out} has pictures of an earlier, longer command; choose another folder")
+
     def write(i, image):
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
         save_png(picture, out / f"{i:05d}.png", prompt=prompts[i], index=i, **notes)

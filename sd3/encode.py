@@ -60,7 +60,8 @@ def encode(encoders, args, sizes):
     plan = [((0, 0), [("", "")])]
     for bucket, rows in sorted(groups.items()):
         plan += [(bucket, rows[i : i + args.shard]) for i in range(0, len(rows), args.shard)]
-    source = hashlib.sha256(repr(plan).encode("utf-8", "surrogatepass")).hexdigest()
+    marks = [files.mark(name) for _, rows in plan[1:] for name, _ in rows] if files else []
+    source = hashlib.sha256(repr([plan, marks]).encode("utf-8", "surrogatepass")).hexdigest()
     made_of = dict(format=SHARDS, shards=len(plan), samples=sum(len(rows) for _, rows in plan))
     made_of |= dict(source=source, model=encoders.identity(), t5=encoders.t5)
     out = Path(args.out)
@@ -68,6 +69,9 @@ def encode(encoders, args, sizes):
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise DataError(f"--out {out}: is a file; choose another name.") from None
+    if not any(out.iterdir()):
+        for part in encoders.parts:  # a model that can't be loaded signs no folder
+            encoders.part(part)
     open_folder(out, made_of, {}, "shards.json")
 
     bad, mine = [], my_share(list(enumerate(plan)))
@@ -119,8 +123,10 @@ def main(argv=None):
     add("--shard", type=int, default=256, help="samples of a file; 1.8 MB each at 1024²")
     add("--device", default="auto")
     args = parser.parse_args(argv)
-    if args.shard < 1 or args.multiple < 8 or args.multiple % 8 or args.size < args.multiple:
-        parser.error("--shard: at least 1; --multiple: a multiple of 8; --size: at least that")
+    if args.shard < 1 or args.multiple < 8 or args.multiple % 8:
+        parser.error("--shard: at least 1; --multiple: a multiple of 8")
+    if args.size < 1 or args.size % args.multiple:
+        parser.error(f"--size {args.size}: must be a multiple of --multiple {args.multiple}")
     if not re.fullmatch(r"[1-9]\d*:[1-9]\d*(,[1-9]\d*:[1-9]\d*)*", args.aspects):
         parser.error(f"--aspects {args.aspects}: must look like 1:1,3:2,2:3")
     sizes = bucket_sizes((args.size, args.size), args.multiple, args.aspects.split(","))

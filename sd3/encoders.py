@@ -47,10 +47,17 @@ class Encoders:
             self.scale()  # raises where it can't be used
 
     def identity(self):
-        """A hash of the names and sizes of the encoders' files."""
+        """A hash of the encoders' files: names, sizes, and the first and last MB of each."""
         files = [f for part in self.parts for f in (self.folder / part).iterdir() if f.is_file()]
-        sizes = sorted((f.relative_to(self.folder).as_posix(), f.stat().st_size) for f in files)
-        return hashlib.sha256(repr(sizes).encode()).hexdigest()
+        content, most = hashlib.sha256(), 1 << 20
+        for path in sorted(files):
+            name, size = path.relative_to(self.folder).as_posix(), path.stat().st_size
+            content.update(repr((name, size)).encode())
+            with path.open("rb") as file:
+                content.update(file.read(most))
+                file.seek(max(most, size - most))
+                content.update(file.read(most))
+        return content.hexdigest()
 
     def part(self, name):
         """A tokenizer, an encoder or the VAE, on the CPU."""
@@ -67,15 +74,22 @@ class Encoders:
     def load(self, name):
         library = importlib.import_module("diffusers" if name == "vae" else "transformers")
         library.utils.logging.disable_progress_bar()
-        kind, options = getattr(library, SD3_PARTS[name]), dict(local_files_only=True)
+        library.utils.logging.set_verbosity_error()
+        kind, folder = getattr(library, SD3_PARTS[name]), self.folder / name
+        options = dict(local_files_only=True)
         if name.startswith("tokenizer"):
-            return kind.from_pretrained(self.folder / name, **options)
+            tokenizer = kind.from_pretrained(folder, **options)
+            if tokenizer("a").input_ids == tokenizer("b").input_ids:
+                raise ValueError("it has no vocabulary")
+            return tokenizer
+        read_object(folder / "config.json")  # without it transformers takes a default
         if name == "vae":
             options["low_cpu_mem_usage"] = False
-        model, info = kind.from_pretrained(self.folder / name, **options, output_loading_info=True)
-        absent = sorted(info["missing_keys"])
-        if absent:
-            raise ValueError(f"{len(absent)} tensors are missing: {absent[0]} …")
+        options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # told by `info`
+        model, info = kind.from_pretrained(folder, **options)
+        wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+        if wrong:
+            raise ValueError(f"{len(wrong)} tensors are missing or misshapen: {wrong[0]} …")
         if name != "vae":  # which is float32 from the start
             half = name == "text_encoder_3" and self.device.type == "cuda"
             model.to(torch.bfloat16 if half else torch.float32)

@@ -39,7 +39,7 @@ sys.path.insert(0, sys.argv[1])
 from sd3.encode import encode
 
 class Encoders:
-    t5, folder = True, "made up"
+    t5, folder, parts = True, "made up", ()
 
     def identity(self):
         return "made up"

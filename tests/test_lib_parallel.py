@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -464,3 +465,28 @@ def test_a_number_of_processes_alone_is_refused_with_what_lacks(
     assert said.startswith("ladd.py: WORLD_SIZE is 2, without ") and said.count("\n") == 1
     assert all(name in said for name in lacking.split(", "))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("rank", ["-1", "2", "x"])
+def test_a_rank_that_none_of_the_processes_has_is_refused_and_waits_for_nobody(
+    launch, monkeypatch, capsys, rank
+):
+    nowhere = dict(WORLD_SIZE="2", RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT="9")
+    for name, value in nowhere.items():
+        monkeypatch.setenv(name, value)
+    assert launch("run", "--smoke --device cpu") == 2
+    assert capsys.readouterr().err == "ladd.py: WORLD_SIZE is 2: it needs a RANK from 0 to 1.\n"
+
+
+def test_ctrl_c_ends_a_process_that_waits_for_the_others():
+    """PyTorch waits in C++, where Python hears no signal."""
+    work = "import torch; from lib.parallel import processes; print('here', flush=True)\n"
+    work += "with processes(torch.device('cpu'), 'it'): pass"
+    env = os.environ | dict(WORLD_SIZE="2", RANK="0", PYTHONPATH=str(ROOT))
+    env |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_ports(1)[0])
+    with subprocess.Popen([sys.executable, "-c", work], env=env, stdout=subprocess.PIPE) as one:
+        assert one.stdout.readline() == b"here\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            one.wait(3)  # for the other one, which never comes
+        one.send_signal(signal.SIGINT)
+        assert one.wait(HANGS) == -signal.SIGINT

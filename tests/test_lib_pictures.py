@@ -167,6 +167,17 @@ def test_pictures_of_a_folder_are_written_while_the_next_are_made_and_not_kept(t
     assert len(list(tmp_path.iterdir())) == 1000
 
 
+def test_pictures_are_not_mixed_with_those_of_an_earlier_longer_command(tmp_path):
+    """A FID of the folder would be of both."""
+    images = torch.zeros(3, 3, 2, 2, dtype=torch.uint8)
+    for count in (2, 3, 3):
+        assert pictures.save_pictures(images[:count], tmp_path, ["a"] * count, {}) == count
+    with pytest.raises(UsageError, match="earlier, longer command"):
+        pictures.save_pictures(images[:2], tmp_path, ["b"] * 2, {})
+    with Image.open(tmp_path / "00000.png") as kept:
+        assert kept.info["prompt"] == "a"
+
+
 def test_a_strangers_picture_in_the_folder_ends_the_drawing(tmp_path):
     """The threads' error is the program's."""
     Image.new("RGB", (3, 2), "red").save(tmp_path / "00007.png")

@@ -447,6 +447,11 @@ def foreign_files(folder):
     torch.save([1, 2, 3], folder / "list.pt")
     (folder / "garbage.pt").write_bytes(bytes(range(256)) * 8)
     (folder / "empty.pt").write_bytes(b"")
+    for name, value in dict(eta=5.0, aspects=("wide",)).items():
+        odd = checkpoint_of(network())
+        torch.save(odd | dict(settings=SETTINGS | {name: value}), folder / f"{name}.pt")
+    odd["weights"]["pos_embed"] = odd["weights"]["pos_embed"].to(torch.int8)
+    torch.save(odd, folder / "whole.pt")
     torch.save(checkpoint_of(network()), folder / "cut.pt")
     (folder / "cut.pt").write_bytes((folder / "cut.pt").read_bytes()[:-3000])
     return {
@@ -454,6 +459,9 @@ def foreign_files(folder):
         "garbage.pt": "can't be read",
         "empty.pt": "can't be read",
         "cut.pt": "can't be read",
+        "whole.pt": "torch.int8, not of fp32, bf16 or fp16",
+        "eta.pt": "levels or eta",
+        "aspects.pt": "aspects",
         "other.pt": "not a checkpoint of this program",
         "list.pt": "not a checkpoint of this program",
     }

@@ -261,22 +261,50 @@ def test_a_missing_part_is_named(sd3, images, tmp_path, capsys, part):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "a tensor missing"])
-def test_a_damaged_encoder_is_named(sd3, prompts, tmp_path, capsys, damage):
+DAMAGES = ["cut", "a tensor missing", "a tensor misshapen", "no config.json"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_encoder_is_named_and_once_repaired_it_goes_on(
+    sd3, prompts, tmp_path, capfd, damage
+):
     """transformers alone would go on with random numbers for the missing tensor."""
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(sd3, tmp_path / "sd3")
-    path = folder / "text_encoder_2" / "model.safetensors"
+    path, name = folder / "text_encoder_2" / "model.safetensors", "text_projection.weight"
+    tensors, why = load_file(path), f"1 tensors are missing or misshapen: {name}"
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-100])
+        why = "incomplete"
+    elif damage == "no config.json":
+        (path.parent / "config.json").unlink()
+        why = "text_encoder_2/config.json is missing"
     else:
-        tensors = load_file(path)
-        tensors.pop("text_projection.weight")
-        save_file(tensors, path, {"format": "pt"})
+        old = tensors.pop(name)
+        changes = {name: old[:, :-1].clone()} if damage == "a tensor misshapen" else {}
+        save_file(tensors | changes, path, {"format": "pt"})
+    arguments = ("--model", folder, "--prompts", prompts, "--out", tmp_path / "out")
+    capfd.readouterr()
+    assert encode(*arguments) == 2
+    error = capfd.readouterr().err
+    assert "text_encoder_2 can't be loaded" in error and why in error and error.count("\n") == 1
+    shutil.copytree(sd3, folder, dirs_exist_ok=True)
+    assert encode(*arguments) == 0
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_3"])
+@pytest.mark.parametrize("kept", [[], ["tokenizer_config.json"]])
+def test_a_tokenizer_without_its_vocabulary_is_refused(sd3, prompts, tmp_path, capfd, part, kept):
+    """transformers alone would read every prompt as the same tokens."""
+    folder = shutil.copytree(sd3, tmp_path / "sd3")
+    for path in (folder / part).iterdir():
+        if path.name not in kept:
+            path.unlink()
+    capfd.readouterr()
     assert encode("--model", folder, "--prompts", prompts, "--out", tmp_path / "out") == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "text_encoder_2 can't be loaded" in error
+    error = capfd.readouterr().err
+    assert f"/{part} can't be loaded: it has no vocabulary" in error and error.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -460,6 +488,56 @@ def test_other_folders_are_left_alone(sd3, prompts, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "made with other settings (model" in error and "t5 True → False" in error
     assert contents(tmp_path / "shards") == before
+
+
+@pytest.mark.parametrize("place", [100, -100])
+def test_a_folder_made_with_an_encoder_of_other_numbers_is_not_gone_on_with(
+    sd3, prompts, tmp_path, capsys, place
+):
+    """Its files have the same names and sizes."""
+    folder = shutil.copytree(sd3, tmp_path / "sd3")
+    arguments = ("--model", folder, "--prompts", prompts, "--out", tmp_path / "out")
+    assert encode(*arguments) == 0
+    path = folder / "text_encoder_3" / "model.safetensors"
+    for size in (path.stat().st_size, 5 << 20):
+        content = bytearray(path.read_bytes().ljust(size, b"\0"))
+        path.write_bytes(content)
+        before = Encoders(folder).identity()
+        content[place] ^= 1
+        path.write_bytes(content)
+        assert Encoders(folder).identity() != before
+    assert encode(*arguments) == 2
+    assert "made with other settings (model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_folder_made_of_other_images_of_the_same_names_is_not_gone_on_with(
+    sd3, images, tmp_path, capsys, packed
+):
+    """Wherever they lie."""
+    folder = shutil.copytree(images, tmp_path / "images")
+
+    def again(folder):
+        path = shutil.make_archive(str(folder), "zip", folder) if packed else folder
+        options = ("--size", 16, "--multiple", 16, "--out", tmp_path / "out")
+        return encode("--model", sd3, "--images", path, *options)
+
+    assert again(folder) == 0
+    folder = folder.rename(tmp_path / "moved")
+    assert again(folder) == 0
+    Image.new("RGB", (50, 50)).save(folder / "2.png")
+    assert again(folder) == 2
+    assert "made with other settings (source" in capsys.readouterr().err
+
+
+def test_a_size_that_is_no_multiple_is_refused_at_once(images, tmp_path, capsys):
+    """No run could use the latents."""
+    for size in ("200", "0", "-64"):
+        with pytest.raises(SystemExit) as end:
+            encode("--model", "nowhere", "--images", images, "--out", tmp_path, "--size", size)
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and error.count("\n") == 1
+        assert f"--size {size}: must be a multiple of --multiple 64" in error
 
 
 def test_an_unreadable_image_among_many_is_named_and_left_out(sd3, tmp_path, capsys):

@@ -535,6 +535,50 @@ def test_given_weights_that_are_not_finite_are_refused_before_anything_is_made(
     assert not (tmp_path / "run").exists()
 
 
+def harm_heads(checkpoint, harm):
+    """A part of heads.pt is not what it should be."""
+    weights, moments = checkpoint["weights"], checkpoint["optimizer"]["state"]
+    name = list(weights)[-1]
+    if harm == "a weight that lacks":
+        del weights[name]
+    elif harm == "a weight too many":
+        weights["more"] = torch.ones(2)
+    elif harm == "a weight of another shape":
+        weights[name] = weights[name][:-1].clone()
+    elif harm == "whole numbers":
+        weights[name] = weights[name].to(torch.int8)
+    elif harm == "moments of another shape":
+        moments[0].update(exp_avg=torch.ones(1), exp_avg_sq=torch.ones(1))
+    elif harm == "moments that are not finite":
+        moments[0]["exp_avg"].view(-1)[0] = float("nan")
+    elif harm == "moments that lack":
+        del moments[0]["exp_avg_sq"]
+    else:
+        checkpoint.pop(harm)
+
+
+HARMS = (
+    "a weight that lacks", "a weight too many", "a weight of another shape", "whole numbers",
+    "moments of another shape", "moments that are not finite", "moments that lack", "weights",
+    "model",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_heads_whose_parts_dont_fit_are_refused_before_anything_is_made(
+    run, tmp_path, capsys, harm
+):
+    """AdamW's kernel would write moments of a wrong shape beyond their memory."""
+    checkpoint = torch.load(run / "heads.pt", weights_only=True)
+    harm_heads(checkpoint, harm)
+    torch.save(checkpoint, tmp_path / "bad.pt")
+    words = ["--discriminator", str(tmp_path / "bad.pt"), "--out", str(tmp_path / "run")]
+    assert ladd.main([*FEW.split(), *words]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"ladd.py: {tmp_path / 'bad.pt'}: its parts don't fit together (")
+    assert message.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
 def test_a_run_without_a_teacher_is_refused_by_the_missing_files_name(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").touch()
@@ -542,6 +586,16 @@ def test_a_run_without_a_teacher_is_refused_by_the_missing_files_name(tmp_path, 
     assert ladd.main(words) == 2
     missing = tmp_path / "run" / "teacher.pt"
     assert f"{missing}: no such file. Has the run got that far?" in capsys.readouterr().err
+
+
+def test_a_student_of_latents_needs_safetensors_at_the_start_and_not_only_at_the_end(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("tools.train.find_spec", lambda name: None)
+    words = ["--preset", "sd3-2b", "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert ladd.main(words) == 2
+    assert "pip install safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)

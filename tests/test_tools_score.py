@@ -12,7 +12,7 @@ from lib.errors import CheckpointError
 from lib.report import fingerprints, read_metrics
 from mmdit import MMDiT
 
-SCORED = SETTINGS | dict(evaluation=32, teacher_steps=4, cfg=4.0)
+SCORED = SETTINGS | dict(evaluation=32, teacher_steps=4, cfg=4.0, precision="fp32")
 
 
 def random_weights(seed):
@@ -65,7 +65,15 @@ def test_evaluate_prints_the_table_and_keeps_it(run, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--num", 16], ["--seed", 5], ["--steps", 2], ["--cfg", 1.5], ["--other-judge"]]
+    "flags",
+    [
+        ["--num", 16],
+        ["--seed", 5],
+        ["--steps", 2],
+        ["--cfg", 1.5],
+        ["--other-judge"],
+        ["--precision", "bf16"],
+    ],
 )
 def test_a_table_of_other_samples_than_the_runs_own_is_printed_and_not_kept(
     run, tmp_path, capsys, flags

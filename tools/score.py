@@ -46,7 +46,7 @@ def score(args):
     if wrong or s["downscale"] > 1:
         raise CheckpointError(f"{folder}: can't be scored: {', '.join(wrong) or 'latents'}.")
     asked = dict(evaluation=args.num, seed=args.seed, data=args.data)
-    asked |= dict(teacher_steps=args.steps, cfg=args.cfg)
+    asked |= dict(teacher_steps=args.steps, cfg=args.cfg, precision=args.precision)
     other = {k: value for k, value in asked.items() if value is not None and value != s[k]}
     vars(teacher.settings).update(other)
     dataset, config = data_of(student, args), folder / "config.json"

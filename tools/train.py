@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from lib.parallel import barrier, broadcast, processes, rank, world
 from lib.pictures import refuse_strangers
 from lib.report import read_metrics
 from lib.run import Run
-from lib.settings import check_same, lasting, parse_settings, refuse
+from lib.settings import bound, check_same, lasting, parse_settings, refuse
 from mmdit import MMDiT
 from tools import report
 
@@ -101,7 +102,7 @@ def to_take(run, given=None):
     files, unread = ["teacher.pt"], "synthetic"  # the first setting that changes none
     if s.targets == "synthetic" and any(source.glob("synthetic/*.pt")):
         files, unread = ["teacher.pt", "synthetic/*.pt"], "iterations"
-    theirs = read_object(source / "config.json")
+    theirs = bound(run.base) | read_object(source / "config.json")  # it may be older than a setting
     check_same("--from", source, theirs, run.signature(), names[: names.index(unread)])
     if not run.path("teacher").exists():
         teacher = sample.read_checkpoint(source, ["teacher"])
@@ -175,6 +176,8 @@ def open_given(s, method, given=True):
     if method != "ladd" and (s.shard or s.accumulate > 1):
         refuse(s, "shard" if s.shard else "accumulate", "is for LADD alone")
     check_for_method(s, method)
+    if s.is_latent and find_spec("safetensors") is None:
+        raise UsageError("a student of latents is written as .safetensors: pip install safetensors")
     start = given_teacher(s) if s.teacher else None  # its tensors are views of the file
     heads = given_heads(s) if s.discriminator else None
     if (Path(s.out) / "teacher.pt").exists():
@@ -230,7 +233,7 @@ def run_program(argv, program, parse, work):
     keep_memory()
     try:
         s, *more = parse(argv, program)
-        with Watch(s.stop_after, program) as watch, processes(device_of(s.device), program):
+        with processes(device_of(s.device), program), Watch(s.stop_after, program) as watch:
             work(s, watch, *more)
     except Stop as stop:
         if rank() == 0:
