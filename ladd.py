@@ -297,14 +297,14 @@ PRESETS = {
         data="cifar10", size=(32, 32), width=384, depth=8, heads=6, text_length=16,
         teacher_iterations=20_000, teacher_batch=256, teacher_lr=1e-3, teacher_ema=0.999, cfg=2.0,
         synthetic=50_000, synthetic_cfg=2.0, iterations=8_000, batch=256,
-        taps=(), student_ema=0.999, evaluation=10_000, judge_steps=8_000, judge_width=64,
-        log_every=50, save_every=2_000, sample_every=2_000,
+        t_hat_std=1.0, taps=(), student_ema=0.999, evaluation=10_000, judge_steps=8_000,
+        judge_width=64, log_every=50, save_every=2_000, sample_every=2_000,
     ),
     "small": dict(  # ours, run in short only
         size=(64, 64), aspects=("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16"), patch=4,
         width=512, depth=12, heads=8, text_length=16, teacher_iterations=40_000, teacher_batch=256,
         teacher_lr=1e-3, teacher_ema=0.999, synthetic=50_000, iterations=10_000,
-        batch=256, taps=(), student_ema=0.999, evaluation=10_000, judge_steps=8_000,
+        batch=256, t_hat_std=1.0, taps=(), student_ema=0.999, evaluation=10_000, judge_steps=8_000,
         judge_width=64, log_every=50, save_every=2_000, sample_every=2_000,
     ),
     "sd3-2b": SD3 | dict(  # SD3-medium; SD3.5-medium: docs/full-size.md

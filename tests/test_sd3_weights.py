@@ -592,7 +592,7 @@ def test_a_student_of_latents_needs_safetensors_at_the_start_and_not_only_at_the
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr("tools.train.find_spec", lambda name: None)
-    words = ["--preset", "sd3-2b", "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    words = ["--preset", "sd3-2b", "--data", "shards", "--out", str(tmp_path / "run")]
     assert ladd.main(words) == 2
     assert "pip install safetensors" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

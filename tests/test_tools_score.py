@@ -36,7 +36,7 @@ def run(tmp_path_factory):
 
 def evaluate(run, *words, folder=None):
     """The exit status of sample.py --evaluate, in this process."""
-    words = [folder or run, "--evaluate", *words, "--data-dir", run.parent / "data", *CPU]
+    words = [folder or run, "--evaluate", "--data-dir", run.parent / "data", *CPU, *words]
     try:
         return sample.main([str(word) for word in words])
     except SystemExit as stop:
