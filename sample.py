@@ -282,8 +282,8 @@ def judge_of(dataset, s, device, data_dir, precision, **other):
     """The judge that a run's samples are scored by; with another seed and kernel, another one."""
     return get_judge(
         data.judge_batches(dataset), dataset.attributes, s.size, dataset.channels, device,
-        data_dir=data_dir, steps=s.judge_steps, width=s.judge_width, precision=precision,
-        **other,
+        name=dataset.name, data_dir=data_dir, steps=s.judge_steps, width=s.judge_width,
+        precision=precision, **other,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ Nothing is ever extracted; links of a folder are followed, a zip with links is r
 unpacked no further than a picture or captions can need.
 """
 
+import contextlib
 import io
 import os
 import re
@@ -27,11 +28,21 @@ class ZipBytes(io.FileIO):
         return super().read(size)
 
 
+def name_of(member):
+    """The name of a zip's member, with "/" and without a leading "./". Linux's own zip writes UTF-8
+    and does not say so: zipfile takes such names for those of DOS."""
+    name = member.filename
+    if not member.flag_bits & 0x800:
+        with contextlib.suppress(UnicodeError):
+            name = name.encode("cp437").decode("utf-8")
+    return re.sub(r"^(\./)+(?=.)", "", name.replace("\\", "/"))
+
+
 def check_members(path, members):
     """Refuses a zip that would not unpack to what it shows, though nothing of it is unpacked."""
     seen = set()
     for member in members:
-        name = member.filename.replace("\\", "/")
+        name = name_of(member)
         kind, wrong = stat.S_IFMT(member.external_attr >> 16), None
         if not name:
             wrong = "one of its files has no name"
@@ -43,7 +54,7 @@ def check_members(path, members):
             wrong = "is there twice, perhaps in other case"
         seen.add(name.casefold())
         if wrong:
-            raise DataError(f"{path}: {member.filename} {wrong}. Make the zip anew without it.")
+            raise DataError(f"{path}: {name} {wrong}. Make the zip anew without it.")
 
 
 def walk(root):
@@ -100,7 +111,7 @@ class Files:
                     f"{path}: not a readable zip ({error}). If it was cut short, copy it again."
                 ) from None
             check_members(path, self.zip.infolist())
-            self.members = {i.filename.replace("\\", "/"): i for i in self.zip.infolist()}
+            self.members = {name_of(member): member for member in self.zip.infolist()}
             names = sorted(name for name in self.members if not name.endswith("/"))
             self.names = [name for name in names if not HIDDEN.match(name)]
             hidden = [HIDDEN.match(name)[0] for name in names if HIDDEN.match(name)]

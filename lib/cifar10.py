@@ -129,6 +129,8 @@ def read_cifar10(data_dir, height, width):
             classes = np.fromiter(batch[b"labels"], np.int64)
             if len(classes) != len(images) or not set(classes) <= set(range(10)):
                 raise ValueError("labels and images don't match")
+            if not len(images):
+                raise ValueError("has no images")
         except Exception as error:  # a damaged pickle raises nearly anything
             pass_on(error, data_dir / name)
             raise DataError(f"{data_dir}: {name} is not a batch of CIFAR-10 ({error}).") from None

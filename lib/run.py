@@ -193,7 +193,9 @@ class Run:
             start, self.earlier = time.perf_counter(), 0.0
             work[stage](self)
             barrier()
-            forget_states(self.out)  # its result is safe, and no other stage is at work
+            forget_states(self.out, stage)  # its result is safe
+            if stage == "distillation":
+                forget_states(self.out, "tuning")  # the part of it that some methods begin with
             seconds = self.earlier + time.perf_counter() - start
             self.log.write(stage=stage, finished=True, seconds=seconds)
             print(f"{stage}: {seconds:.0f} s", flush=True)

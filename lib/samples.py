@@ -53,8 +53,9 @@ def write_samples(run, plan, make, seed):
             run.watch.check()
 
 
-def read_file(path, channels, patch, check):
-    """x0 (n, C, H, W) float16, n captions, the noise's seed. check: whether the checksums are."""
+def read_file(path, channels, patch, check, first):
+    """x0 (n, C, H, W) float16, n captions, the noise's seed. check: whether the checksums are;
+    first: the number of its first sample."""
     try:
         content = read(path, check=check, mmap=True)
         x0, captions = content["x0"], [c + "" for c in content["captions"]]
@@ -65,6 +66,8 @@ def read_file(path, channels, patch, check):
             raise ValueError("numbers that are not finite")
         if content.get("noise") != RULE:
             raise ValueError("from another version, which drew noise by another rule")
+        if content["index"] != list(range(first, first + n)):
+            raise ValueError(f"its samples are not those from number {first} on")
         return x0, captions, int(content["seed"])
     except Exception as error:  # a damaged file raises nearly anything
         pass_on(error, path)
@@ -79,14 +82,19 @@ def read_samples(folder, channels, patch):
     """All samples of a folder, sorted by size, nothing of them in memory.
 
     -> [(x0 (n, C, H, W), caption (n,) rows of the captions)], captions, the seed of their noise"""
-    paths = sorted(folder.glob("*.pt"))
+    paths = [path for path in folder.glob("*.pt") if path.stem.isdecimal()]
+    paths.sort(key=lambda path: int(path.stem))
     mine = set(my_share(paths))  # the processes share the work of checking
-    parts, texts = {}, []
+    parts, texts, seeds = {}, [], set()
     for path in paths:
-        x0, captions, seed = read_file(path, channels, patch, path in mine)
+        x0, captions, seed = read_file(path, channels, patch, path in mine, len(texts))
+        seeds.add(seed)
         rows = torch.arange(len(texts), len(texts) + len(captions))
         tensors, captions_of = parts.setdefault(x0.shape[1:], ([], []))
         tensors.append(x0)
         captions_of.append(rows)
         texts += captions
+    if len(seeds) > 1:
+        told = " and ".join(map(str, sorted(seeds)))
+        raise RunError(f"{folder}: of the seeds {told}. Delete it and give the command again.")
     return [(Joined(x0), torch.cat(rows)) for x0, rows in parts.values()], texts, seed

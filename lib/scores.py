@@ -82,17 +82,18 @@ def train_judge(judge, draw, steps, precision="auto", batch=128):
 
 
 def get_judge(
-    draw, attributes, size, channels, device, *, data_dir="data", steps=1000, width=32,
+    draw, attributes, size, channels, device, *, name="", data_dir="data", steps=1000, width=32,
     precision="auto", seed=0, kernel=3,
 ):  # fmt: skip
     """The judge of a data set, trained once, always from the same seed, and kept in data_dir.
 
-    draw: see `train_judge`, attributes {question: answers}. One judge reads all sizes of images: it
-    pools its features to 4 × 4. Where there is nothing to learn, its random features still tell
+    draw: see `train_judge`, attributes {question: answers}, name: the data set's, which tells it
+    from another that begins with the same images and labels. One judge reads all sizes of images:
+    it pools its features to 4 × 4. Where there is nothing to learn, its random features still tell
     images apart. seed, kernel: of its weights, and the side of its convolutions; a network that a
     student learns from must be another one than that which scores it."""
     images, labels = draw(0, 64)
-    key = hashlib.sha256(repr((attributes, size, steps, width, seed, kernel)).encode())
+    key = hashlib.sha256(repr((name, attributes, size, steps, width, seed, kernel)).encode())
     key.update(images.cpu().numpy().tobytes() + labels.numpy().tobytes())
     path = Path(data_dir) / f"judge-{key.hexdigest()[:16]}.pt"
     with torch.random.fork_rng(devices=[]):

@@ -156,6 +156,9 @@ def parse_settings(kind, presets, argv, program, description, epilog=""):
     -> the dataclass `kind`, the names of the fields that were given"""
     parser = make_parser(kind, program, description, epilog=epilog)
     given = vars(parser.parse_args(argv))
+    for field in dataclasses.fields(kind):
+        if given.get(field.name) == "":  # of a shell's variable that is not set
+            parser.error(f"{flag_of(field)}: is empty; give it a value, or leave it out")
     preset = given.get("preset", kind.preset)
     if preset not in presets:
         parser.error(f"--preset {preset}: must be one of {', '.join(presets)}")

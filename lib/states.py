@@ -25,13 +25,16 @@ from lib.lora import own_state
 from lib.parallel import barrier, gather, my_share, rank
 
 KEPT = 2  # states of a stage
+STAGES = ("teacher", "tuning", "distillation")  # those that have states
+STEP = 8 * "[0-9]"
+TEMPORARY = ".*." + 8 * "[0-9a-f]" + ".tmp"  # what lib/files.py writes before it is whole
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs none
 warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch 2.9's own writer uses it
 
 
-def state_folders(out, stage="*"):
-    """The finished states of a stage, or of all, in a run folder, a stage's newest last."""
-    return [path.parent for path in sorted(out.glob(f"{stage}-state-*/state.pt"))]
+def state_folders(out, stage):
+    """The finished states of a stage in a run folder, the newest last."""
+    return [path.parent for path in sorted(out.glob(f"{stage}-state-{STEP}/state.pt"))]
 
 
 def newest_state(out, stage):
@@ -96,19 +99,21 @@ def delete(folder):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def forget_states(out, stage="*", keep=()):
-    """Deletes the states of a stage, or of all, but those to keep; also what is unfinished."""
+def forget_states(out, stage, keep=()):
+    """Deletes the states of a stage but those to keep; also what is unfinished."""
     if rank() == 0:
-        for folder in out.glob(f"{stage}-state-*/"):
+        for folder in out.glob(f"{stage}-state-{STEP}/"):
             if folder not in keep:
                 delete(folder)
 
 
 def forget_unfinished(out):
-    """Deletes what a cut left: half-written files and states."""
-    for file in out.rglob(".*.tmp"):
-        file.unlink()
-    forget_states(out, keep=state_folders(out))
+    """Deletes what a cut left: half-written files and states. What else is there is the user's."""
+    for folder in ("", "samples", "synthetic", "pairs"):
+        for file in (out / folder).glob(TEMPORARY):
+            file.unlink()
+    for stage in STAGES:
+        forget_states(out, stage, keep=state_folders(out, stage))
 
 
 def tensors_of(networks, optimizers):

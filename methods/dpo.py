@@ -118,12 +118,12 @@ def distil(run):
                 ladd.synthesise(inner)
             barrier()
             ladd.distil(inner)
-        forget_states(inner.out)
+        forget_states(inner.out, "distillation")
         tuned, student = ladd.load(inner, "teacher"), ladd.load(inner, "student")
     again = with_adapter(inner.out, False, s.adapter_scale)
     networks = {"tuned teacher": tuned, "LADD student": student, "with the adapter again": again}
     shares = {name: share_ranked_right(run, x, held_out) for name, x in networks.items()}
-    run.log.write(ranked_right=shares)
+    run.log.write(stage="distillation", ranked_right=shares)
     run.save("student", again, s.iterations)
 
 

@@ -30,6 +30,7 @@ import data
 import ladd
 import sample
 from lib.errors import DataError, UsageError
+from lib.log import Log
 from lib.optim import make_optimizers
 from lib.pairs import best_and_worst, read_list, read_pairs, rewards, tensors_of, write_pairs
 from lib.run import Run
@@ -256,13 +257,16 @@ def test_the_run_leaves_teacher_adapter_tuned_teacher_and_student(tuned, whole):
     assert not same(tuned / "tuned" / "student.pt", tuned / "student.pt")
     words = ["--prompt", "a", "--out", tuned / "a.png", "--adapter", tuned / "adapter.pt", *CPU]
     assert sample.main([*map(str, [whole, *words])]) == 0
-    (shares,) = (row["ranked_right"] for row in ladd_rows(tuned) if "ranked_right" in row)
+    (shares,) = (row["ranked_right"] for row in lines(tuned) if "ranked_right" in row)
     assert len(shares) == 3 and all(0 <= share <= 1 for share in shares.values())
     assert not list(tuned.rglob("*state*"))
 
 
-def ladd_rows(out):
-    return map(json.loads, (out / "log.jsonl").read_text().splitlines())
+def test_the_next_command_keeps_the_shares_ranked_right(tuned, tmp_path):
+    """It forgets what a cut left in the log."""
+    shutil.copy(tuned / "log.jsonl", tmp_path)
+    Log(tmp_path).forget()
+    assert lines(tmp_path) == lines(tuned)
 
 
 def test_the_tuned_folder_is_a_run_that_ladds_own_program_reports_on(tuned, cache):

@@ -217,6 +217,27 @@ def test_the_teacher_of_another_run_is_not_taken_for_the_given_one(launch, whole
     assert launch("new", flags) == 0
 
 
+def test_of_a_run_cut_in_its_synthesis_the_teacher_alone_is_taken(launch, whole, monkeypatch):
+    """The rest would be made by the seed of this run."""
+    monkeypatch.setattr(ladd, "FILE", 3)
+    shutil.copytree(whole, "source")
+    shutil.rmtree("source/synthetic")
+    assert launch("source", f"{FEW} --stage synthesis") == 0
+    Path("source/synthetic/00001.pt").unlink()
+    assert launch("new", f"{FEW} --from source --seed 1 --stage synthesis") == 0
+    assert same("new/teacher.pt", whole / "teacher.pt")
+    made = [torch.load(path, weights_only=True) for path in Path("new/synthetic").iterdir()]
+    assert [file["seed"] for file in made] == [1, 1, 1]
+
+
+def test_a_stray_file_beside_the_samples_stops_no_stage(launch, whole):
+    shutil.copytree(whole, "run")
+    Path("run/student.pt").unlink()
+    shutil.copy("run/synthetic/00000.pt", "run/synthetic/00000 (conflicted copy).pt")
+    assert launch("run", f"{FEW} --stage distillation") == 0
+    assert same("run/student.pt", whole / "student.pt")
+
+
 @pytest.mark.parametrize(
     "name", ["curves.png", "samples.png", "student.gif", "samples/student-000250.png", "samples"]
 )

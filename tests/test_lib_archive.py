@@ -49,6 +49,28 @@ def test_a_zip_with_the_names_of_windows_is_read_as_any(tmp_path):
     assert files.names == sorted(PETS) and files.read("cat/3.png") == PETS["cat/3.png"]
 
 
+@pytest.mark.parametrize("name", ["Kätzchen", "猫"])
+def test_names_in_utf_8_are_read_where_the_zip_does_not_say_that_they_are(tmp_path, name):
+    """As Linux's own zip writes them; of others, which are no UTF-8, DOS' letters are read."""
+    stand_in = "?" * len(name.encode())
+    path = zipped(tmp_path / "set.zip", {f"{stand_in}/0.png": PICTURE, "B!r/0.png": PICTURE})
+    content = path.read_bytes().replace(stand_in.encode(), name.encode())
+    path.write_bytes(content.replace(b"B!r", b"B\x84r"))
+    files = archive.Files(path)
+    assert set(files.names) == {f"{name}/0.png", "Bär/0.png"}
+    assert files.read(f"{name}/0.png") == PICTURE
+
+
+def test_a_zip_whose_names_begin_with_a_dot_and_a_slash_is_read_as_any(tmp_path):
+    """Some archivers pack "." itself; what leads out of it is refused as elsewhere."""
+    dotted = {f"./{name}": content for name, content in PETS.items()}
+    files = archive.Files(zipped(tmp_path / "set.zip", {"./": b""} | dotted))
+    assert files.names == sorted(PETS) and not files.left_out
+    assert files.read("cat/3.png") == PETS["cat/3.png"]
+    with pytest.raises(DataError, match="leads out"):
+        archive.Files(zipped(tmp_path / "out.zip", dotted | {"./../x.png": PICTURE}))
+
+
 def test_a_file_without_a_name_is_refused(tmp_path, refused):
     """zipfile ends a name at its first zero byte."""
     path = zipped(tmp_path / "set.zip", PETS | {"?.png": PICTURE})

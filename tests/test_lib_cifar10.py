@@ -376,6 +376,7 @@ CIFAR = {
     "a member elsewhere": cifar_tar(lambda m: setattr(m, "name", "../data_batch_3")),
     "labels beyond the classes": cifar_tar(content=batch(labels=[1, 10])),
     "a label too few": cifar_tar(content=batch(labels=[1])),
+    "no images": cifar_tar(content=batch(data=np.zeros((0, 3072), np.uint8), labels=[])),
     "labels that are texts": cifar_tar(content=batch(labels=["a", "b"])),
     "pixels in nested lists": cifar_tar(content=batch(data=nested(12))),
     "labels in nested lists": cifar_tar(content=batch(labels=nested(12))),

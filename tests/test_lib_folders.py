@@ -70,6 +70,18 @@ def test_class_folders_caption_lists_and_text_files_in_folders_and_zips_give_the
         assert "cat" in dataset.attributes
 
 
+def test_captions_that_are_the_names_of_folders_are_other_data_than_classes(tmp_path):
+    """Of classes sentences are made, "a photo of a cat"; captions stay as they are."""
+    names = {n: n.split("/")[0].replace("_", " ") for n in PETS}
+    texts = {n.replace(".png", ".txt"): text.encode() for n, text in names.items()}
+    lists = [PETS, PETS | texts, PETS | {"captions.jsonl": caption_lines(names)}]
+    classes, *others = (
+        read(folder(tmp_path / f"{k}", files), 4, 6) for k, files in enumerate(lists)
+    )
+    assert all(other.captions == ["cat", "polar bear"] for other in others)
+    assert others[0].name == others[1].name != classes.name
+
+
 def test_an_image_keeps_the_caption_that_was_written_for_it(tmp_path):
     texts = {f"{k}.png": f"caption of number {k}" for k in range(20)}
     files = {n: plain(k) for k, n in enumerate(texts)} | {"captions.jsonl": caption_lines(texts)}

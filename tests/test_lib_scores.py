@@ -10,6 +10,7 @@ import torch
 from conftest import randn, seeded, snapshot
 
 import data
+import sample
 from lib import scores
 from lib.errors import CheckpointError, RunError
 from lib.files import save
@@ -223,6 +224,15 @@ def test_one_judge_scores_the_runs_of_all_seeds(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
     a, b = (judge.state_dict() for judge in judges)
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_data_that_begin_alike_have_judges_of_their_own(tmp_path):
+    """As after labels or pictures were corrected that are not among the first."""
+    s, shapes = SimpleNamespace(size=(8, 8), judge_steps=2, judge_width=8), data.Shapes(8, 8)
+    for name in ("100 images, digest a", "100 images, digest b", "100 images, digest b"):
+        shapes.name = name
+        sample.judge_of(shapes, s, "cpu", tmp_path, "fp32")
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_judge_learns_to_read_the_attributes(tmp_path):

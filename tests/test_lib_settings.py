@@ -243,6 +243,9 @@ BAD = {
     "offload without shard": ("--offload", "--offload True: is a part of --shard"),
     "a judge that can't be grouped": ("--judge-width 6", "--judge-width"),
     "pooled features of another width": ("--pooled-dim 32", "--pooled-dim"),
+    "an unset variable for data": ("--data=", "--data: is empty; give it a value, or leave it out"),
+    "an unset variable for a teacher": ("--teacher=", "--teacher: is empty"),
+    "an unset variable for a run": ("--from=", "--from: is empty"),
     "a file for a folder": (f"--data-dir {__file__}", "--data-dir"),
     "a run among its own images": ("--data . --out run", "--out run: is inside --data ."),
     "more steps than are read again": ("--teacher-steps 10001", "--teacher-steps"),
@@ -277,7 +280,7 @@ def test_bad_settings_are_one_clear_line_and_status_2(capsys, monkeypatch, tmp_p
 
 COMMANDS = ["", "--smoke", "--steps-scale 0.5", "--preset tiny --no-qk-norm --data shapes"]
 COMMANDS += ["--taps 0,2 --t-hat-mean -1 --r1 1e-05 --teacher it.pt", "--data 'my photos'"]
-COMMANDS += ["--size 24x40 --aspects 1:1,3:2 --deterministic"]
+COMMANDS += ["--size 24x40 --aspects 1:1,3:2 --deterministic", "--taps="]
 
 
 @pytest.mark.parametrize("flags", COMMANDS)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import FEW, MAKING, Bomb, cut_at, same, snapshot, updates
+from conftest import FEW, MAKING, Bomb, cut_at, folder, same, snapshot, updates
 
 import ladd
 import lib.run
@@ -149,11 +149,19 @@ def test_a_state_counts_once_its_last_file_is_there(tmp_path, monkeypatch):
         stage.save(2)
     assert states_of(tmp_path) == ["teacher-state-00000001", "teacher-state-00000002"]
     assert newest_state(tmp_path, "teacher")[1]["step"] == 1
-    (tmp_path / "teacher-state-00000001" / ".state.pt.77.tmp").touch()
     forget_unfinished(tmp_path)
     assert states_of(tmp_path) == ["teacher-state-00000001"]
-    assert not (tmp_path / "teacher-state-00000001" / ".state.pt.77.tmp").exists()
     assert newest_state(tmp_path, "teacher")[1]["step"] == 1
+
+
+def test_what_a_cut_left_is_cleared_away_and_nothing_of_the_users(tmp_path):
+    mine = ["before-state-of-my-notes/a.txt", "my-state-00000001/a.txt", "keep/.report.md.tmp"]
+    mine += [".report.md.tmp", "teacher-state-final/a.txt", "keep/.a.pt.0123abcd.tmp"]
+    left = [".teacher.pt.0123abcd.tmp", "synthetic/.00001.pt.89efabcd.tmp"]
+    left += ["tuning-state-00000001/.metadata.tmp"]
+    folder(tmp_path, dict.fromkeys([*mine, *left], b""))
+    forget_unfinished(tmp_path)
+    assert sorted(snapshot(tmp_path)) == sorted(mine)
 
 
 def test_a_state_takes_the_place_of_a_damaged_one_of_the_same_update(tmp_path):
@@ -334,6 +342,19 @@ def test_a_run_cut_in_the_synthesis_makes_only_the_missing_samples(
     assert [c for file in files for c in file["captions"]] == want["captions"]
     made = torch.cat([file["x0"] for file in files])
     torch.testing.assert_close(made, want["x0"], rtol=1e-2, atol=1e-2)  # kept in half precision
+
+
+@pytest.mark.parametrize("name", ["synthetic/00000.pt", "teacher.pt"])
+def test_what_is_made_again_costs_a_cut_distillation_nothing(
+    launch, train_and_show, whole, monkeypatch, capsys, name
+):
+    """The advice for a damaged file: delete it and give the command again. It is the same bits."""
+    out = cut(launch, train_and_show, monkeypatch, "distillation", 5, "--save-every 1")
+    (out / name).unlink()
+    for stage in MAKING:
+        assert launch("cut", f"{FEW} --stage {stage}") == 0
+    assert "distillation: going on from update" in capsys.readouterr().out
+    assert same(out / "student.pt", whole / "student.pt") and not states_of(out)
 
 
 # ---------------------------------------------------------------------------------------------

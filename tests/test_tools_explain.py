@@ -38,6 +38,16 @@ def test_explain_follows_a_batch_and_says_who_receives_gradient(train, tmp_path,
     assert "untrained" not in said and snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("flag", ["--width 32", "--text-dim 8", "--patch 4"])
+def test_a_finished_run_of_another_network_is_refused_in_one_line(train, launch, capsys, flag):
+    out = train("run", "", ["teacher"])
+    capsys.readouterr()
+    assert launch(str(out), f"{FEW} --explain {flag}") == 2
+    said = capsys.readouterr().err
+    assert f"{out}/teacher.pt: another network than the settings'" in said
+    assert said.count("\n") == 1
+
+
 def test_a_cut_explanation_goes_on_as_an_explanation(monkeypatch, tmp_path, capsys):
     """And is no command that would begin a training."""
     monkeypatch.chdir(tmp_path)

@@ -151,6 +151,22 @@ def test_a_student_of_a_file_that_was_made_anew_is_another_student(tmp_path, fla
     assert names[0] != names[1] == names[2]
 
 
+@pytest.mark.parametrize(("flag", "name"), [("--teacher", "teacher"), ("--discriminator", "heads")])
+def test_a_student_of_a_run_that_was_made_anew_is_another_student(tmp_path, flag, name):
+    names = []
+    for content in (b"one", b"two", b"two"):
+        (tmp_path / f"{name}.pt").write_bytes(content)
+        names.append(sweep.name_of(settings(f"{flag} {tmp_path}")))
+    assert names[0] != names[1] == names[2]
+
+
+def test_a_long_path_in_any_script_gives_a_name_that_a_folder_can_have():
+    """A file system counts bytes, 255 of them."""
+    names = [sweep.name_of(settings(f"--teacher {letter * 80}/a.pt")) for letter in "猫犬"]
+    assert names[0] != names[1]
+    assert all(len(f"synthesis-{name}-seed-999999".encode()) < 255 for name in names)
+
+
 def test_a_sweep_keeps_out_of_a_folder_that_is_none_of_sweeps(launch, tmp_path, capsys):
     (folder := tmp_path / "out").mkdir()
     (folder / "photo.png").write_bytes(b"mine")

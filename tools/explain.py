@@ -12,6 +12,7 @@ import torch
 
 import data
 import ladd
+from lib.checkpoints import same_network
 from lib.errors import UsageError
 from lib.run import Run
 from mmdit import MMDiT
@@ -46,6 +47,10 @@ def explain(s, watch, given):
     if not taught and (s.teacher or s.source):
         raise UsageError(f"--explain reads no teacher but {run.path('teacher')}, a finished run's.")
     teacher = ladd.load(run, "teacher") if taught else run.make(MMDiT, **s.model())
+    if taught:
+        with torch.device("meta"):
+            wanted = MMDiT(**s.model()).config
+        same_network("--out", run.path("teacher"), teacher.config, wanted)
     student = run.adapted(teacher) if s.lora else copy.deepcopy(teacher).requires_grad_(True)
     if s.discriminator:
         given_heads(s)

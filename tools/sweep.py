@@ -139,10 +139,11 @@ def name_of(s, method="ladd"):
     """What differs from the preset, and a digest of all settings but the seed."""
     base = bound(base_of(s)) | dict(method="ladd")
     own = bound(s) | dict(method=method, seed=base["seed"])
-    files = [sha256(path) for path in (s.teacher, s.discriminator) if Path(path).is_file()]
+    paths = [s.teacher, f"{s.teacher}/teacher.pt", s.discriminator, f"{s.discriminator}/heads.pt"]
+    files = [sha256(path) for path in paths if Path(path).is_file()]
     digest = hashlib.sha256(json.dumps([own, *files]).encode()).hexdigest()[:8]
     differs = ",".join(f"{k}={v}" for k, v in own.items() if v != base[k])
-    differs = re.sub(r"[^\w=.,-]+", "", differs.replace(", ", "-"))
+    differs = re.sub(r"[^\w=.,-]+", "", differs.replace(", ", "-"), flags=re.ASCII)
     return f"{differs[:120] or s.preset}.{digest}"
 
 

@@ -94,14 +94,17 @@ def open_data(s, given):
 
 
 def to_take(run, given=None):
-    """The files of --from, {name: path}; its seed may be another. given: --teacher's checkpoint, if
-    any, which must be the same teacher, or the one that the other was tuned from."""
+    """The files of --from, {name: path}: its teacher, and its samples if all are there; its seed
+    may be another. given: --teacher's checkpoint, if any, which must be the same teacher, or the
+    one that the other was tuned from."""
     s, source = run.settings, Path(run.settings.source)
     fields = dataclasses.fields(s)
     names = [field.name for field in fields if field.name not in ("seed", "teacher")]
     files, unread = ["teacher.pt"], "synthetic"  # the first setting that changes none
     if s.targets == "synthetic" and any(source.glob("synthetic/*.pt")):
-        files, unread = ["teacher.pt", "synthetic/*.pt"], "iterations"
+        made, unread = sample_files(run), "iterations"
+        if all((source / name).exists() for name in made):
+            files += made
     theirs = bound(run.base) | read_object(source / "config.json")  # it may be older than a setting
     check_same("--from", source, theirs, run.signature(), names[: names.index(unread)])
     if not run.path("teacher").exists():
@@ -114,19 +117,21 @@ def to_take(run, given=None):
         weights = teacher["weights"].items()
         if both and not all(torch.equal(given["weights"][name], w) for name, w in weights):
             refuse(s, "source", "its teacher is not that of --teacher; give one of them")
-    found = [path for pattern in files for path in source.glob(pattern)]
-    return {path.relative_to(source).as_posix(): path for path in found}
+    return {name: source / name for name in files if (source / name).exists()}
+
+
+def sample_files(run):
+    """The names of the files that the synthesis makes, in a run's folder."""
+    return [f"synthetic/{i:05d}.pt" for i in range(len(ladd.planned_samples(run)[0]))]
 
 
 def finished(run, coming=()):
     """Which stages have left their result in the run's folder, or have it among what is coming."""
     found = [*run.out.glob("*"), *run.out.glob("synthetic/*.pt")]
     there = {path.relative_to(run.out).as_posix() for path in found} | set(coming)
-    planned = len(ladd.planned_samples(run)[0])
-    made = sum(name.startswith("synthetic/") for name in there)
     return dict(
         teacher="teacher.pt" in there,
-        synthesis=run.settings.targets == "real" or made == planned,
+        synthesis=run.settings.targets == "real" or there.issuperset(sample_files(run)),
         distillation="student.pt" in there,
         report="report.md" in there,
     )
