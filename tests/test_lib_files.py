@@ -224,7 +224,7 @@ def test_only_wrong_content_is_called_damage(tmp_path, monkeypatch, case, reader
     raised, told = MACHINE[case]
     readers = dict(
         checkpoint=lambda: files.read(tmp_path / "a.pt"),
-        samples=lambda: samples.read_file(tmp_path / "a.pt", 3, 2, check=True),
+        samples=lambda: samples.read_file(tmp_path / "a.pt", 3, 2, check=True, first=0),
         judge=lambda: scores.get_judge(
             lambda *_: (torch.zeros(1), torch.zeros(1)), {}, (8, 8), 3, "cpu", data_dir=tmp_path
         ),
