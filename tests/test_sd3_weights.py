@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_mmdit import VARIANTS, inputs, randomise
 
+import data
 import ladd
 import sample
 from lib.errors import CheckpointError
@@ -592,6 +593,7 @@ def test_a_student_of_latents_needs_safetensors_at_the_start_and_not_only_at_the
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr("tools.train.find_spec", lambda name: None)
+    monkeypatch.setattr("tools.train.open_data", lambda s, given: (s, data.DataSet(), None))
     words = ["--preset", "sd3-2b", "--data", "shards", "--out", str(tmp_path / "run")]
     assert ladd.main(words) == 2
     assert "pip install safetensors" in capsys.readouterr().err

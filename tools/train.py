@@ -181,8 +181,6 @@ def open_given(s, method, given=True):
     if method != "ladd" and (s.shard or s.accumulate > 1):
         refuse(s, "shard" if s.shard else "accumulate", "is for LADD alone")
     check_for_method(s, method)
-    if s.is_latent and find_spec("safetensors") is None:
-        raise UsageError("a student of latents is written as .safetensors: pip install safetensors")
     start = given_teacher(s) if s.teacher else None  # its tensors are views of the file
     heads = given_heads(s) if s.discriminator else None
     if (Path(s.out) / "teacher.pt").exists():
@@ -196,6 +194,8 @@ def open_given(s, method, given=True):
     if rank() == 0:
         barrier()
     check_captions(s, method, dataset)
+    if s.is_latent and find_spec("safetensors") is None:
+        raise UsageError("a student of latents is written as .safetensors: pip install safetensors")
     return s, start, dataset, note
 
 
