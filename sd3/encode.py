@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from data import bucket_sizes
 from lib.archive import Files
+from lib.checks import ASPECT
 from lib.errors import DataError, Parser, RunError, UserError, exit_status, reason
 from lib.files import read_lines, save
 from lib.folders import decode_all, find_captions, in_threads
@@ -127,7 +128,7 @@ def main(argv=None):
         parser.error("--shard: at least 1; --multiple: a multiple of 8")
     if args.size < 1 or args.size % args.multiple:
         parser.error(f"--size {args.size}: must be a multiple of --multiple {args.multiple}")
-    if not re.fullmatch(r"[1-9]\d*:[1-9]\d*(,[1-9]\d*:[1-9]\d*)*", args.aspects):
+    if not all(re.fullmatch(ASPECT, aspect) for aspect in args.aspects.split(",")):
         parser.error(f"--aspects {args.aspects}: must look like 1:1,3:2,2:3")
     sizes = bucket_sizes((args.size, args.size), args.multiple, args.aspects.split(","))
     kept = f"what is finished in {args.out} is kept, the same command goes on"
