@@ -13,8 +13,7 @@ import torch
 
 from lib.checks import ASPECT
 from lib.errors import CheckpointError, UsageError, clean, reason
-from lib.files import checksum, read
-from lib.kinds import kind_of
+from lib.files import checksum, kind_of, read
 from lib.lora import build, own_state
 from lib.settings import differences
 

@@ -16,7 +16,13 @@ import torch
 
 from lib.archive import MOST_BYTES
 from lib.errors import CheckpointError, DataError, clean, first_cause, pass_on, reason
-from lib.kinds import kind_of
+
+STRANGERS = {  # how a file begins that holds no weights for us: what it is, and what to do
+    b"GGUF": "a GGUF file, with numbers of a few bits; give the .safetensors that it was made from",
+    b"version https://git-lfs": "the pointer of git-lfs, not the file itself; get it: git lfs pull",
+    b"\x80": "an old pickle of PyTorch, which can run code; give a .safetensors",
+    b"\x89HDF": "a HDF5 file of another program; give a .safetensors",
+}
 
 
 @contextlib.contextmanager
@@ -59,9 +65,8 @@ def read_object(path):
     """The JSON object of a file of ours, as a dict; DataError names one that is no such file."""
     path, value = Path(path), None
     if path.is_file() and path.stat().st_size <= MOST_BYTES:
-        content = path.read_bytes()
         with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(content)
+            value = json.loads(path.read_bytes())
     if not isinstance(value, dict):
         wrong = "is damaged" if path.exists() else "is missing"
         raise DataError(f"{path} {wrong}: restore it, or choose another folder.")
@@ -114,6 +119,26 @@ def save(value, path):
             torch.save(value, file)
         except RuntimeError as error:
             raise first_cause(error) from None  # what is wrong with the disk
+
+
+def kind_of(path):
+    """What a file of weights is by its content, "torch" or "safetensors"; its name may end in
+    anything. CheckpointError says what another file is."""
+    with open(path, "rb") as file:
+        start = file.read(1024)
+    if start.startswith(b"PK"):  # torch.save packs a zip
+        return "torch"
+    if start[8:9] == b"{":  # the length of the header, and the header
+        return "safetensors"
+    what = "neither a .safetensors nor a file of torch.save"
+    if not start:
+        what = "an empty file; get it again"
+    elif all(byte >= 32 or byte in b"\t\n\r" for byte in start):  # a web page, a message
+        what = f"text ({start.decode(errors='replace')[:40]!r} …), not weights; get it again"
+    for beginning, stranger in STRANGERS.items():
+        if start.startswith(beginning):
+            what = stranger
+    raise CheckpointError(f"{path}: can't be read: {what}.")
 
 
 def checksum(path):

@@ -13,8 +13,7 @@ import torch
 
 from lib.checkpoints import check_weights
 from lib.errors import CheckpointError, UsageError, pass_on, reason, some
-from lib.files import read, read_object, replacing
-from lib.kinds import kind_of
+from lib.files import kind_of, read, read_object, replacing
 from lib.lora import adapter_of, merged
 from mmdit import MMDiT
 

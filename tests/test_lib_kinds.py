@@ -7,7 +7,7 @@ import pytest
 from conftest import PICTURE, saved
 
 from lib.errors import CheckpointError
-from lib.kinds import kind_of
+from lib.files import kind_of
 
 HEADER = json.dumps({}).encode()
 
