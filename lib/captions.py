@@ -32,11 +32,9 @@ def known_words(captions, length):
 
 def strange_words(prompts, file, length):
     """Which words of the prompts are not among those of a run's words.txt, in one line, or None."""
-    if not file.is_file():  # of an older version
-        return None
     try:
         known = read_lines(file, "words of the run")
-    except DataError:  # it is for this hint alone
+    except DataError:  # an older version made none, and it is for this hint alone
         return None
     strange = set(known_words(prompts, length)).difference(known)
     if not strange:
@@ -74,8 +72,7 @@ def word_attributes(captions, counts, most=16):
     total, seen = sum(counts), Counter()
     bags = [set(split_words(c)) for c in captions]
     for bag, n in zip(bags, counts, strict=True):
-        for word in bag:
-            seen[word] += n
+        seen.update(dict.fromkeys(bag, n))
     useful = [w for w, n in seen.items() if 0.05 <= n / total <= 0.95 and len(w) > 2]
     useful = sorted(useful, key=lambda w: (abs(seen[w] / total - 0.5), w))[:most]
     attributes = {word: ("no", "yes") for word in useful}

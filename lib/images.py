@@ -10,13 +10,10 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
-from lib.archive import MOST_BYTES
-
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what a picture may be, whatever its name says
 MOST_PIXELS = 1 << 26  # of one picture: 8192 × 8192
 warnings.filterwarnings("ignore", module="PIL")  # odd metadata; what can't be read raises
-
 MOST_PROFILE = 1 << 22  # bytes of a colour profile; those of printing presses have 2 MB
 PROFILED = {"L": "RGB", "RGB": "RGB", "RGBA": "RGBA", "CMYK": "RGB"}  # mode -> what it becomes
 
@@ -91,9 +88,3 @@ def decode(data, sizes):
         with one_large if pixels > 1 << 22 else contextlib.nullcontext():
             image = to_rgb(image)
             return fit(image, *nearest(sizes, image.height, image.width))
-
-
-def decode_file(path, height, width):
-    """An image file by its path -> (3, H, W) uint8"""
-    with open(path, "rb") as file:
-        return decode(file.read(MOST_BYTES), [(height, width)])

@@ -21,7 +21,7 @@ import ladd
 import sample
 from data import SYNTHETIC_INDEX
 from lib.errors import DataError, RunError
-from lib.images import decode_file
+from lib.images import decode
 from lib.run import Run
 from mmdit import MMDiT
 from sd3.encode import main
@@ -360,7 +360,7 @@ def test_images_are_sorted_into_buckets_of_one_size(sd3, images, tmp_path):
     assert x0.shape == (4, 16, 10, 6) and x0.dtype == torch.float32
     assert {dataset.captions[i] for i in caption} == {f"picture {i}" for i in (0, 1, 4, 7)}
     row = [dataset.captions[i] for i in caption].index("picture 4")
-    pixels = torch.from_numpy(decode_file(images / "4.png", 80, 48).copy())
+    pixels = torch.from_numpy(decode((images / "4.png").read_bytes(), [(80, 48)]).copy())
     wanted = encoders.encode(pixels[None])[0]
     torch.testing.assert_close(x0[row], wanted, rtol=0.01, atol=1e-3)
 

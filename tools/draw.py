@@ -22,7 +22,7 @@ from lib.captions import strange_words
 from lib.checkpoints import not_finite
 from lib.errors import ENDS, Parser, RunError, UsageError, exit_status, plural, reason
 from lib.files import read_lines
-from lib.images import decode_file, size_of
+from lib.images import decode, size_of
 from lib.masks import hide
 from lib.pictures import refuse_strangers, save_gif, save_pictures, square
 from tools.score import READ, data_of, score
@@ -132,7 +132,9 @@ PIXELS = SimpleNamespace(unit=1, encode=data.to_float, decode=data.to_picture)
 def read_picture(flag, path, height, width):
     """A picture in the size of the samples -> (1, 3, H, W) uint8, the file's own (H, W)"""
     try:
-        return torch.from_numpy(decode_file(path, height, width).copy())[None], size_of(path)
+        own = size_of(path)  # of a device that never ends there is none
+        pixels = decode(Path(path).read_bytes(), [(height, width)])
+        return torch.from_numpy(pixels.copy())[None], own
     except Exception as why:  # Pillow raises nearly anything on damaged files
         raise UsageError(f"{flag} {path}: can't be read ({reason(why)})") from None
 
