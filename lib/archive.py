@@ -107,9 +107,7 @@ class Files:
                 self.zip = zipfile.ZipFile(ZipBytes(self.path))
             except Exception as error:  # zipfile raises nearly anything on damaged files
                 pass_on(error, path)
-                raise DataError(
-                    f"{path}: not a readable zip ({error}). If it was cut short, copy it again."
-                ) from None
+                raise DataError(f"{path}: not a readable zip ({error}); is it cut short?") from None
             check_members(path, self.zip.infolist())
             self.members = {name_of(member): member for member in self.zip.infolist()}
             names = sorted(name for name in self.members if not name.endswith("/"))

@@ -81,8 +81,7 @@ def some(names, most=3):
 def no_memory(error):
     """Whether an error says that memory, the machine's or a GPU's, was not enough."""
     words = "(out of|enough|allocate) memory|ALLOC_FAILED"
-    said = re.search(words, str(error), re.IGNORECASE)
-    return bool(said) or isinstance(error, MemoryError)
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error), re.IGNORECASE))
 
 
 def pass_on(error, path):
@@ -125,8 +124,6 @@ class Parser(argparse.ArgumentParser):
                 stream.reconfigure(errors="replace")
 
         def uncaught(kind, error, trace):
-            if kind is not KeyboardInterrupt:
-                return sys.__excepthook__(kind, error, trace)
             print(file=sys.stderr)  # below the ^C of a terminal
             exit_status(program, error)
 

@@ -6,7 +6,6 @@ import os
 import signal
 import stat
 import sys
-import threading
 import time
 
 import torch
@@ -17,12 +16,6 @@ from lib.health import symptoms
 from lib.machine import moved
 from lib.parallel import average, highest
 from lib.states import Saver, load_state, newest_state
-
-
-def progress(name, total, initial=0):
-    """A progress bar, where standard error is a terminal."""
-    return tqdm(total=total, initial=initial, desc=name, disable=None, dynamic_ncols=True)
-
 
 # Windows has no SIGHUP, which comes when a terminal closes or a connection ends.
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
@@ -48,11 +41,10 @@ class Watch:
         self.before = {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # others can't hear signals
-            for number in SIGNALS:
-                if number == HANGUP and signal.getsignal(number) == signal.SIG_IGN:
-                    continue  # nohup asked for this
-                self.before[number] = signal.signal(number, self.hear)
+        for number in SIGNALS:
+            if number == HANGUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup asked for this
+            self.before[number] = signal.signal(number, self.hear)
         return self
 
     def __exit__(self, *_):
@@ -108,7 +100,8 @@ class Loop:
 
     def __iter__(self):
         self.start = self.last_line = self.saved = time.perf_counter()
-        with progress(self.stage, self.total, self.step) as self.bar:
+        options = dict(total=self.total, initial=self.step, disable=None, dynamic_ncols=True)
+        with tqdm(desc=self.stage, **options) as self.bar:
             while self.step < self.total:
                 yield self.step
                 self.checkpoint()
@@ -146,8 +139,7 @@ class Loop:
         instead. With five in a row at a log line the run ends."""
         found = [value.float() for update in self.updates for _, value in update]
         found = [moved(value, self.run.device) for value in found]  # --offload has norms elsewhere
-        found = iter(torch.stack(found).tolist() if found else ())
-        numbers = {}
+        found, numbers = iter(torch.stack(found).tolist()), {}
         for step, update in enumerate(self.updates, self.step + 2 - len(self.updates)):
             own = [(name, next(found)) for name, _ in update]
             bad = list(dict.fromkeys(name for name, x in own if not math.isfinite(x)))
@@ -209,10 +201,9 @@ class Loop:
         rate = "--teacher-lr" if self.stage == "teacher" else "--student-lr"
         raise RunError(
             f"{self.stage}: the loss or the gradient was not finite at update {self.step + 1} "
-            f"and the {before} before it ({', '.join(names)}). None of them was applied; the "
-            "weights are saved as they were before. The same command tries the next batches; if "
-            "that does not help, train in another folder (--out) with --precision fp32 or a lower "
-            f"{rate}."
+            f"and the {before} before it ({', '.join(names)}). None was applied, and the weights "
+            "before them are saved. The same command tries the next batches; or train in another "
+            f"--out, with --precision fp32 or a lower {rate}."
         )
 
     # states

@@ -60,26 +60,28 @@ def processes(device, program):
         what = f"WORLD_SIZE is {world()}, without {', '.join(lacking)}"
         raise UsageError(f"{what}: start many processes by torchrun, or unset WORLD_SIZE.")
     check_rank()
-    out, err = sys.stdout, sys.stderr
-    if rank() > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # without it, old addresses
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     patience = datetime.timedelta(minutes=10)
+    # While C++ waits no handler of Python's runs: by the system's own Ctrl-C ends it at once.
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        with deaf():
-            meeting = next(dist.rendezvous("env://", timeout=patience))[0]
-            store = dist.PrefixStore(f"attempt {attempt}", meeting)
-            options = dict(rank=rank(), world_size=world(), timeout=patience)
-            dist.init_process_group(backend, store=store, **options)
+        meeting = next(dist.rendezvous("env://", timeout=patience))[0]
+        store = dist.PrefixStore(f"attempt {attempt}", meeting)
+        options = dict(rank=rank(), world_size=world(), timeout=patience)
+        dist.init_process_group(backend, store=store, **options)
     except (ValueError, RuntimeError) as error:  # no such address, a port in use, nobody there
-        sys.stdout, sys.stderr = out, err
         where = ":".join(map(os.environ.get, TORCHRUN[1:]))
         why = f"process {rank()} of {world()} finds no others at {where} ({reason(error)})."
         raise RunError(why) from None
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    out, err = sys.stdout, sys.stderr
+    if rank() > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         yield
         stop_processes()
@@ -97,16 +99,6 @@ def processes(device, program):
         os._exit(status)  # without waiting for the others
     finally:
         sys.stdout, sys.stderr = out, err
-
-
-@contextlib.contextmanager
-def deaf():
-    """While C++ waits, no handler of Python's runs: Ctrl-C ends the process at once."""
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def lost_process(error):

@@ -20,16 +20,7 @@ from lib.log import Log
 from lib.loop import Loop
 from lib.lora import adapt, build, new_adapter, own_state
 from lib.machine import arithmetic, autocast, deterministic, device_of, facts
-from lib.parallel import (
-    barrier,
-    fill,
-    rank,
-    shard,
-    shard_as,
-    stop_processes,
-    to_rank0,
-    world,
-)
+from lib.parallel import barrier, fill, rank, shard, shard_as, stop_processes, to_rank0, world
 from lib.settings import bound, lasting, locked, open_folder
 from lib.states import forget_states, forget_unfinished
 from lib.streams import key_of
@@ -168,8 +159,7 @@ class Run:
             if note:
                 self.notes.append(note)
                 print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
-            where = facts() if rank() == 0 else {}
-            self.log.write(settings=dataclasses.asdict(s), method=self.method, note=note, **where)
+            self.log.write(settings=dataclasses.asdict(s), method=self.method, note=note, **facts())
             yield
             if note:
                 print(f"\n!!! {note}\n", file=sys.stderr, flush=True)

@@ -2,10 +2,10 @@
 
 import torch
 from torch.utils.data import ConcatDataset
+from tqdm import tqdm
 
 from lib.errors import RunError, pass_on, reason
 from lib.files import read, save
-from lib.loop import progress
 from lib.parallel import broadcast, my_share, rank, world
 from lib.streams import RULE
 
@@ -34,7 +34,8 @@ def write_samples(run, plan, make, seed):
     plan: the sample numbers of every file; make(file, index) -> x0 (n, C, H, W), n captions"""
     paths = [run.out / "synthetic" / f"{i:05d}.pt" for i in range(len(plan))]
     todo = broadcast([i for i, path in enumerate(paths) if not path.exists()])
-    with progress("synthesis", len(plan), len(plan) - len(todo)) as bar:
+    made_before = len(plan) - len(todo)
+    with tqdm(desc="synthesis", total=len(plan), initial=made_before, disable=None) as bar:
         for turn in range(0, len(todo), world()):
             # Divided networks need all processes: those without a file of their own join in.
             file = todo[min(turn + rank(), len(todo) - 1)]

@@ -84,11 +84,9 @@ class TensorList(pickle.Unpickler):
         known = known or module.startswith("torch.distributed.checkpoint.")
         if known and "." not in name and name != "BytesStorageMetadata":  # which holds a pickle
             found = super().find_class(module, name)
-            if found in (torch.Size, torch.serialization._get_layout):
-                return found
-            if isinstance(found, torch.dtype) or dataclasses.is_dataclass(found):
-                return found
-            if isinstance(found, type) and issubclass(found, (enum.Enum, PurePath)):
+            record = isinstance(found, torch.dtype) or dataclasses.is_dataclass(found)
+            word = isinstance(found, type) and issubclass(found, (enum.Enum, PurePath))
+            if record or word or found in (torch.Size, torch.serialization._get_layout):
                 return found
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
