@@ -164,11 +164,9 @@ def read(path, *, check=True, mmap=False):
 
     check: whether the checksums are. mmap: a tensor is read where it is touched."""
     path = Path(path)
-    if not path.exists():
+    if not path.is_file():  # a pipe or a device might never end
         far = " Has the run got that far?" if (path.parent / "log.jsonl").exists() else ""
         raise CheckpointError(f"{path}: no such file.{far}")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: not a file.")  # a pipe or a device might never end
     if kind_of(path) != "torch":
         raise CheckpointError(f"{path}: can't be read as a checkpoint: it is a safetensors.")
     try:

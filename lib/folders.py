@@ -58,9 +58,7 @@ def read_list(files, name, captions):
 
 
 def find_captions(files):
-    """-> {image name: caption}, and whether these are the names of class folders.
-
-    Prints what is read and what is not, in one line."""
+    """-> {image name: caption}, and whether these are the names of class folders. Prints a line."""
     images = [n for n in files.names if n.lower().endswith(SUFFIXES)]
     names, captions, left_out = set(files.names), {}, dict(files.left_out)
     lists = [n for n in files.names if posixpath.basename(n) == "captions.jsonl"]
@@ -128,8 +126,8 @@ def in_threads(function, names):
 def decode_all(files, names, sizes, bad, total):
     """Every image as (3, H, W) uint8, that of `sizes` of the nearest aspect. -> {name: pixels}
 
-    Those that can't be read are left out, named, and added to `bad`. DataError where `bad` has
-    more than 1 % of the `total` images of the set."""
+    Those that can't be read are left out, named, and added to `bad`. DataError where these are more
+    than 1 % of the `total` images of the set."""
 
     def read(name):
         try:
@@ -151,10 +149,8 @@ def decode_all(files, names, sizes, bad, total):
     if len(bad) > before:
         print(f"skipped {len(bad)} of {total} images that can't be read", file=sys.stderr)
     if len(bad) > 0.01 * total:
-        raise DataError(
-            f"{files.path}: {len(bad)} of {total} images can't be read, more than 1 %. "
-            f"First: {bad[0]}."
-        )
+        few = f"{len(bad)} of {total} images can't be read, more than 1 %"
+        raise DataError(f"{files.path}: {few}. First: {bad[0]}.")
     return good
 
 
@@ -171,8 +167,7 @@ def split_off(names):
 
 
 def read_folder(path, sizes):
-    """The images of a folder or a zip as plain arrays, each cropped to the size of the nearest
-    aspect ratio.
+    """The images of a folder or a zip, each cropped to that of `sizes` of the nearest aspect.
 
     -> [(train, held out)] of each size, where a part is (images (n, 3, H, W) uint8, rows of the
     captions (n,)); what is in it, with a digest of names, captions and files; captions, attributes,

@@ -52,8 +52,7 @@ class Watch:
             signal.signal(number, handler)
 
     def hear(self, number, frame):
-        """The first signal waits for what can be saved, where a stage is `patient` for it; the
-        second ends the process at once."""
+        """The first signal waits for a `patient` stage to save; the second ends the process."""
         for each in self.before:  # a terminal that closes may send its own twice
             signal.signal(each, signal.SIG_IGN if each == HANGUP else signal.SIG_DFL)
         if number == HANGUP:
@@ -75,8 +74,7 @@ class Watch:
 
 
 class Loop:
-    """Iterate over it for the steps of a stage, from where a cut run goes on, and call `log` in
-    each.
+    """The steps of a stage, from where a cut run goes on: iterate over it, call `log` in each.
 
     networks {name: module} and optimizers are all that the stage changes; batch: images of an
     update. signs: see lib/health.py; shown: the numbers of the progress bar."""
@@ -132,11 +130,9 @@ class Loop:
             self.read()
 
     def read(self):
-        """Writes the means of what was noted since the last log line. The host reads it here alone,
-        all at once: to read is to wait until the device has done all that it was given.
-
-        An update whose gradient's norm is not finite was not applied: it is counted and told
-        instead. With five in a row at a log line the run ends."""
+        """Writes the means of what was noted since the last log line. To read is to wait for the
+        device, so it is done here alone, all at once. An update whose gradient's norm is not finite
+        was not applied: it is counted instead, and five in a row end the run."""
         found = [value.float() for update in self.updates for _, value in update]
         found = [moved(value, self.run.device) for value in found]  # --offload has norms elsewhere
         found, numbers = iter(torch.stack(found).tolist()), {}

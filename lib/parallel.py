@@ -188,7 +188,7 @@ def mesh(device_type, replicas, group):
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def shard(network, blocks, device, dtype, *, replicas=1, offload=False):
+def shard(network, device, dtype, replicas, offload):
     """Divides a network by FSDP2: a process holds a part of every tensor, in float32, and gathers
     it block by block in `dtype`; gradients are added up in float32.
 
@@ -201,7 +201,7 @@ def shard(network, blocks, device, dtype, *, replicas=1, offload=False):
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     place = torch.device("cpu") if offload else device
-    for module in (*blocks, network):
+    for module in (*getattr(network, "joint_blocks", ()), network):
         fully_shard(module, **options)
     if next(network.parameters()).is_meta:
         network.to_empty(device=place)

@@ -38,15 +38,13 @@ class Run:
     method: the name of what is trained; base: the settings that it is named against, a preset's.
     show: a function run, kind, step, network that draws how far the training has come."""
 
-    def __init__(
-        self, settings, dataset, text, watch, method="ladd", base=None, show=lambda *_: None
-    ):
+    def __init__(self, settings, dataset, text, watch, method="ladd", base=None, show=None):
         self.settings, self.watch = settings, watch
         self.out = Path(settings.out)
         self.device = device_of(settings.device)
         self.dataset, self.text = dataset.to(self.device), text.to(self.device)
         self.method, self.base = method, base or settings
-        self.show = functools.partial(show, self)
+        self.show = functools.partial(show, self) if show else lambda *_: None
         self.divided = settings.shard and world() > 1
         self.log = Log(self.out, settings.tensorboard)
         self.notes = []  # lines that the report must repeat
@@ -98,10 +96,8 @@ class Run:
         network.checkpointing = s.checkpointing
         if not self.divided:
             return network.to(self.device)
-        blocks = getattr(network, "joint_blocks", ())
         dtype = arithmetic(self.device, s.precision)
-        offload = s.offload and learns
-        return shard(network, blocks, self.device, dtype, replicas=s.replicas, offload=offload)
+        return shard(network, self.device, dtype, s.replicas, offload=s.offload and learns)
 
     def compile(self, network):
         """With --compile yes; tools/train.py has decided `auto`."""
@@ -126,10 +122,8 @@ class Run:
         barrier()  # so that all find it
 
     def load(self, checkpoint, module, frozen=False):
-        """The network module(**arguments) of a checkpoint, without gradient.
-
-        One that stays `frozen` is kept in the precision of the arithmetic: autocast would cast its
-        weights in every pass."""
+        """The network module(**arguments) of a checkpoint, without gradient; a `frozen` one in the
+        precision of the arithmetic, to which autocast would cast its weights in every pass."""
         dtype = arithmetic(self.device, self.settings.precision) if frozen else torch.float32
         with torch.device("meta" if self.divided else "cpu"):
             network = build(module, checkpoint).to(dtype)
@@ -189,7 +183,6 @@ class Run:
             seconds = self.earlier + time.perf_counter() - start
             self.log.write(stage=stage, finished=True, seconds=seconds)
             print(f"{stage}: {seconds:.0f} s", flush=True)
-            done[stage] = True
 
     def loop(self, *arguments, **options):
         """The steps of a stage, from where a cut run goes on; see Loop."""

@@ -38,9 +38,8 @@ def state_folders(out, stage):
 
 
 def newest_state(out, stage):
-    """The newest sound state of a stage: its folder, and what was saved as `facts`; or None.
-
-    RunError where there are states and all of them are damaged."""
+    """The newest sound state of a stage: its folder, and what was saved as `facts`; None if it has
+    no state. RunError: all are damaged."""
     folders = state_folders(out, stage)
     for folder in reversed(folders):
         try:
@@ -56,8 +55,8 @@ def newest_state(out, stage):
 
 
 def check_files(folder, files):
-    """Raises CheckpointError in all processes where one finds a damaged file of a state, or where
-    its list of tensors would run code: PyTorch reads that without care.
+    """CheckpointError in all processes where one finds a damaged file of a state, or where its list
+    of tensors would run code: PyTorch reads that without care.
 
     files: {name: SHA-256}, of which each process reads its share."""
     bad = []
@@ -115,9 +114,7 @@ def forget_unfinished(out):
 
 
 def tensors_of(networks, optimizers):
-    """{name: tensor} of all that a state holds, each on its device, divided or not.
-
-    networks: {name: module}, optimizers: a list"""
+    """{name: tensor} of all that a state holds, each on its device, divided or not."""
     tensors = {}
     for name, network in networks.items():
         for key, tensor in own_state(network).items():
@@ -140,10 +137,8 @@ class Saver:
         self.pending = None  # of a save that was begun: folder, facts, what ends the writing
 
     def save(self, step, networks, optimizers, facts, wait):
-        """facts: a dict of plain values for `newest_state`.
-
-        Without `wait` a divided state may be written while the training goes on: it counts once it
-        is complete, at the next save or at the end."""
+        """facts: a dict of plain values for `newest_state`. Without `wait` a divided state may be
+        written while the training goes on: it counts from the next save on, or from the end."""
         from torch.distributed import checkpoint as dcp
 
         self.complete()
