@@ -91,10 +91,9 @@ def walk(root):
 
 
 class Files:
-    """The files of a folder or of a zip by their relative names, with "/"; nothing is extracted.
-    left_out {why: names}: what else is there. sums {name: CRC-32}: of what was read.
+    """The files of a folder or of a zip by their relative names, with "/". DataError: it is neither.
 
-    Raises DataError where the path is neither, or a zip that can't be read or is not honest."""
+    left_out {why: names}: what else is there. sums {name: CRC-32}: of what was read."""
 
     def __init__(self, path):
         self.path, self.zip, self.sums = Path(path), None, {}

@@ -21,7 +21,6 @@ STRANGERS = {  # how a file begins that holds no weights for us: what it is, and
     b"GGUF": "a GGUF file, with numbers of a few bits; give the .safetensors that it was made from",
     b"version https://git-lfs": "the pointer of git-lfs, not the file itself; get it: git lfs pull",
     b"\x80": "an old pickle of PyTorch, which can run code; give a .safetensors",
-    b"\x89HDF": "a HDF5 file of another program; give a .safetensors",
 }
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from lib.errors import RunError, Stop
 from lib.health import symptoms
 from lib.machine import moved
-from lib.parallel import average, highest
+from lib.parallel import average, gather
 from lib.states import Saver, load_state, newest_state
 
 # Windows has no SIGHUP, which comes when a terminal closes or a connection ends.
@@ -69,7 +69,7 @@ class Watch:
         return self.status or (75 if time.perf_counter() > self.end else 0)
 
     def check(self):
-        if end := highest(self.due()):
+        if end := max(gather(self.due())):
             raise Stop(end)
 
 
@@ -210,10 +210,10 @@ class Loop:
         s = self.run.settings
         if not self.due(s.log_every) or self.step + 1 == self.total:
             return  # between log lines there are sums that a state does not hold
-        end = highest(self.run.watch.due())
+        end = max(gather(self.run.watch.due()))
         late = s.save_minutes and time.perf_counter() - self.saved > 60 * s.save_minutes
         passed = (self.step + 1) % s.save_every < s.log_every
-        if passed or highest(late) or end:
+        if passed or any(gather(late)) or end:
             self.save(wait=bool(end))
         if end:
             raise Stop(end)

@@ -90,9 +90,11 @@ def processes(device, program):
         raise
     except Exception as error:
         sys.stdout, sys.stderr = out, err
-        status, first = 1, False
-        with contextlib.suppress(RuntimeError), quiet():  # where the store's own process is gone
+        status, first, kept = 1, False, os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # C++ complains where rank 0 has gone
+        with contextlib.suppress(RuntimeError):
             first = store.add("failed", 1) == 1
+        os.dup2(kept, 2)
         if first:
             status = exit_status(program, lost_process(error))
         sys.stderr.flush()
@@ -105,22 +107,8 @@ def lost_process(error):
     """An error of the connection as one for people; any other as it is."""
     lost = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
     if lost or isinstance(error, dist.DistError):
-        why = str(error).splitlines()[0]
-        return RunError(f"process {rank()} of {world()} has lost another ({why}).")
+        return RunError(f"process {rank()} of {world()} has lost another ({reason(error)}).")
     return error
-
-
-@contextlib.contextmanager
-def quiet():
-    """Drops what C++ writes to standard error."""
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
 
 
 def stop_processes():
@@ -159,11 +147,6 @@ def gather(value):
 def broadcast(value):
     """Rank 0's value, in all processes."""
     return gather(value)[0]
-
-
-def highest(value):
-    """The highest of all processes' numbers."""
-    return int(max(gather(value)))
 
 
 def average(tensors):

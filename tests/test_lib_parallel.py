@@ -19,7 +19,7 @@ from conftest import lines, updates
 import ladd
 from lib.errors import UsageError
 from lib.loop import Watch
-from lib.parallel import average, barrier, broadcast, check_rank, gather, highest, leave, my_share
+from lib.parallel import average, barrier, broadcast, check_rank, gather, leave, my_share
 from tools import report
 
 ROOT = Path(ladd.__file__).parent
@@ -417,7 +417,6 @@ def test_what_other_methods_do_not_know_is_refused(words, line, tmp_path, capsys
 def test_one_process_has_all_of_everything():
     barrier()
     assert broadcast([1, "a"]) == [1, "a"] and gather("a") == ["a"]
-    assert [highest(value) for value in (0, 3, True)] == [0, 3, 1]
     assert list(my_share(range(5))) == [0, 1, 2, 3, 4]
     average([tensor := torch.arange(3.0)])
     assert tensor.tolist() == [0, 1, 2]
