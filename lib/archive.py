@@ -91,7 +91,7 @@ def walk(root):
 
 
 class Files:
-    """The files of a folder or of a zip by their relative names, with "/". DataError: it is neither.
+    """The files of a folder or of a zip by their relative names, with "/"; else DataError.
 
     left_out {why: names}: what else is there. sums {name: CRC-32}: of what was read."""
 
