@@ -51,8 +51,7 @@ def read_list(files, name, captions):
         if file in captions:
             raise DataError(f"{where} names {file} a second time.")
         captions[file] = clean(caption)
-    missing = sorted(set(captions) - set(files.names))
-    if missing:
+    if missing := sorted(set(captions) - set(files.names)):
         number = plural(len(missing), "missing file")
         raise DataError(f"{files.path}: {name} names {number}: {missing[0][:200]} …")
 
@@ -108,13 +107,12 @@ def listed(left_out):
 
 def merged_parts(captions, classes):
     """Says what becomes of a training and a validation part, which have no meaning here."""
-    folders = {name: name.split("/")[:-1] for name in captions}
-    parts = {f for path in folders.values() for f in path if f.lower() in SPLITS}
+    parts = sorted({f for n in captions for f in n.split("/")[:-1] if f.lower() in SPLITS})
     if len(parts) < 2:
         return ""
-    as_classes = classes and any(path[-1] in parts for path in folders.values())
+    as_classes = classes and any(n.split("/")[-2] in parts for n in captions)
     how = "seen as classes" if as_classes else "read as one set"
-    return f"; {' and '.join(f'{part}/' for part in sorted(parts))} are {how}"
+    return f"; {'/ and '.join(parts)}/ are {how}"
 
 
 def in_threads(function, names):
