@@ -55,8 +55,7 @@ def processes(device, program):
     if world() == 1:
         yield
         return
-    lacking = [name for name in TORCHRUN if not os.environ.get(name)]
-    if lacking:
+    if lacking := [name for name in TORCHRUN if not os.environ.get(name)]:
         what = f"WORLD_SIZE is {world()}, without {', '.join(lacking)}"
         raise UsageError(f"{what}: start many processes by torchrun, or unset WORLD_SIZE.")
     check_rank()
