@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from data import bucket_sizes
 from lib.archive import Files
+from lib.checkpoints import not_finite
 from lib.checks import ASPECT
 from lib.errors import DataError, Parser, RunError, UserError, exit_status, reason
 from lib.files import read_lines, save
@@ -100,13 +101,9 @@ def features_of(encoders, captions, pixels):
     if pixels is not None:
         tensors["latents"] = encoders.encode(torch.from_numpy(np.stack(list(pixels.values()))))
     tensors = {name: x.bfloat16() for name, x in tensors.items()}
-    for name, x in tensors.items():
-        if not x.isfinite().all():
-            raise DataError(f"{encoders.folder}: its {name} of {captions[0]!r} … are not finite.")
+    if bad := not_finite(tensors):
+        raise DataError(f"{encoders.folder}: its {bad} of {captions[0]!r} … are not finite.")
     return tensors
-
-
-ASPECTS = "1:1,5:4,4:5,3:2,2:3,16:9,9:16"
 
 
 def main(argv=None):
@@ -119,7 +116,7 @@ def main(argv=None):
     add("--out", required=True, metavar="FOLDER", help="where shards are written, or gone on with")
     add("--size", type=int, default=1024, help="pixels; images get the area of such a square,")
     add("--multiple", type=int, default=64, help="sides that are multiples of this,")
-    add("--aspects", default=ASPECTS, metavar="W:H,…", help="and the nearest of these")
+    add("--aspects", default="1:1,5:4,4:5,3:2,2:3,16:9,9:16", help="and the nearest of these W:H")
     add("--no-t5", action="store_true", help="zeros for T5's tokens")
     add("--shard", type=int, default=256, help="samples of a file; 1.8 MB each at 1024²")
     add("--device", default="auto")
@@ -134,9 +131,8 @@ def main(argv=None):
     kept = f"what is finished in {args.out} is kept, the same command goes on"
     try:
         check_rank()
-        encoders = Encoders(
-            args.model, device_of(args.device), not args.no_t5, vae=bool(args.images)
-        )
+        device = device_of(args.device)
+        encoders = Encoders(args.model, device, not args.no_t5, vae=bool(args.images))
         encode(encoders, args, sizes)
     except UserError as error:
         return exit_status("sd3/encode.py", error)

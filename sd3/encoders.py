@@ -26,10 +26,8 @@ NEEDS = "SD3's encoders need: pip install diffusers transformers safetensors"
 
 
 class Encoders:
-    """The text encoders and the VAE of a local SD3 folder in diffusers' layout; no network.
-
-    Each is loaded when first asked for and on the device only while it works. In float32; T5, with
-    4.7 G parameters, in bf16 on a GPU. Without T5 its tokens are zeros, as SD3 allows."""
+    """Each is loaded when first asked for and on the device only while it works. In float32; T5,
+    with 4.7 G parameters, in bf16 on a GPU. Without T5 its tokens are zeros, as SD3 allows."""
 
     def __init__(self, folder, device="cpu", t5=True, vae=False):
         self.folder, self.device, self.t5 = Path(folder), torch.device(device), t5
@@ -39,10 +37,7 @@ class Encoders:
         self.parts = [part for part in SD3_PARTS if wanted.get(part, True)]
         missing = [part for part in self.parts if not (self.folder / part).is_dir()]
         if missing:
-            raise DataError(
-                f"{folder}: not a whole SD3 folder of diffusers' layout, it lacks "
-                f"{', '.join(part + '/' for part in missing)}."
-            )
+            raise DataError(f"{folder}: of diffusers' SD3 folders it lacks {'/, '.join(missing)}/.")
         if vae:
             self.scale()  # raises where it can't be used
 
@@ -90,10 +85,8 @@ class Encoders:
         wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
         if wrong:
             raise ValueError(f"{len(wrong)} tensors are missing or misshapen: {wrong[0]} …")
-        if name != "vae":  # which is float32 from the start
-            half = name == "text_encoder_3" and self.device.type == "cuda"
-            model.to(torch.bfloat16 if half else torch.float32)
-        return model.eval()
+        half = name == "text_encoder_3" and self.device.type == "cuda"
+        return model.to(torch.bfloat16 if half else torch.float32).eval()
 
     @contextlib.contextmanager
     def at_work(self, name):
@@ -133,8 +126,7 @@ class Encoders:
         path, least = self.folder / "text_encoder_3" / "config.json", clip.shape[2]
         width = read_object(path).get("d_model") if path.exists() else 4096
         if type(width) is not int or not least <= width < 1 << 16:
-            wanted = f"the CLIPs' width, {least}, or more is expected"
-            raise DataError(f"{path}: d_model is {width!r:.50}; {wanted}.")
+            raise DataError(f"{path}: d_model is {width!r:.50}; {least}, the CLIPs', is the least.")
         if self.t5:
             (t5,) = self.read("_3", captions)
         else:
@@ -169,11 +161,10 @@ class Encoders:
         config = read_object(path)
         if not {"scaling_factor", "shift_factor"} & config.keys():
             return 1.5305, 0.0609
-        scale, shift = config.get("scaling_factor"), config.get("shift_factor")
-        shift = 0 if shift is None else shift
+        scale, shift = config.get("scaling_factor"), config.get("shift_factor") or 0
         for name, value, least in ("scaling_factor", scale, 1e-6), ("shift_factor", shift, -1e6):
             if type(value) not in (int, float) or not least < value < 1e6:
-                raise DataError(f"{path}: {name} is {value!r:.50}; that is no number to use.")
+                raise DataError(f"{path}: {name} is {value!r:.50}, no number to use.")
         return scale, shift
 
     @property

@@ -10,7 +10,7 @@ import torch
 
 from data import SYNTHETIC_INDEX, Buckets, ImageSet, Text
 from lib.checkpoints import check_weights
-from lib.errors import CheckpointError, DataError, pass_on, plural, reason
+from lib.errors import DataError, pass_on, plural, reason
 from lib.files import checksum, read, read_object
 from lib.machine import moved
 
@@ -21,27 +21,23 @@ DIMENSIONS = dict(context=3, pooled=2, latents=4)  # of a shard's tensors
 def read_shard(file, check):
     """What `encode` wrote, memory-mapped: n captions, and if n > 0 in bf16 their context
     (n, M, D_c), pooled (n, D_p), and of images latents (n, C, h, w). check: the checksums."""
-    if not file.exists():
-        raise DataError(f"{file} is missing; run the same encode again.")
     try:
         shard = read(file, check=check, mmap=True)
         tensors = {name: shard[name] for name in shard if name != "captions"}
         n = len([caption + "" for caption in shard["captions"] + []])
         check_weights(tensors, file.stat().st_size)
-        for name in tensors if n else ():
-            shape, dtype = tuple(tensors[name].shape), tensors[name].dtype
+        for name, x in tensors.items():
             wanted = (DIMENSIONS[name], n, torch.bfloat16)
-            if (len(shape), shape[0], dtype) != wanted or 0 in shape:
-                raise ValueError(f"{name} {shape} in {dtype} of {n} captions")
+            if (x.ndim, len(x), x.dtype) != wanted or x.numel() == 0:
+                raise ValueError(f"{name} {tuple(x.shape)} in {x.dtype} of {n} captions")
         if n and not tensors.keys() >= {"context", "pooled"}:
             raise ValueError("without text features")
         return shard
-    except CheckpointError as error:
-        raise DataError(f"{error} Delete it and run the same encode again.") from None
     except Exception as error:  # a damaged file raises nearly anything
         pass_on(error, file)
-        why = f"({reason(error)}); delete it and run the same encode again."
-        raise DataError(f"{file}: not a shard {why}") from None
+        why = reason(error, 300).removeprefix(f"{file}: ")
+        advice = "delete it, if it is there, and run the same encode again"
+        raise DataError(f"{file}: not a shard ({why}); {advice}.") from None
 
 
 class ShardBucket(ImageSet):
@@ -102,9 +98,9 @@ class Shards(Buckets):
         (self.channels,) = channels
 
         self.captions = list(dict.fromkeys(captions))
-        digest = hashlib.sha256(repr((captions, sums)).encode("utf-8", "surrogatepass"))
-        self.name = f"{len(captions)} samples, {len(self.captions)} captions, "
-        self.name += f"digest {digest.hexdigest()[:16]}"
+        content = repr((captions, sums)).encode("utf-8", "surrogatepass")
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        self.name = f"{len(captions)} samples, {len(self.captions)} captions, digest {digest}"
         self.rows = {caption: row for row, caption in enumerate(self.captions)}
         caption = torch.tensor([self.rows[c] for c in captions])
         # the first sample of every caption
@@ -113,15 +109,10 @@ class Shards(Buckets):
         if self.channels is None:
             prompts = members[None]
             members = {(None, *size): prompts[i :: len(sizes)] for i, size in enumerate(sizes)}
-        self.sets = [
-            ShardBucket(self, size, samples, caption)
-            for (_, *size), samples in sorted(members.items())
-            if samples
-        ]
-        samples, different = len(captions) - 1, len(set(captions[1:]))
-        what = f"{plural(samples, 'sample')}, {plural(different, 'caption')}, of "
-        what += f"{self.channels} channels" if self.channels else "prompts alone"
-        print(f"{path}: {what}", file=sys.stderr)
+        parts = [(size, samples) for (_, *size), samples in sorted(members.items()) if samples]
+        self.sets = [ShardBucket(self, *part, caption) for part in parts]
+        kind = f"of {self.channels} channels" if self.channels else "of prompts alone"
+        print(f"{path}: {plural(len(captions) - 1, 'sample')} {kind}", file=sys.stderr)
 
     def file(self, i):
         return self.path / f"{i:06d}.pt"
@@ -134,10 +125,8 @@ class Shards(Buckets):
             if height % s.patch or width % s.patch:
                 raise DataError(f"{what} can't be cut into {s.patch}×{s.patch}.")
             if max(height, width) > s.patch * s.pos_size:
-                most = f"more than --pos-size {s.pos_size} patches of {s.patch} a side"
-                raise DataError(
-                    f"{what} are {most}; encode with a smaller --size or fewer --aspects."
-                )
+                most = f"--pos-size {s.pos_size} patches of {s.patch} a side"
+                raise DataError(f"{what} are more than {most}; encode at a smaller --size.")
             sides.append(math.sqrt(height * width / s.positions))
         nearest = min(sides, key=lambda side: abs(math.log(side)))
         if not 0.9 < nearest < 1.1:  # areas differ a little, as sides are rounded
@@ -150,14 +139,12 @@ class Shards(Buckets):
         ):
             if mine != wanted:
                 raise DataError(f"{self.path}: {what} {mine} wide, but the network takes {wanted}.")
-        prompts = sum(bucket.train_size for bucket in self.sets)
-        if prompts < processes:
-            few = f"{prompts} prompts are fewer than the {processes} processes"
-            raise DataError(f"--data {s.data}: {few}.")
+        n = sum(bucket.train_size for bucket in self.sets)
+        if n < processes:
+            raise DataError(f"{self.path}: {n} prompts are fewer than the {processes} processes.")
         if not self.channels and needs_images:
-            raise DataError(
-                f"--data {s.data}: has prompts alone: that takes --teacher and --targets synthetic."
-            )
+            takes = "that takes --teacher and --targets synthetic"
+            raise DataError(f"{self.path} has prompts alone: {takes}.")
 
     def read(self, name, samples):
         """One tensor of samples (B,) -> (B, …) float32 on the device."""

@@ -1,17 +1,13 @@
-"""Released weights in and out: SD3-medium, SD3.5-medium, SD3.5-large, and diffusers' folders.
-
-Our parameters carry the names and shapes of the released files, so that they load as they are.
-"""
+"""Released weights in and out: SD3-medium, SD3.5-medium, SD3.5-large, and diffusers' folders."""
 
 import math
 import re
 from collections import UserDict
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from lib.checkpoints import check_weights
+from lib.checkpoints import check_weights, not_finite
 from lib.errors import CheckpointError, UsageError, pass_on, reason, some
 from lib.files import kind_of, read, read_object, replacing
 from lib.lora import adapter_of, merged
@@ -31,7 +27,6 @@ DIFFUSERS = {
     "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
     "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
     "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
-    "context_embedder": "context_embedder",
     "norm_out.linear": "final_layer.adaLN_modulation.1",
     "proj_out": "final_layer.linear",
     # after transformer_blocks.0. and joint_blocks.0.
@@ -124,11 +119,8 @@ def meta_sd3(shapes, heads=None):
         if any(re.search("lora|lokr|hada_|dora_", name, re.IGNORECASE) for name in shapes):
             what = "a LoRA, which is no network; merge it into its SD3 network and give that"
             raise CheckpointError(what) from None
-        there = f"but {min(shapes)!r:.90}" if shapes else "nor any other"
-        raise CheckpointError(
-            f"not an SD3 checkpoint: it has no tensor {missing}, {there}; "
-            "give SD3's network, a file or a folder"
-        ) from None
+        what = f"not an SD3 checkpoint: it has no tensor {missing}; give SD3's network"
+        raise CheckpointError(what) from None
     except Exception as error:  # no network has such sizes
         raise CheckpointError(f"not an SD3 checkpoint: {error}") from None
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -145,7 +137,7 @@ def meta_sd3(shapes, heads=None):
 
 
 def from_diffusers(tensors):
-    """diffusers' {name: tensor} -> {official name: [parts to be joined]}; views, no copies."""
+    """diffusers' or official {name: tensor} -> {official name: [parts to be joined]}, views."""
     places = {t: (o, i) for ts, o in DIFFUSERS.items() for i, t in enumerate(ts.split())}
     width, found = len(tensors.get("pos_embed.proj.bias", ())), {}
     for name, tensor in tensors.items():
@@ -205,28 +197,22 @@ def files_of(path):
         few = some([file.name for file in others])
         raise ValueError(f"several networks may be in it ({few}); give one of these files")
     if not others:
-        raise ValueError(
-            "a folder without weights: neither a run's teacher.pt, nor SD3's transformer/, nor "
-            "diffusion_pytorch_model.safetensors"
-        )
+        raise ValueError("a folder with neither a run's teacher.pt nor SD3's weights")
     return others, heads
 
 
 def read_tensors(file):
-    """{name: function that gives the tensor, a view} of one file, and its number of heads if it
-    says that."""
+    """{name: tensor, a view} of one file, and its number of heads if it says that."""
     from safetensors import safe_open
 
     if kind_of(file) == "torch":
         content = read(file, check=False, mmap=True)
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__} of torch.save, not weights by name")
-        content = content.get("state_dict", content)
-        check_weights(content, file.stat().st_size)
-        return {name: partial(content.get, name) for name in content}, None
+        return content.get("state_dict", content), None
     opened = safe_open(file, "pt")
     heads = (opened.metadata() or {}).get("heads")
-    return {name: partial(opened.get_tensor, name) for name in opened.keys()}, heads  # noqa: SIM118
+    return {name: opened.get_tensor(name) for name in opened.keys()}, heads  # noqa: SIM118
 
 
 def open_sd3(path):
@@ -234,21 +220,15 @@ def open_sd3(path):
 
     -> the network on the meta device, its Weights. `model.load_state_dict(weights, assign=True)`
     brings them together without a copy. CheckpointError names the path and what is wrong."""
-    stored, tensors = {}, {}
+    stored = {}
     try:
         files, heads = files_of(Path(path))
         for file in files:
             found, said = read_tensors(file)
             stored, heads = stored | found, heads or said
-        own = own_names(stored)
-        for name, full in own.items():
-            tensors[name] = stored[full]()
-            if tensors[name].dtype not in DTYPES.values():
-                kind = f"{name!r:.90} is {tensors[name].dtype}"
-                raise ValueError(f"{kind}, not one of {', '.join(DTYPES)}; give such a file")
-        theirs = any(name.startswith("transformer_blocks.") for name in tensors)
-        parts = from_diffusers(tensors) if theirs else {k: [v] for k, v in tensors.items()}
-        weights = Weights(parts, len(stored) - len(own))
+        tensors = {name: stored[full] for name, full in own_names(stored).items()}
+        check_weights(tensors, sum(file.stat().st_size for file in files))
+        weights = Weights(from_diffusers(tensors), len(stored) - len(tensors))
         return meta_sd3(weights.shapes, heads and int(heads)), weights
     except ImportError:
         raise CheckpointError(f"{path}: reading it needs: pip install safetensors") from None
@@ -277,12 +257,11 @@ def write_tensors(path, weights, dtype, **notes):
         raise CheckpointError(f"{path}: writing it needs: pip install safetensors") from None
     tensors = {}
     for name in sorted(weights):
-        tensor = weights[name].detach().cpu().to(DTYPES[dtype]).contiguous()
-        if not tensor.isfinite().all():
-            wider = weights[name].isfinite().all()
-            advice = f"that {dtype} can't; choose a wider type" if wider else "that are not finite"
-            raise ValueError(f"{name} holds numbers {advice}")
-        tensors[name] = tensor
+        tensors[name] = weights[name].detach().cpu().to(DTYPES[dtype]).contiguous()
+    if bad := not_finite(tensors):
+        wider = weights[bad].isfinite().all()
+        advice = f"that {dtype} can't; choose a wider type" if wider else "that are not finite"
+        raise ValueError(f"{bad} holds numbers {advice}")
     with replacing(path) as file:
         try:
             save_file(tensors, file.name, metadata=notes | {"format": "pt"})
