@@ -9,9 +9,8 @@ update of the adapter:
     4  Δ        = (e_θ(w) - e_θ(l)) - (e_ref(w) - e_ref(l))
     5  L        = -log σ(-½·β·Δ)
 
-The papers': these lines, then LADD from the tuned teacher, then the same adapter once more, on the
-student. Ours: t as the teacher was trained; that the samples are the teacher's own, ranked by a
-classifier which is not the judge that scores (methods/dpo_pairs.py); all numbers.
+Then LADD from the tuned teacher, then the same adapter once more, on the student. Ours: t as the
+teacher was trained; the pairs (methods/dpo_pairs.py); all numbers.
 
     python -m methods.dpo --preset nano --from runs/nano
     python -m methods.dpo --preset nano --from runs/nano --pairs FOLDER      your own preferences
@@ -88,9 +87,8 @@ def tune(run, draw):
 
 
 @torch.no_grad()
-def share_ranked_right(run, network, draw):
-    """By a network against the run's teacher, of 16 batches."""
-    teacher = ladd.load(run, "teacher")
+def share_ranked_right(network, teacher, draw):
+    """Of 16 batches, in all processes."""
     found = [difference(network, teacher, *draw(step)) for step in range(16)]
     share = (torch.cat(found) < 0).float().mean()
     average([share])
@@ -103,26 +101,23 @@ def distil(run):
     if not run.path("adapter").exists():
         tune(run, learned)
     own = {field.name: getattr(s, field.name) for field in dataclasses.fields(ladd.Settings)}
-    plain = ladd.Settings(**own | dict(lora=0, out=str(run.out / "tuned")))
-    inner = Run(plain, run.dataset, run.text, run.watch)  # of a folder of its own
-
-    def with_adapter(folder, teacher, scale):
-        checkpoint = sample.read_network(folder, teacher, run.path("adapter"), scale)
-        return run.load(checkpoint, MMDiT)
-
+    own |= dict(lora=0, out=str(run.out / "tuned"))
+    inner = Run(ladd.Settings(**own), run.dataset, run.text, run.watch)  # of a folder of its own
+    adapter = run.path("adapter")
     with inner.opened(None):
-        if not inner.path("teacher").exists():
-            inner.save("teacher", with_adapter(run.out, True, 1.0), s.tuning_iterations)
+        tuned = sample.read_network(run.out, teacher=True, adapter=adapter)
+        inner.save("teacher", run.load(tuned, MMDiT), s.tuning_iterations)
         if not inner.path("student").exists():
             if s.targets == "synthetic":
                 ladd.synthesise(inner)
             barrier()
             ladd.distil(inner)
         forget_states(inner.out, "distillation")
-        tuned, student = ladd.load(inner, "teacher"), ladd.load(inner, "student")
-    again = with_adapter(inner.out, False, s.adapter_scale)
-    networks = {"tuned teacher": tuned, "LADD student": student, "with the adapter again": again}
-    shares = {name: share_ranked_right(run, x, held_out) for name, x in networks.items()}
+    student = sample.read_network(inner.out, adapter=adapter, scale=s.adapter_scale)
+    again, teacher = run.load(student, MMDiT), ladd.load(run, "teacher")
+    tuned, plain = ladd.load(inner, "teacher"), ladd.load(inner, "student")
+    networks = {"tuned teacher": tuned, "LADD student": plain, "with the adapter again": again}
+    shares = {name: share_ranked_right(x, teacher, held_out) for name, x in networks.items()}
     run.log.write(stage="distillation", ranked_right=shares)
     run.save("student", again, s.iterations)
 

@@ -1,14 +1,9 @@
 """Editing by instruction with LADD (arXiv 2403.12015, its section on applications): "make it blue".
 
-The network is told the instruction c and the picture z to edit, c* = (c, z), which enters as in
-methods/inpaint.py. The target x_0 is z after the edit. Two trainings, both of methods/inpaint.py:
+The network is told the instruction c and the picture z to edit, c* = (c, z). The target x_0 is z
+after the edit. Two trainings, both those of methods/inpaint.py, with the true x_0.
 
-    1  the teacher is tuned:  E‖v_φ(x_t, t, c*) - (ε - x_0)‖²      c dropped at times, for guidance
-    2  LADD, its update unchanged, with c* in place of c for student and teacher, and the true x_0
-
-The paper's: the picture to edit on channels, a teacher that is tuned to edit. Ours: exact pairs of
-the built-in shapes, which are drawn twice with one thing changed, so that LADD learns from the true
-pictures, with its distillation loss at t < 1. Guidance is of the instruction alone.
+Ours: exact pairs of the built-in shapes, which are drawn twice with one thing changed.
 
     python -m methods.edit --preset nano --from runs/nano
     python sample.py runs/nano-edit --init-image a.png --prompt "make it blue"
@@ -28,7 +23,7 @@ from lib.streams import uniform
 from methods import inpaint
 
 # Edit k < 4 changes attribute k: size, colour, shape, background. The others move the shape.
-CHANGES = ("make it {}", "make it {}", "make it a {}", "make the background {}")
+CHANGES = ("make it {0}", "make it {1}", "make it a {2}", "make the background {3}")
 MOVES = dict(left=(5, 0.0), right=(5, 1.0), up=(6, 0.0), down=(6, 1.0))  # column of u, its value
 EDITS = (*CHANGES, *(f"move it {way}" for way in MOVES))
 
@@ -40,12 +35,10 @@ class Pairs(data.Shapes):
 
     def __init__(self, height, width, seed):
         super().__init__(height, width, seed, pairs=False)
-        words, rows = [list(values) for values in self.attributes.values()], self.labels.tolist()
-        self.captions = [
-            sentence.format(words[min(k, 3)][row[min(k, 3)]])
-            for row in rows
-            for k, sentence in enumerate(EDITS)
-        ]
+        self.captions = []
+        for row in self.labels.tolist():
+            words = [v[i] for v, i in zip(self.attributes.values(), row, strict=True)]
+            self.captions += [sentence.format(*words) for sentence in EDITS]
         self.labels = self.labels.repeat_interleave(len(EDITS), dim=0)
 
     def edited(self, index, held_out=False):

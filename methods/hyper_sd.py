@@ -1,8 +1,8 @@
 """Hyper-SD (arXiv 2404.13686): three parts, one after the other, all in one low-rank adapter, for
 a student of 1 to 8 steps.
 
-Segments. [0, 1] is cut into k equal segments, k = 8, 4, 2, 1; each k goes on with the student of
-the k before. Of 32 levels t > t' are neighbours in a segment, whose lower end is s:
+Segments. [0, 1] is cut into k equal segments, k = 8, 4, 2, 1, one k after the other. Of 32 levels
+t > t' are neighbours in a segment, whose lower end is s:
 
     1  x_t  = (1 - t)·x_0 + t·ε
     2  x_t' = x_t + (t' - t)·v_cfg(x_t, t, c)               one guided Euler step of the teacher
@@ -15,13 +15,9 @@ k = 1 is methods/consistency.py. Feedback, on the levels of the sampler:
 
 Score: the student and a network of its samples learn as in methods/dmd.py.
 
-The paper's are the parts, their order, line 3 and the one adapter. It adds an adversarial loss to
-line 3, with a weight that it does not give, and has rewards of people's taste in line 5. Ours: the
-weight is 0, and the distance pseudo-Huber in place of squares; p is methods/classifier.py's, which
-scores nobody; the anchor λ, which holds the picture to what the student's average θ⁻ makes of the
-same noise; the score at all levels of the sampler, not in one step alone.
-
-The sampler is sample.renoise; docs/methods.md says where the paper's differs: at 0 < η < 1.
+Ours: line 3 without the paper's adversarial loss, whose weight it does not give, and pseudo-Huber
+in place of squares; p in place of people's taste, and the anchor λ to what the student's average
+θ⁻ makes of the same noise; the score at all levels of the sampler, not in one step alone.
 
     python -m methods.hyper_sd --preset nano --from runs/nano
 """
@@ -95,8 +91,7 @@ def distil(run):
     for step in loop:
         part = s.part(step)
         if step and part > s.part(step - 1):  # the moments are of gradients of another size
-            for optimizer in optimizers:
-                optimizer.state.clear()
+            optimizers[0].state.clear()
         b = draw_batch(run, samples, step, own_noise="none" if part < FEEDBACK else "low")
         players = [(optimizers, student, s.clip, ladd.student_rate(s, step))]
         guided = partial(guided_velocity, teacher, text=b.text, uncond=uncond, cfg=s.synthetic_cfg)
