@@ -44,7 +44,8 @@ class Watch:
         for number in SIGNALS:
             if number == HANGUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup asked for this
-            self.before[number] = signal.signal(number, self.hear)
+            with contextlib.suppress(ValueError):  # in a thread, which hears none
+                self.before[number] = signal.signal(number, self.hear)
         return self
 
     def __exit__(self, *_):

@@ -6,6 +6,7 @@ import math
 import os
 import shlex
 import signal
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,6 +211,18 @@ def test_a_signal_ends_a_run_saved_with_the_command_to_go_on(
     for kind in ("teacher", "student"):
         assert same(f"run/{kind}.pt", whole / f"{kind}.pt")
     assert updates(Path("run")) == updates(whole)
+
+
+def test_a_program_can_train_in_a_thread_of_its_own():
+    def train():
+        with Watch(0, "test") as watch:
+            heard.append(watch.due())
+
+    heard = []
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert heard == [0]
 
 
 def test_a_terminal_that_closes_may_say_so_twice_and_nohup_is_heard():
