@@ -26,9 +26,8 @@ def setting(
 ):  # fmt: skip
     """A field with its meaning and bounds, for every value of a tuple.
 
-    low ≤ value ≤ high; above < value < below. kind: of a tuple's values, or where the default is
-    None. parse: text -> value, in place of kind. scales: with --steps-scale. smoke: the value for
-    --smoke."""
+    low ≤ value ≤ high; above < value < below. kind: of a tuple's values. parse: text -> value, in
+    place of kind. scales: with --steps-scale. smoke: the value for --smoke."""
     return dataclasses.field(default=default, metadata=locals())
 
 
@@ -52,8 +51,6 @@ BOUNDS |= dict(above=(operator.gt, "above"), below=(operator.lt, "below"))
 
 def fault(value, rule):
     """Why a value is outside the bounds of its field; None where it is not."""
-    if value is None:
-        return None
     if isinstance(value, float) and not math.isfinite(value):
         return "must be finite"
     if isinstance(value, (int, float)) and abs(value) >= 2**63:
@@ -63,7 +60,6 @@ def fault(value, rule):
     for name, (holds, words) in BOUNDS.items():
         if rule[name] is not None and not holds(value, rule[name]):
             return f"must be {words} {rule[name]}"
-    return None
 
 
 def check_fields(settings):
@@ -144,7 +140,7 @@ def make_parser(kind, program, description, **options):
         elif isinstance(default, tuple):
             options |= dict(type=divided_by_commas(rule["kind"] or float), metavar="A,B,…")
         else:
-            options |= dict(type=rule["kind"] or type(default), metavar="X")
+            options |= dict(type=type(default), metavar="X")
         parser.add_argument(flag_of(field), **options)
     if rank() > 0:  # rank 0 says it
         parser.error = lambda _: sys.exit(2)
@@ -185,18 +181,12 @@ def differences(theirs, mine, names):
 def check_same(flag, folder, theirs, mine, names):
     """UsageError where a folder was made with other settings of these names, or from other data;
     where the data lies is free."""
-    made, give = "with other settings", "the same settings"
-    old, new = theirs.get("dataset"), mine.get("dataset")  # an older version's has none
-    if old is not None:
-        theirs = theirs | dict(data=mine["data"])
-    different = differences(theirs, mine, [name for name in names if name != "dataset"])
-    if old not in (None, new):
-        made, give = "from other images or captions", "the data of then"
-        different = f"{old} → {new}"
-    if different:
+    names = [name for name in names if name not in ("data", "dataset")]
+    names.append("dataset" if "dataset" in theirs else "data")  # an older version's has the path
+    if different := differences(theirs, mine, names):
         raise UsageError(
-            f"{flag} {folder} was made {made} ({different}). Choose another folder with {flag}, "
-            f"or give {give}."
+            f"{flag} {folder} was made with other settings ({different}). Choose another folder "
+            f"with {flag}, or give the same settings and data."
         )
 
 
@@ -219,22 +209,18 @@ def locked(out):
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file: choose another folder with --out.")
     out.mkdir(parents=True, exist_ok=True)
-    handle = None
-    try:
-        import fcntl
+    with contextlib.ExitStack() as held:
+        try:
+            import fcntl
 
-        handle = os.open(out, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UsageError(f"{out}: another process is at work in this run folder.") from None
-    except (ImportError, OSError):
-        print(f"{out} can't be locked here: take care that one process uses it", file=sys.stderr)
-    try:
+            handle = os.open(out, os.O_RDONLY)
+            held.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{out}: another process is at work in this run folder.") from None
+        except (ImportError, OSError):
+            print(f"{out} can't be locked here: let one process alone use it", file=sys.stderr)
         yield
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 def open_folder(out, mine, defaults, sign="config.json"):

@@ -508,7 +508,7 @@ def test_changed_data_is_noticed(launch, tmp_path, of_pets, capsys, case):
     for name, more in (("run", ""), ("next", "--from run")):
         assert launch(name, f"{FEW} --data set --stage teacher {more}") == 2
         told = capsys.readouterr().err.splitlines()[-1]
-        assert "run was made from other images or captions (90 images, 2 captions" in told
+        assert "made with other settings (dataset 90 images, 2 captions" in told
     assert snapshot(tmp_path / "run") == before
 
 

@@ -38,7 +38,7 @@ class Own(HowToRun):
     rates: tuple = setting((0.1, 0.2), "above 0", above=0, kind=float)
     names: tuple = setting((), "words", kind=str)
     colour: str = setting("red", "of three", choices=("red", "green", "blue"))
-    mean: float | None = setting(None, "of its own accord", kind=float)
+    mean: float = setting(0.0, "of any sign")
     pair: tuple = setting((1, 2), "read by its own function", parse=tuple)
     source: str = setting("", "another folder", flag="--from", free=True)
 
@@ -132,7 +132,7 @@ BOUNDS = [  # field, a value that is refused, the nearest that is not, why
     ("rates", (0.1, 0.0), (0.1, 1e-9), "must be above 0"),
     ("rates", (0.1, float("-inf")), (), "must be finite"),
     ("colour", "pink", "blue", "must be one of red, green, blue"),
-    ("mean", float("nan"), None, "must be finite"),
+    ("mean", float("nan"), -1e9, "must be finite"),
     ("accumulate", 0, 1, "must be at least 1"),
     ("save_minutes", -1.0, 0.0, "must be at least 0"),
 ]
@@ -319,7 +319,7 @@ def test_a_folder_is_bound_to_the_settings_that_change_results():
     values = bound(Own(seed=3, out="x", names=("a",)))
     assert values == dict(
         precision="auto", deterministic=False, smoke=False, seed=3, side=4, decay=0.5,
-        rates=[0.1, 0.2], names=["a"], colour="red", mean=None, pair=[1, 2],
+        rates=[0.1, 0.2], names=["a"], colour="red", mean=0.0, pair=[1, 2],
     )  # fmt: skip
     assert json.loads(json.dumps(values)) == values
 
