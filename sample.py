@@ -280,11 +280,8 @@ def load_generator(run, teacher=False, device="auto", precision="auto", **adapte
 
 def judge_of(dataset, s, device, data_dir, precision, **other):
     """The judge that a run's samples are scored by; with another seed and kernel, another one."""
-    return get_judge(
-        data.judge_batches(dataset), dataset.attributes, s.size, dataset.channels, device,
-        name=dataset.name, data_dir=data_dir, steps=s.judge_steps, width=s.judge_width,
-        precision=precision, **other,
-    )  # fmt: skip
+    draw = data.judge_batches(dataset)
+    return get_judge(draw, dataset, s, device, data_dir, precision, **other)
 
 
 def evaluate(dataset, judge, teacher, student, count, seed=0):

@@ -82,8 +82,7 @@ def check_together(s):
 def check_for_method(s, method):
     """Refuses what does not fit the method of distillation, or is not there to be read."""
     if s.source and not Path(s.source).is_dir():
-        what = "is a file: give the run's folder" if Path(s.source).exists() else "no such folder"
-        refuse(s, "source", what)
+        refuse(s, "source", "is no folder of a run")
     if method in ("ladd", "add", "dpo", "inpaint", "edit") and s.heads_warmup >= s.iterations:
         refuse(s, "heads_warmup", f"leaves none of {s.iterations} updates")
     if method == "regression" and s.targets == "real":

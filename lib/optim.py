@@ -58,19 +58,16 @@ def orthogonal(matrices, coefficients, steps=5):
 def make_optimizers(model, lr, muon_lr, beta1, eps=1e-8):
     """[AdamW], or with muon_lr [AdamW, Muon], where Muon has the matrices of the blocks."""
     matrices, rest = [], []
-    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    for name, parameter in learning:
+    for name, parameter in model.named_parameters():
         inner = muon_lr and parameter.ndim == 2 and "blocks" in name
-        (matrices if inner else rest).append(parameter)
+        if parameter.requires_grad:
+            (matrices if inner else rest).append(parameter)
     fused = rest[0].device.type not in ("meta", "mps")
     adamw = dict(betas=(beta1, 0.99), eps=eps, weight_decay=0.0, fused=fused)
-    optimizers = [torch.optim.AdamW(rest, lr, **adamw)]
+    optimizers = [torch.optim.AdamW([dict(params=rest, base_lr=lr)], lr, **adamw)]
     if matrices:
         muon = dict(momentum=0.95, weight_decay=0.0, adjust_lr_fn="original")
-        optimizers.append(Muon(matrices, muon_lr, **muon))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
+        optimizers.append(Muon([dict(params=matrices, base_lr=muon_lr)], muon_lr, **muon))
     return optimizers
 
 
@@ -92,24 +89,16 @@ def step_all(*players, after=()):
     bad = ~sum([*norms, *after]).isfinite()
     for optimizers, _, _, rate in players:
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * rate
-            step_unless(bad.to(group["params"][0].device), optimizer)
-            optimizer.zero_grad(set_to_none=True)
+            (group,) = optimizer.param_groups
+            group["lr"] = group["base_lr"] * rate
+            device = group["params"][0].device
+            if device.type not in ("cpu", "mps"):  # the GPU reads it, as for torch.amp's GradScaler
+                optimizer.found_inf = bad.float().to(device)
+                optimizer.step()
+            elif not bad:
+                optimizer.step()
+            optimizer.zero_grad()
     return [torch.where(bad, math.nan, norm) for norm in norms]
-
-
-@torch.no_grad()
-def step_unless(bad, optimizer):
-    """One step of an optimiser, or where `bad` () is true, none.
-
-    To read `bad` would wait for all that a GPU has still to do. There the optimisers read it, as
-    for torch.amp's GradScaler."""
-    if bad.device.type not in ("cpu", "mps"):
-        optimizer.found_inf = bad.float()
-        optimizer.step()
-    elif not bad:
-        optimizer.step()
 
 
 def split(batch, n):

@@ -23,10 +23,6 @@ from lib.pictures import save_png
 LIST = "pairs.jsonl"
 SIDES = ("winner", "loser")
 
-# ---------------------------------------------------------------------------------------------
-# Folders
-# ---------------------------------------------------------------------------------------------
-
 
 def read_list(path):
     """What the list in a folder or a zip names: its files, [(winner, loser, caption)].
@@ -93,11 +89,6 @@ def tensors_of(pairs):
         images, rows = zip(*alike, strict=True)
         parts.append((torch.stack(images), torch.tensor(rows)))
     return parts, captions
-
-
-# ---------------------------------------------------------------------------------------------
-# By rank
-# ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

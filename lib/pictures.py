@@ -4,9 +4,7 @@ A file that this program did not make is never replaced.
 """
 
 import math
-import os
 import re
-import stat
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,13 +60,13 @@ def stack(pictures):
 
 def refuse_strangers(path):
     """Raises UsageError where a file is that this program did not make."""
-    ours = False
+    path, ours = Path(path), False
+    if not path.exists():
+        return
     try:
-        if stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe might never end
+        if path.is_file():  # opening a pipe might never end
             with Image.open(path, formats=("PNG", "GIF")) as old:
                 ours = old.info.get("Software") == "LADD" or old.info.get("comment") == b"LADD"
-    except (FileNotFoundError, NotADirectoryError):
-        return
     except Exception as error:  # Pillow raises nearly anything on damaged files
         pass_on(error, path)
     if not ours:
@@ -77,7 +75,6 @@ def refuse_strangers(path):
 
 def save_png(picture, path, **notes):
     """Writes a PNG that carries the notes; an existing picture is replaced only if this made it."""
-    path = Path(path)
     refuse_strangers(path)
     info = PngImagePlugin.PngInfo()
     for key, value in {"Software": "LADD", **notes}.items():
@@ -93,7 +90,7 @@ def square(images):
 
 def save_pictures(images, out, prompts, notes):
     """Images (3, H, W) uint8 as one grid, where `out` ends in .png, or as a folder of one PNG each
-    with its own prompt. -> their number
+    with its own prompt.
 
     images: may be an iterator that makes them: those of a folder are written by threads while it
     makes the next, and are not kept."""
@@ -104,10 +101,8 @@ def save_pictures(images, out, prompts, notes):
     if kind == ".png" or out.is_file():
         refuse_strangers(out)  # before they are drawn
     if kind == ".png":
-        images = list(images)
-        save_png(square(images), out, prompt="; ".join(dict.fromkeys(prompts)), **notes)
-        return len(images)
-
+        save_png(square(list(images)), out, prompt="; ".join(dict.fromkeys(prompts)), **notes)
+        return
     if (out / f"{len(prompts):05d}.png").exists():
         raise UsageError(f"{out} has pictures of an earlier, longer command; choose another folder")
 
@@ -115,15 +110,14 @@ def save_pictures(images, out, prompts, notes):
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
         save_png(picture, out / f"{i:05d}.png", prompt=prompts[i], index=i, **notes)
 
-    waiting, number = deque(), 0
+    waiting = deque()
     with ThreadPoolExecutor(WRITERS) as threads:
-        for number, image in enumerate(images, 1):
-            waiting.append(threads.submit(write, number - 1, image))
+        for i, image in enumerate(images):
+            waiting.append(threads.submit(write, i, image))
             if len(waiting) > 16 * WRITERS:  # what is not written yet is bounded
                 waiting.popleft().result()
         for each in waiting:
             each.result()
-    return number
 
 
 def save_gif(frames, path):

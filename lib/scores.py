@@ -64,7 +64,7 @@ class Judge(torch.nn.Module):
         return torch.cat(features), torch.cat(answers)
 
 
-def train_judge(judge, draw, steps, precision="auto", batch=128):
+def train_judge(judge, draw, steps, precision, batch=128):
     """Trains a judge on real images: draw(step, n) -> images (n, C, H, W) uint8, labels (n, A)"""
     device = next(judge.parameters()).device
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
@@ -81,25 +81,22 @@ def train_judge(judge, draw, steps, precision="auto", batch=128):
         schedule.step()
 
 
-def get_judge(
-    draw, attributes, size, channels, device, *, name="", data_dir="data", steps=1000, width=32,
-    precision="auto", seed=0, kernel=3,
-):  # fmt: skip
+def get_judge(draw, dataset, s, device, data_dir, precision, seed=0, kernel=3):
     """The judge of a data set, trained once, always from the same seed, and kept in data_dir.
 
-    draw: see `train_judge`, attributes {question: answers}, name: the data set's, which tells it
-    from another that begins with the same images and labels. One judge reads all sizes of images:
-    it pools its features to 4 × 4. Where there is nothing to learn, its random features still tell
-    images apart. seed, kernel: of its weights, and the side of its convolutions; a network that a
-    student learns from must be another one than that which scores it."""
+    draw: see `train_judge`; s: settings. One judge reads all sizes of images: it pools its features
+    to 4 × 4. Where there is nothing to learn, its random features still tell images apart. seed,
+    kernel: of its weights, and the side of its convolutions; a network that a student learns from
+    must be another one than that which scores it."""
     images, labels = draw(0, 64)
-    key = hashlib.sha256(repr((name, attributes, size, steps, width, seed, kernel)).encode())
+    made_of = (dataset.name, dataset.attributes, s.size, s.judge_steps, s.judge_width, seed, kernel)
+    key = hashlib.sha256(repr(made_of).encode())
     key.update(images.cpu().numpy().tobytes() + labels.numpy().tobytes())
     path = Path(data_dir) / f"judge-{key.hexdigest()[:16]}.pt"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        answers = [len(values) for values in attributes.values()]
-        judge = Judge(answers, width, size, channels, kernel).to(device)
+        answers = [len(values) for values in dataset.attributes.values()]
+        judge = Judge(answers, s.judge_width, s.size, dataset.channels, kernel).to(device)
     closed = None
     try:
         if path in UNKEPT or path.exists():
@@ -113,8 +110,8 @@ def get_judge(
         raise CheckpointError(
             f"{path}: damaged. Delete it and give the command again: it is made anew."
         ) from None
-    if attributes:
-        train_judge(judge, draw, steps, precision)
+    if dataset.attributes:
+        train_judge(judge, draw, s.judge_steps, precision)
     weights = {name: tensor.cpu() for name, tensor in judge.state_dict().items()}
     try:
         if closed:
@@ -151,10 +148,9 @@ def precision_recall(real, fake, k=3):
 def score(images, labels, reference, judge):
     """One row of the table: alignment, Fréchet distance, precision, recall.
 
-    images (n, 3, H, W) uint8, or a list of such; labels (n, A); reference: features of held-out
-    images (m, 64), the first n of them of the same shapes"""
-    parts = [images] if torch.is_tensor(images) else images
-    features, answers = (torch.cat(x) for x in zip(*map(judge.read, parts), strict=True))
+    images: a list of (n, 3, H, W) uint8; labels (N, A) of all of them; reference: features of
+    held-out images (m, 64), the first N of them of the same shapes"""
+    features, answers = (torch.cat(x) for x in zip(*map(judge.read, images), strict=True))
     precision, recall = precision_recall(reference[: len(features)], features)
     aligned = (answers == labels).all(dim=1).double().mean().item() if labels.shape[1] else None
     return dict(

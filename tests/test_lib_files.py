@@ -11,6 +11,7 @@ import stat
 import tempfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,11 +223,13 @@ def test_only_wrong_content_is_called_damage(tmp_path, monkeypatch, case, reader
     if reader == "SD3":
         pytest.importorskip("safetensors")
     raised, told = MACHINE[case]
+    dataset = SimpleNamespace(name="", attributes={}, channels=3)
+    s = SimpleNamespace(size=(8, 8), judge_steps=2, judge_width=8)
     readers = dict(
         checkpoint=lambda: files.read(tmp_path / "a.pt"),
         samples=lambda: samples.read_file(tmp_path / "a.pt", 3, 2, check=True, first=0),
         judge=lambda: scores.get_judge(
-            lambda *_: (torch.zeros(1), torch.zeros(1)), {}, (8, 8), 3, "cpu", data_dir=tmp_path
+            lambda *_: (torch.zeros(1), torch.zeros(1)), dataset, s, "cpu", tmp_path, "fp32"
         ),
         SD3=lambda: weights.open_sd3(tmp_path / "a.pt"),
     )

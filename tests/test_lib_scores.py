@@ -19,7 +19,6 @@ from lib.scores import (
     Judge,
     compared,
     frechet_distance,
-    get_judge,
     held_out,
     judge_accuracy,
     precision_recall,
@@ -115,7 +114,7 @@ def test_alignment_is_the_share_of_images_with_every_attribute_right():
     answers[5, 1] += 1
     answers[6] += 1
     images = torch.zeros(8, 3, 4, 4, dtype=torch.uint8)
-    row = score(images, labels, randn(9, 3, seed=8), FakeJudge(answers))
+    row = score([images], labels, randn(9, 3, seed=8), FakeJudge(answers))
     assert row["alignment"] == 5 / 8
 
 
@@ -123,7 +122,7 @@ def test_scores_of_the_reference_itself_are_perfect():
     """Fréchet distance 0, precision and recall 1, alignment 1."""
     labels = torch.zeros(8, 1, dtype=torch.int64)
     images = torch.zeros(8, 3, 4, 4, dtype=torch.uint8)
-    row = score(images, labels, randn(8, 3, seed=8), FakeJudge(labels))
+    row = score([images], labels, randn(8, 3, seed=8), FakeJudge(labels))
     assert row == dict(alignment=1, frechet=pytest.approx(0, abs=1e-6), precision=1, recall=1)
 
 
@@ -133,7 +132,7 @@ def test_captions_without_attributes_are_scored_all_but_the_alignment():
     labels = torch.zeros(40, 0, dtype=torch.int64)
     judge = Judge([], width=8, size=(8, 8))
     reference, _ = judge.read(images)
-    row = score(images, labels, reference, judge)
+    row = score([images], labels, reference, judge)
     assert row["alignment"] is None
     assert row["frechet"] == pytest.approx(0, abs=1e-4)
 
@@ -211,11 +210,8 @@ def test_what_is_compared_are_teacher_untrained_and_student(levels, few):
 
 
 def judge_of(dataset, folder, steps=2, **other):
-    draw, attributes = data.judge_batches(dataset), dataset.attributes
-    return get_judge(
-        draw, attributes, (8, 8), 3, "cpu", data_dir=folder, steps=steps, width=8,
-        precision="fp32", **other,
-    )  # fmt: skip
+    s = SimpleNamespace(size=(8, 8), judge_steps=steps, judge_width=8)
+    return sample.judge_of(dataset, s, "cpu", folder, "fp32", **other)
 
 
 def test_one_judge_scores_the_runs_of_all_seeds(tmp_path):
@@ -228,10 +224,10 @@ def test_one_judge_scores_the_runs_of_all_seeds(tmp_path):
 
 def test_data_that_begin_alike_have_judges_of_their_own(tmp_path):
     """As after labels or pictures were corrected that are not among the first."""
-    s, shapes = SimpleNamespace(size=(8, 8), judge_steps=2, judge_width=8), data.Shapes(8, 8)
+    shapes = data.Shapes(8, 8)
     for name in ("100 images, digest a", "100 images, digest b", "100 images, digest b"):
         shapes.name = name
-        sample.judge_of(shapes, s, "cpu", tmp_path, "fp32")
+        judge_of(shapes, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
 
 

@@ -46,7 +46,6 @@ from lib.files import read_lines
 from lib.log import Log
 from lib.report import fingerprints, read_metrics
 from lib.samples import read_samples
-from lib.scores import get_judge
 from lib.settings import bound, open_folder
 from lib.streams import RULE
 from mmdit import MMDiT
@@ -95,8 +94,8 @@ def readers(path):
 
     def judge():
         shapes = data.load("shapes", [(8, 8)])
-        draw, options = data.judge_batches(shapes), dict(data_dir=path / "judges", steps=2, width=8)
-        return get_judge(draw, shapes.attributes, (8, 8), 3, "cpu", **options)
+        s = SimpleNamespace(size=(8, 8), judge_steps=2, judge_width=8)
+        return sample.judge_of(shapes, s, "cpu", path / "judges", "auto")
 
     def samples():
         for x0, rows in read_samples(path / "samples", 3, 2)[0]:

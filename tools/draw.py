@@ -216,8 +216,8 @@ def make_pictures(args):
                     raise RunError(f"{args.run}: its samples are not finite; {why}")
                 yield from codec.decode(x0)
 
-    number = save_pictures(images(), args.out, prompts, notes)
-    print(f"{plural(number, 'image')}, {plural(steps, 'step')}: {args.out}")
+    save_pictures(images(), args.out, prompts, notes)
+    print(f"{plural(len(prompts), 'image')}, {plural(steps, 'step')}: {args.out}")
     if args.trajectory:
         first = prompts[:64]
         path = generator.trajectory(first, range(len(first)), **options)
