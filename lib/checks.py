@@ -47,8 +47,7 @@ def check_together(s):
     levels = s.levels
     p, warm_p = s.level_p or levels, s.level_warmup_p if s.level_warmup else levels
     if not len(levels) == len(p) == len(warm_p):
-        flags = "--levels, --level-p and --level-warmup-p"
-        refuse(s, "level_p", f"{flags} need the same number of values")
+        refuse(s, "level_p", "needs as many values as --levels and --level-warmup-p")
     if not all(a > b for a, b in pairwise((*levels, 0))) or not 0.99 <= max(levels, default=0) <= 1:
         refuse(s, "levels", "must fall, from 1 (or .99: samples start from noise) to above 0")
     for name, values in (("level_p", p), ("level_warmup_p", warm_p)):

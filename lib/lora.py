@@ -2,10 +2,8 @@
 
 W and b stay as they are. A (r, in) and B (out, r) learn, with a small rank r. A starts random and B
 zero, so that a network with a new adapter is bit for bit the one without. Networks of the same W
-share its memory: a frozen one without an adapter, and any number with their own.
-
-The scale of B·A, which others write α/r, is 1. `--lora RANK` gives all linear layers of the blocks
-an adapter.
+share its memory: a frozen one without an adapter, and any number with their own. The scale of B·A,
+which others write α/r, is 1.
 """
 
 import math
@@ -23,9 +21,8 @@ class Adapted(nn.Linear):
     def __init__(self, linear, rank):
         super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        device = linear.weight.device
-        self.lora_A = nn.Parameter(torch.zeros(rank, self.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+        self.lora_A = nn.Parameter(torch.zeros(rank, self.in_features, device=self.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=self.weight.device))
 
     def forward(self, x):
         return super().forward(x) + F.linear(F.linear(x, self.lora_A), self.lora_B)
@@ -64,9 +61,8 @@ def own_state(network):
 def new_adapter(network):
     """An adapter to start with, {name: tensor} on the CPU: A as PyTorch draws the weights of a
     linear layer, B zero."""
-    start = {}
-    for name, tensor in own_state(network).items():
-        start[name] = torch.zeros(tensor.shape)
+    start = {name: torch.zeros(tensor.shape) for name, tensor in own_state(network).items()}
+    for name in start:
         if name.endswith("A"):
             nn.init.kaiming_uniform_(start[name], a=math.sqrt(5))
     return start

@@ -16,13 +16,10 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            shapes = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    shapes.setdefault(parameter.shape, []).append(parameter)
-            for parameters in shapes.values():
-                self.step_alike(parameters, group)
+        (group,) = self.param_groups
+        learning = [p for p in group["params"] if p.grad is not None]
+        for shape in dict.fromkeys(p.shape for p in learning):
+            self.step_alike([p for p in learning if p.shape == shape], group)
 
     def step_alike(self, parameters, group):
         """The step of n matrices of one shape."""

@@ -27,18 +27,22 @@ COLUMNS = (
     ("inside", "inside", ".1f"), ("outside", "outside", ".1f"),
     ("evaluations", "evaluations", "d"), ("seconds", "s / image", ".4f"),
 )  # fmt: skip
-DRAWN = ("curves.png", "student.gif")  # the numbers and the student's grids over the updates
+
+
+def markdown(rows):
+    """Rows of cells, the head first, as a table."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 def markdown_table(rows):
     plain = ("inside", "outside")  # where the network is told of the image alone
     columns = [c for c in COLUMNS if c[0] not in plain or any(c[0] in row for row in rows)]
-    lines = ["| samples | " + " | ".join(title for _, title, _ in columns) + " |"]
-    lines += ["|---" * (len(columns) + 1) + "|"]
+    table = [["samples", *(title for _, title, _ in columns)]]
     for row in rows:
         cells = ("–" if row.get(key) is None else format(row[key], f) for key, _, f in columns)
-        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        table.append([row["name"], *cells])
+    return markdown(table)
 
 
 def accuracy_line(accuracy):
@@ -53,18 +57,14 @@ def fingerprints(folder):
 def read_metrics(folder):
     """A run's metrics.json, {} if there is none. CheckpointError: not of its checkpoints."""
     path = Path(folder) / "metrics.json"
-    metrics = read_object(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    metrics, advice = read_object(path), "Delete it and report.md to have both made again."
     for name in ("teacher.pt", "student.pt"):
-        if metrics and not path.with_name(name).exists():
-            raise CheckpointError(
-                f"{path} tells of a {name} that is gone: put it back, or delete metrics.json, and "
-                "the same command makes it anew."
-            )
-    if metrics and metrics.get("checkpoints") != fingerprints(folder):
-        raise CheckpointError(
-            f"{path}: not made from the teacher.pt and student.pt beside it (or by an older "
-            "version). Delete it and report.md to have both made again."
-        )
+        if not path.with_name(name).exists():
+            raise CheckpointError(f"{path} tells of a {name} that is gone: put it back. {advice}")
+    if metrics.get("checkpoints") != fingerprints(folder):
+        raise CheckpointError(f"{path}: not made from the teacher.pt and student.pt here. {advice}")
     return metrics
 
 
@@ -111,6 +111,7 @@ def write_report(run, rows, accuracy, report_seconds):
     seconds["report"] = report_seconds
     where = write_metrics(run, rows, seconds, judge_accuracy=accuracy, verdicts=verdict)
     table, judged = markdown_table(rows), accuracy_line(accuracy)
+    drawn = ("curves.png", "student.gif")  # the numbers and the student's grids over the updates
     dirty = " with uncommitted changes" if where["dirty"] else ""
     took = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
     lines = [
@@ -119,7 +120,7 @@ def write_report(run, rows, accuracy, report_seconds):
         "",
         "![samples](samples.png)",
         "",
-        *(f"![{name}]({name})" for name in DRAWN if (run.out / name).exists()),
+        *(f"![{name}]({name})" for name in drawn if (run.out / name).exists()),
         "",
         table,
         "",

@@ -43,9 +43,7 @@ def write_samples(run, plan, make, seed):
             x0 = x0.half()
             if not x0.isfinite().all():
                 where = f"{plan[file][0]} to {plan[file][-1]}"
-                advice = "Give another --teacher, or --precision fp32."
-                if not run.settings.teacher:
-                    advice = "Train it in another --out, with a lower --teacher-lr or in fp32."
+                advice = "In another --out try --precision fp32, or a lower --teacher-lr."
                 raise RunError(f"the teacher's samples {where} are not finite in fp16. {advice}")
             if turn + rank() < len(todo):
                 made = dict(x0=x0, captions=captions, index=plan[file].tolist(), seed=seed)

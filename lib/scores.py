@@ -163,9 +163,7 @@ def score(images, labels, reference, judge):
 
 def compared(teacher, student, few=(8, 4, 2, 1)):
     """(name, generator, options) of all that a run compares, of those of both that are there.
-
-    *Untrained* is the teacher sampled as the student is: the student before distillation, the
-    number to beat."""
+    *Untrained* is the student before distillation: the teacher, sampled as the student is."""
     rows, levels = [], (teacher or student).settings.levels
     if teacher is not None:
         steps, cfg = teacher.settings.teacher_steps, teacher.settings.cfg
@@ -246,15 +244,12 @@ def held_out(shares):
     """Held-out images of a data set, [(set of one size, how many)] -> [HeldOut]"""
     found = []
     for bucket, n in shares:
-        index, available = np.arange(n), bucket.held_out_size
-        if available is None or available >= 2 * n:
-            rest = np.arange(n, 6 * n if available is None else min(available, 6 * n))
-        else:  # few images: the reference must not be the row "real" itself
-            index = index % max(1, available // 2)
-            rest = np.arange(available // 2, available)
+        available = 6 * n if bucket.held_out_size is None else min(bucket.held_out_size, 6 * n)
+        own = min(n, available // 2)  # the reference must not be the row "real" itself
+        index = np.arange(n) % max(1, own)
         images, caption = bucket.batch(index, held_out=True)
         captions = [bucket.captions[i] for i in caption]
-        reference, _ = bucket.batch(rest, held_out=True)
+        reference, _ = bucket.batch(np.arange(own, available), held_out=True)
         more = (getattr(bucket, name, None) for name in ("condition", "region"))
         more = [function and function(index, held_out=True) for function in more]
         found.append(HeldOut(images, caption, captions, bucket.size, reference, *more))

@@ -19,7 +19,7 @@ import torch
 from lib.errors import Parser
 from lib.files import write_json, write_text
 from lib.machine import facts
-from tools.table import markdown
+from lib.report import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOGRAPHS = ROOT.parent / "cifar10-train.zip"

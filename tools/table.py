@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from lib.errors import Parser, plural
+from lib.report import markdown
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 DOCUMENTS = ("../README.md", "results.md", "ablations.md", "exercises.md")
@@ -27,12 +28,6 @@ def mean_and_deviation(values, digits):
         return "–"
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{deviation}"
-
-
-def markdown(rows):
-    """Rows of cells, the head first, as a table."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 def origin(runs, times, file):
