@@ -27,10 +27,10 @@ import torch
 import data
 from discriminator import Discriminator
 from lib import checkpoints
+from lib.conditions import paste
 from lib.errors import UsageError
 from lib.lora import added, build
 from lib.machine import autocast, device_of
-from lib.masks import paste
 from lib.scores import compared, get_judge, held_out, score_table
 from lib.streams import normal
 from mmdit import MMDiT

@@ -9,7 +9,7 @@ start at zero, so that the teacher starts as it was. Two trainings:
        samples of the teacher are filled the same way. So the distillation loss is needed, too
 
 The paper's: the condition on channels, a tuned teacher, real targets with a distillation loss.
-Ours: where that loss stands (LADD's own, t < 1), the masks (lib/masks.py), all sizes and budgets.
+Ours: where that loss stands (LADD's own, t < 1), the masks (lib/conditions.py), sizes, budgets.
 Pixels only, of one size; a sample's known ones are put back at the end: M·x̂_0 + (1 - M)·x_0. In
 the run's folder teacher.pt is the tuned teacher.
 
@@ -24,8 +24,7 @@ from functools import partial
 import data
 import ladd
 import sample
-from lib.conditions import tell
-from lib.masks import hide, random_masks
+from lib.conditions import hide, random_masks, tell
 from lib.parallel import leave
 from lib.settings import refuse, setting
 from mmdit import MMDiT

@@ -12,8 +12,8 @@ from test_sample import randomise
 
 import ladd
 import sample
+from lib.conditions import hide, paste, random_masks
 from lib.errors import UsageError
-from lib.masks import hide, paste, random_masks
 from lib.scores import distances
 from methods import inpaint
 from mmdit import MMDiT

@@ -20,10 +20,10 @@ import data
 import sample
 from lib.captions import strange_words
 from lib.checkpoints import not_finite
+from lib.conditions import hide
 from lib.errors import ENDS, Parser, RunError, UsageError, exit_status, plural, reason
 from lib.files import read_lines
 from lib.images import decode, size_of
-from lib.masks import hide
 from lib.pictures import refuse_strangers, save_gif, save_pictures, square
 from tools.score import READ, data_of, score
 
