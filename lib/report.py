@@ -46,7 +46,8 @@ def markdown_table(rows):
 
 
 def accuracy_line(accuracy):
-    return ", ".join(f"{name} {value:.3f}" for name, value in accuracy.items())
+    told = ", ".join(f"{name} {value:.3f}" for name, value in accuracy.items())
+    return f"The judge reads held-out images right: {told}"
 
 
 def fingerprints(folder):
@@ -114,27 +115,19 @@ def write_report(run, rows, accuracy, report_seconds):
     drawn = ("curves.png", "student.gif")  # the numbers and the student's grids over the updates
     dirty = " with uncommitted changes" if where["dirty"] else ""
     took = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
-    lines = [
+    paragraphs = [
         f"# {s.preset} on {s.data}, seed {s.seed}",
         *run.notes,
-        "",
         "![samples](samples.png)",
-        "",
         *(f"![{name}]({name})" for name in drawn if (run.out / name).exists()),
-        "",
         table,
-        "",
         f"{s.evaluation} samples per row, captions of held-out images. Fréchet distance, "
         "precision and recall in the judge's features. *untrained* is the student before "
         "distillation: the teacher, sampled as the student is.",
-        "",
-        f"The judge reads held-out images right: {judged}.",
-        "",
-        *(f"- {stage}: {text}" for stage, text in verdict.items()),
-        "",
+        f"{judged}.",
+        "\n".join(f"- {stage}: {text}" for stage, text in verdict.items()),
         f"Time: {took}. Commit {where['commit']}{dirty}, torch {where['torch']}, "
         f"{where['gpu'] or where['processor']}, {where['threads']} threads.",
     ]
-    write_text("\n".join(lines) + "\n", run.out / "report.md")
-    print(table, flush=True)
-    print(f"The judge reads held-out images right: {judged}", flush=True)
+    write_text("\n\n".join(paragraphs) + "\n", run.out / "report.md")
+    print(f"{table}\n{judged}", flush=True)

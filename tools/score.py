@@ -67,7 +67,7 @@ def score(args):
     count, seed = other.get("evaluation", s["evaluation"]), other.get("seed", s["seed"])
     rows = sample.evaluate(dataset, judge, teacher, student, count, seed)
     print(markdown_table(rows))
-    print(f"\nThe judge reads held-out images right: {accuracy_line(accuracy)}")
+    print(f"\n{accuracy_line(accuracy)}")
     if other or args.other_judge:
         own = ", ".join(["the first judge", *(f"{name} {s[name]}" for name in other)])
         print(f"Not kept: the run's own metrics.json is of {own}.")
