@@ -5,6 +5,7 @@ import ctypes
 import functools
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -102,17 +103,14 @@ def facts():
 
 def git(*words):
     """What git says of this checkout; None where it is none."""
-    options = dict(cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    options = dict(cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     try:
-        answer = subprocess.run(["git", *words], **options)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(["git", *words], timeout=10, **options).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 def processor():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    found = cpuinfo.exists() and re.search(r"model name\s*: (.*)", cpuinfo.read_text())
+    return found[1].strip() if found else platform.processor()
