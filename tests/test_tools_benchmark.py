@@ -73,14 +73,13 @@ def test_a_compiled_iteration_compiles_every_block_and_the_heads(monkeypatch):
 def test_on_a_gpu_the_batch_is_the_largest_whose_plan_fits(monkeypatch):
     way = dict(total=30.0, activations=20.0, flops=8.0, forwards=4.0)  # 5 an image, 10 besides
     monkeypatch.setattr(benchmark, "plan", lambda s: dict(ways={False: way}))
-    fitting = benchmark.fitting.__wrapped__  # a run asks once
     for free, batch in ((100, 4), (28, 3), (17, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 200))
-        s, flops, forward, used = fitting("nano", 4)
+        s, flops, forward, used = benchmark.fitting("nano", 4)
         assert (s.batch, flops, forward, used) == (batch, 2 * batch, batch / 2, 10 + 5 * batch)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (16, 200))
     with pytest.raises(torch.OutOfMemoryError, match="15 B"):
-        fitting("nano", 4)
+        benchmark.fitting("nano", 4)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), ImportError("no room")])

@@ -8,13 +8,13 @@ The network is compared with diffusers' SD3Transformer2DModel (pip install diffu
 
 import copy
 import dataclasses
-import functools
 import itertools
 import math
 import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,11 +35,6 @@ from tools.plan import plan, random_batch
 from tools.train import given_settings
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-# ---------------------------------------------------------------------------------------------
-# What is compared: our network and diffusers', and the parts of a run of LADD
-# ---------------------------------------------------------------------------------------------
 
 
 def rounds(contestants, n):
@@ -105,7 +100,7 @@ class Distillation:
 
     @torch.no_grad()
     def forward(self):
-        """The unit: one forward of the whole network."""
+        """One forward of the whole network."""
         with autocast(self.device, self.s.precision):
             self.teacher(self.batch.x0, self.batch.t, *self.batch.text)
 
@@ -121,11 +116,6 @@ class Distillation:
         (loss_g + s.distill_weight * distill).backward()
         step_all((self.optimizers, student, s.clip, 1.0))
         update_ema(ema, student, s.student_ema, step=10_000)
-
-
-# ---------------------------------------------------------------------------------------------
-# What is measured
-# ---------------------------------------------------------------------------------------------
 
 
 def training_step(preset, precision, device, n):
@@ -158,13 +148,10 @@ def sampling(device, n):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     s = settings("nano")
-    ours, other = awake(MMDiT(**s.model())), awake(theirs(s)).to(device).eval()
-    generator = sample.Generator(ours.to(device).eval(), s, "teacher", device)
+    other = awake(theirs(s)).to(device).eval()
+    generator = sample.Generator(awake(MMDiT(**s.model())).to(device).eval(), s, "teacher", device)
     captions = ["a large red circle on a striped blue background"] * 64
     text = generator.text(captions)
-
-    def mine():
-        generator.sample(captions, steps=4, cfg=1.0)
 
     @torch.no_grad()
     def diffusers():
@@ -177,7 +164,8 @@ def sampling(device, n):
             x = scheduler.step(v.float(), t, x).prev_sample
         return x.cpu()
 
-    seconds = rounds(dict(ours=mine, theirs=diffusers), n)
+    ours = partial(generator.sample, captions, steps=4, cfg=1.0)
+    seconds = rounds(dict(ours=ours, theirs=diffusers), n)
     return seconds["theirs"] / seconds["ours"]
 
 
@@ -200,22 +188,13 @@ def drawing(preset, n):
 
 def start_up(n):
     """Seconds to import each file and to print the help, over those of `import torch` alone."""
-    modules = ("torch", "mmdit", "discriminator", "sample", "data", "ladd")
-    commands = {f"import {m}": ["-c", f"import {m}"] for m in modules}
-    commands["ladd.py --help"] = ["ladd.py", "--help"]
-
-    def call(words):
-        quiet = dict(cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-        subprocess.run([sys.executable, *words], **quiet)
-
-    seconds = rounds({name: lambda w=words: call(w) for name, words in commands.items()}, n)
+    run = partial(subprocess.run, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    lines = [f"import {m}" for m in ("torch", "mmdit", "discriminator", "sample", "data", "ladd")]
+    calls = {line: partial(run, [sys.executable, "-c", line]) for line in lines}
+    calls["ladd.py --help"] = partial(run, [sys.executable, "ladd.py", "--help"])
+    seconds = rounds(calls, n)
     alone = seconds.pop("import torch")
     return {name: value / alone for name, value in seconds.items()}
-
-
-# ---------------------------------------------------------------------------------------------
-# The table: what is measured, the figure, the goal
-# ---------------------------------------------------------------------------------------------
 
 
 def measure(n):
@@ -224,19 +203,14 @@ def measure(n):
         for precision in ("bf16", "fp32"):
             yield from training_step(preset, precision, device, turns)
     d = Distillation(settings("nano"), device)
-    seconds = rounds(dict(unit=d.forward, iteration=d.iteration), n)
-    units = seconds["iteration"] / seconds["unit"]
-    yield "LADD iteration in forwards of the network", f"{units:.2f}", "≤ 6.6"
+    seconds = rounds(dict(forward=d.forward, iteration=d.iteration), n)
+    forwards = seconds["iteration"] / seconds["forward"]
+    yield "LADD iteration in forwards of the network", f"{forwards:.2f}", "≤ 6.6"
     yield "64 images in 4 steps: diffusers' time over ours", f"{sampling(device, n):.2f}", "≥ 1.3"
     for stage, seconds in drawing("tiny", n).items():
         yield f"{stage}, tiny: the host's time per update, ms", f"{1000 * seconds:.1f}", "≤ 3"
     for name, ratio in start_up(3).items():
         yield f"`{name}` over `import torch`", f"{ratio:.2f}", "< 1.5"
-
-
-# ---------------------------------------------------------------------------------------------
-# On one GPU, with random weights
-# ---------------------------------------------------------------------------------------------
 
 
 def matrix_rate(device):
@@ -245,7 +219,6 @@ def matrix_rate(device):
     return 2 * 8192**3 / rounds(dict(product=lambda: a @ b), 20)["product"]
 
 
-@functools.cache
 def fitting(preset, most):
     """The preset with the largest batch, up to `most`, whose planned update fits on the GPU.
     -> its settings, the plan's FLOPs, FLOPs of one forward, bytes"""
@@ -261,7 +234,8 @@ def fitting(preset, most):
     return s, flops, flops / way["forwards"], fixed + image * batch
 
 
-def measure_iteration(preset, most, device, rate):
+def real_size(preset, most, device, rate):
+    """The rows of a preset at its real size; rate: FLOPs a second of a large matrix product."""
     s, flops, forward, in_plan = fitting(preset, most)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -277,28 +251,19 @@ def measure_iteration(preset, most, device, rate):
     long = s.positions // s.patch**2 > 512  # up to there the plan counts attention as on a CPU
     goal = "0.9 to 1.1" if long else "≤ 1.1"
     yield f"{preset}, peak memory over the plan's", f"{used:.2f}", goal
-
-
-def measure_compile(preset, most, device):
-    s = fitting(preset, most)[0]
-    seconds = []
-    for compiled in ("no", "yes"):
-        d = Distillation(dataclasses.replace(s, compile=compiled), device)
-        seconds.append(rounds(dict(iteration=d.iteration), 5)["iteration"])
-        del d
-    what = f"{preset}, LADD iteration of {s.batch} images: its time over that with --compile"
-    yield what, f"{seconds[0] / seconds[1]:.2f}", "–"
+    del d  # the next one needs its memory
+    d = Distillation(dataclasses.replace(s, compile="yes"), device)
+    gain = seconds["iteration"] / rounds(dict(iteration=d.iteration), 5)["iteration"]
+    yield f"{what}: its time over that with --compile", f"{gain:.2f}", "–"
 
 
 def measure_gpu(device):
-    """What takes seconds first: a time limit may end it."""
+    """On one GPU, with random weights."""
     rate = matrix_rate(device)
     yield "bf16 matrix product of 8192³, TFLOP/s", f"{rate / 1e12:.0f}", "–"
-    yield from tried("tiny", measure_iteration("tiny", 256, device, rate))
-    yield from tried("sd3-2b", measure_iteration("sd3-2b", 4, device, rate))
     yield from tried("a training step", training_step("tiny", "bf16", device, 5))
     for preset, most in (("tiny", 256), ("sd3-2b", 4)):
-        yield from tried(f"{preset}, --compile", measure_compile(preset, most, device))
+        yield from tried(preset, real_size(preset, most, device, rate))
 
 
 def tried(what, rows):
