@@ -101,6 +101,13 @@ def facts():
     )
 
 
+def made_on(facts):
+    """Commit, torch, processor and threads of `facts`, in words."""
+    dirty = " with uncommitted changes" if facts["dirty"] else ""
+    machine = f"{facts['gpu'] or facts['processor']}, {facts['threads']} threads"
+    return f"{facts['commit']}{dirty}, torch {facts['torch']}, {machine}"
+
+
 def git(*words):
     """What git says of this checkout; None where it is none."""
     options = dict(cwd=Path(__file__).parent, capture_output=True, text=True, check=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from lib.errors import CheckpointError
 from lib.files import read_object, sha256, write_json, write_text
 from lib.health import judge_stages
-from lib.machine import facts
+from lib.machine import facts, made_on
 from lib.settings import command_of
 
 # What is a bad sign in a row of log.jsonl, beside the first row: number, test, meaning.
@@ -113,7 +113,6 @@ def write_report(run, rows, accuracy, report_seconds):
     where = write_metrics(run, rows, seconds, judge_accuracy=accuracy, verdicts=verdict)
     table, judged = markdown_table(rows), accuracy_line(accuracy)
     drawn = ("curves.png", "student.gif")  # the numbers and the student's grids over the updates
-    dirty = " with uncommitted changes" if where["dirty"] else ""
     took = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
     paragraphs = [
         f"# {s.preset} on {s.data}, seed {s.seed}",
@@ -126,8 +125,7 @@ def write_report(run, rows, accuracy, report_seconds):
         "distillation: the teacher, sampled as the student is.",
         f"{judged}.",
         "\n".join(f"- {stage}: {text}" for stage, text in verdict.items()),
-        f"Time: {took}. Commit {where['commit']}{dirty}, torch {where['torch']}, "
-        f"{where['gpu'] or where['processor']}, {where['threads']} threads.",
+        f"Time: {took}. Commit {made_on(where)}.",
     ]
     write_text("\n\n".join(paragraphs) + "\n", run.out / "report.md")
     print(f"{table}\n{judged}", flush=True)

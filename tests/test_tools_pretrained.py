@@ -81,10 +81,10 @@ def test_a_published_folder_has_rounded_weights_and_no_path_of_its_maker(whole, 
     assert read_metrics(out)["rows"] == []
 
 
-@pytest.mark.parametrize("fault", ["no heads.pt", "student.pt: holds teacher"])
+@pytest.mark.parametrize("fault", ["heads.pt: no such file", "student.pt: holds teacher"])
 def test_a_run_that_lacks_a_part_is_refused_before_anything_is_made(whole, tmp_path, capsys, fault):
     run, out = shutil.copytree(whole, tmp_path / "run"), tmp_path / "out"
-    if fault == "no heads.pt":
+    if fault == "heads.pt: no such file":
         (run / "heads.pt").unlink()
     else:
         shutil.copy(run / "teacher.pt", run / "student.pt")

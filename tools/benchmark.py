@@ -25,7 +25,7 @@ import ladd
 import sample
 from discriminator import Discriminator
 from lib.errors import Parser, reason
-from lib.machine import arithmetic, autocast, device_of, facts, keep_memory
+from lib.machine import arithmetic, autocast, device_of, facts, keep_memory, made_on
 from lib.memory import in_bytes
 from lib.optim import make_optimizers, step_all, update_ema
 from lib.run import compile_blocks
@@ -284,12 +284,8 @@ def main(argv=None):
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: must be at least 1")
     keep_memory()  # as ladd.py does; it serves all contestants
-    where = facts()
-    dirty = " with uncommitted changes" if where["dirty"] else ""
-    made = f"commit {where['commit']}{dirty}, torch {where['torch']}"
-    made += f", {where['gpu'] or where['processor']}, {where['threads']} threads"
     print("# Benchmark\n\nRatios of one run on one machine.")
-    print(f"`python -m tools.benchmark --rounds {args.rounds}`, {made}.\n")
+    print(f"`python -m tools.benchmark --rounds {args.rounds}`, commit {made_on(facts())}.\n")
     print("| what | measured | goal |\n|---|---|---|")
     for row in measure_gpu(torch.device("cuda")) if args.gpu else measure(args.rounds):
         print("| " + " | ".join(row) + " |", flush=True)

@@ -8,7 +8,6 @@ python sample.py runs/nano-inpaint --init-image a.png --mask m.png --prompt "a r
 python sample.py runs/nano-edit --init-image a.png --prompt "make it blue"
 """
 
-import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,18 +98,20 @@ def read_prompts(args, generator):
         prompts += read_lines(args.prompts, "--prompts", repeated=True)
     if not prompts:
         raise UsageError("no prompt: give --prompt TEXT, --prompts FILE, or --prompts @captions")
-    length = math.inf if args.decode else generator.settings.text_length
+    images = [prompts[i % len(prompts)] for i in range(args.num or len(prompts))]
+    if args.decode:  # SD3's encoders read any words
+        return images
+    length, run = generator.settings.text_length, Path(args.run)
     for prompt in dict.fromkeys(prompts):
         words = len(data.split_words(prompt))
         if words > length:
             print(f"only the first {length} words are read of: {prompt[:200]}", file=sys.stderr)
-        if not words and not args.decode:
+        if not words:
             print(f"no word that can be read is in: {prompt[:200]!r}", file=sys.stderr)
-    run = Path(args.run)
-    words = (run if run.is_dir() else run.parent) / "words.txt"
-    if not args.decode and (told := strange_words(prompts, words, length)):
+    known = (run if run.is_dir() else run.parent) / "words.txt"
+    if told := strange_words(prompts, known, length):
         print(told, file=sys.stderr)
-    return [prompts[i % len(prompts)] for i in range(args.num or len(prompts))]
+    return images
 
 
 def latent_size(pixels, s, unit):

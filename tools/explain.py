@@ -46,10 +46,9 @@ def explain(s, watch, given):
     taught = run.path("teacher").exists()
     if not taught and (s.teacher or s.source):
         raise UsageError(f"--explain reads no teacher but {run.path('teacher')}, a finished run's.")
-    teacher = ladd.load(run, "teacher") if taught else run.make(MMDiT, **s.model())
+    teacher = run.make(MMDiT, **s.model())
     if taught:
-        with torch.device("meta"):
-            wanted = MMDiT(**s.model()).config
+        wanted, teacher = teacher.config, ladd.load(run, "teacher")
         same_network("--out", run.path("teacher"), teacher.config, wanted)
     student = run.adapted(teacher) if s.lora else copy.deepcopy(teacher).requires_grad_(True)
     if s.discriminator:

@@ -18,7 +18,7 @@ import torch
 
 from lib.errors import Parser
 from lib.files import write_json, write_text
-from lib.machine import facts
+from lib.machine import facts, made_on
 from lib.report import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,12 +54,6 @@ def run_part(part, seconds, log):
     return known.get(status, f"failed: status {status}")
 
 
-def lines_of(log):
-    """What a part said, without the names of this machine's folders."""
-    text = log.read_text("utf-8", "replace")
-    return text.replace(f"{ROOT}/", "").replace(f"{ROOT.parent}/", "").splitlines()
-
-
 def check(parts, out, folder, minutes):
     """Runs the parts one after the other, and writes both files anew after each. -> [status]"""
     end = time.monotonic() + 60 * minutes
@@ -69,7 +63,10 @@ def check(parts, out, folder, minutes):
         limit = max(1, round(min(part.limit, end - start)))
         print(f"{part.name}, at most {limit} s: see {log}", flush=True)
         status = run_part(part, limit, log)
-        seconds, lines = round(time.monotonic() - start), lines_of(log)
+        seconds, said = round(time.monotonic() - start), log.read_text("utf-8", "replace")
+        for private in (f"{ROOT}/", f"{ROOT.parent}/"):  # folders of this machine
+            said = said.replace(private, "")
+        lines = said.splitlines()
         print(f"{part.name}: {status}, {seconds} s", flush=True)
         command = shlex.join(["python", *(Path(w).name if w[:1] == "/" else w for w in part.words)])
         row = dict(name=part.name, command=command, limit=limit, seconds=seconds, status=status)
@@ -82,9 +79,7 @@ def check(parts, out, folder, minutes):
 
 def page(result):
     """What the JSON says, as Markdown."""
-    dirty = " with uncommitted changes" if result["dirty"] else ""
-    where = f"{result['gpu'] or result['processor']}, torch {result['torch']}, "
-    where += f"Python {result['python']}, commit {result['commit']}{dirty}."
+    where = f"Commit {made_on(result)}, Python {result['python']}."
     names, parts = ("name", "command", "limit", "seconds", "status"), result["parts"]
     table = markdown([names, *([row[name] for name in names] for row in parts)])
     lines = ["# GPU check", "", f"`bash tools/gpu_check.sh`. {where}", "", table]

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ladd
 from lib.errors import Parser, UsageError, exit_status
+from lib.report import markdown
 from tools.architecture import draw_architecture, read_code
 from tools.plan import meta_networks, random_batch
 from tools.train import given_settings
@@ -77,10 +78,10 @@ def pass_table():
     whole, _ = flops(teacher, b.x0, b.t, *b.text)
     costs = {name: flops(*words) / whole for name, *words in passes}
     costs["all | |"] = sum(costs.values())
-    lines = ["| pass | gradient to | its weights | forward | backward |", "|---|---|---|---|---|"]
+    rows = [["pass", "gradient to", "its weights", "forward", "backward"]]
     for name, (forward, backward) in costs.items():
-        lines.append(f"| {name} | {forward:.2f} | {backward:.2f} |")
-    return "\n".join(lines)
+        rows.append([name, f"{forward:.2f}", f"{backward:.2f}"])
+    return markdown(rows)
 
 
 def draw_health(logs):

@@ -36,8 +36,6 @@ def publish(run, out):
     metrics = read_metrics(run)
     if not metrics:
         raise UsageError(f"{run}: no metrics.json; only a finished run is published")
-    if not (run / "heads.pt").exists():
-        raise UsageError(f"{run}: no heads.pt; only a run that leaves LADD's heads is published")
     config = read_object(run / "config.json")
     parts = {kind: rounded(run / f"{kind}.pt", [kind]) for kind in ("teacher", "student", "heads")}
     for kind, checkpoint in parts.items():  # all can be read: now the folder is made

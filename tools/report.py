@@ -24,8 +24,10 @@ def glance(dataset, student, data_dir):
     return dict(alignment=row["alignment"], frechet=row["frechet"])
 
 
-def pictures_of(parts):
-    return [picture for x0 in parts for picture in data.to_picture(x0)]
+def pictures_of(generator, parts, seed, **options):
+    """Pictures of captions, with the noise that all networks of a seed are shown from."""
+    made = generator.sample_parts(parts, seed=seed, stream="pictures", **options)
+    return [picture for x0 in made for picture in data.to_picture(x0)]
 
 
 def given_and_truth(dataset, count):
@@ -47,11 +49,11 @@ def show(run, kind, step, model):
     if s.is_latent:
         return
     parts = data.held_out_captions(run.dataset, 32)
-    made = who.sample_parts(parts, seed=s.seed, stream="pictures")
+    made = pictures_of(who, parts, s.seed)
     path = run.out / "samples" / f"{kind}-{step:06d}.png"
     if rank() == 0:
         captions = "; ".join(caption for own, _ in parts for caption in own)
-        save_png(grid(pictures_of(made), 8), path, step=step, captions=captions)
+        save_png(grid(made, 8), path, step=step, captions=captions)
 
 
 def report(run):
@@ -77,8 +79,7 @@ def report(run):
     parts, titled = data.held_out_captions(run.dataset, 24), []
     for title, who, options in sample.compared(teacher, student):
         if title not in ("untrained, 4 steps", "untrained, 2 steps"):
-            images = who.sample_parts(parts, seed=s.seed, stream="pictures", **options)
-            titled.append((title, pictures_of(images)))
+            titled.append((title, pictures_of(who, parts, s.seed, **options)))
     titled.sort(key=lambda pair: pair[0].startswith("untrained"))  # it stands last
     titled = given_and_truth(run.dataset, 24) + titled
     captions = "; ".join(caption for own, _ in parts for caption in own)

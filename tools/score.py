@@ -23,13 +23,8 @@ READ += ("device", "precision")  # of the command line, which is in tools/draw.p
 def data_of(generator, args):
     """The data set that a model was trained on, or --data."""
     s = generator.settings
-    return data.load(
-        args.data or s.data,
-        sample.latent_sizes(s),
-        data_dir=args.data_dir,
-        seed=s.seed,
-        flip=s.flip,
-    )
+    sizes, where = sample.latent_sizes(s), args.data_dir
+    return data.load(args.data or s.data, sizes, data_dir=where, seed=s.seed, flip=s.flip)
 
 
 def score(args):

@@ -46,7 +46,7 @@ class Member(NamedTuple):
 
     values: dict  # of what is swept: name -> value, as text
     method: str
-    settings: dict  # seed -> Settings
+    settings: dict  # seed -> Settings, whose `out` is the student's folder
 
 
 def method_of(name):
@@ -71,7 +71,7 @@ def parse(argv, program):
     s = given_settings(words)[0]
     if s.is_latent or world() > 1 or s.source:
         raise UsageError("--sweep scores images, takes one process, and no --from")
-    members = members_of(args, words)
+    members = members_of(s, args, words)
     unscaled = given_settings([*words, "--steps-scale=1"])[0]  # what is swept is scaled, too
     command = command_of(unscaled, base_of(s), ["python", program, "--preset", s.preset], ())
     command += f" --steps-scale {s.steps_scale:g}" if s.steps_scale != 1 else ""
@@ -80,8 +80,8 @@ def parse(argv, program):
     return s, members, f"{command} --seeds {args.seeds}"
 
 
-def members_of(args, words):
-    """All combinations of the swept values."""
+def members_of(s, args, words):
+    """All combinations of the swept values. s: the settings without them"""
     named = [text.partition("=")[::2] for text in args.sweep]
     named = [(name.strip().lstrip("-").replace("-", "_"), values) for name, values in named]
     methods = dict(named).get("method", "ladd").split(",")
@@ -99,9 +99,12 @@ def members_of(args, words):
             raise UsageError("--sweep iterations: --units decides them")
         if units is not None:
             settings["iterations"] = round(int(units) / cost)
-        own = [*words, *map(word_of, settings.items())]
-        runs = {int(seed): given_settings([*own, f"--seed={seed}"], kind=kind)[0] for seed in seeds}
-        member = Member(values, method, runs)
+        own = [*words, *itertools.starmap(word_of, settings.items())]
+        member = Member(values, method, {})
+        for seed in seeds:
+            run = given_settings([*own, f"--seed={seed}"], kind=kind)[0]
+            folder = f"{s.out}/members/{name_of(run, method)}-of-{s.seed}/seed-{run.seed}"
+            member.settings[run.seed] = dataclasses.replace(run, out=folder)
         if member[1:] in [other[1:] for other in members]:
             raise UsageError(f"--sweep: {told(member)} makes the same students as another value")
         members.append(member)
@@ -127,9 +130,9 @@ def axis_of(name, text, methods):
     return [(name, value) for value in values]
 
 
-def word_of(item):
+def word_of(name, value):
     """A setting's name and value -> the word of a command line."""
-    flag, value = item[0].replace("_", "-"), item[1]
+    flag = name.replace("_", "-")
     if value in ("true", "false"):
         return f"--{flag}" if value == "true" else f"--no-{flag}"
     return f"--{flag}={value}"
@@ -145,11 +148,6 @@ def name_of(s, method="ladd"):
     differs = ",".join(f"{k}={v}" for k, v in own.items() if v != base[k])
     differs = re.sub(r"[^\w=.,-]+", "", differs.replace(", ", "-"), flags=re.ASCII)
     return f"{differs[:120] or s.preset}.{digest}"
-
-
-def folder_of(member, seed, teacher_seed, out):
-    name = name_of(member.settings[seed], member.method)
-    return out / "members" / f"{name}-of-{teacher_seed}" / f"seed-{seed}"
 
 
 def samples_for(s, seed, out, watch, method="ladd"):
@@ -175,25 +173,20 @@ def samples_for(s, seed, out, watch, method="ladd"):
     return run
 
 
-def student(member, seed, teacher_seed, out, watch):
-    """One student with its scores: made in its run folder, if it is not there yet."""
-    folder, s = folder_of(member, seed, teacher_seed, out), member.settings[seed]
-    if not read_metrics(folder):
-        source = samples_for(s, teacher_seed, out, watch, member.method).out
-        own = dict(stage="distillation", out=str(folder), source=str(source))
-        distil, *_ = method_of(member.method)
-        run = train(dataclasses.replace(s, **own), watch, distil, member.method)
-        watch.patient = False  # scoring saves nothing on its way
-        watch.check()
-        rows = scores(run, s, None, ladd.generator(run, "student"))
-        for path in run.out.glob("student-*.pt"):  # after a part of a method
-            part = sample.load_generator(path, device=s.device, precision=s.precision)
-            for row in scores(run, s, None, part)[1:]:
-                rows.append(row | dict(name=row["name"].replace("student", path.stem)))
-        took = [row.get("seconds") for row in run.log.rows() if row.get("finished")]
-        took = took[-1] if took else None  # None: cut between the student and its row
-        write_metrics(run, rows, dict(distillation=took))
-    return read_metrics(folder)
+def make_student(s, method, source, watch):
+    """One student in its run folder, with its scores. source: the folder of its samples"""
+    own = dataclasses.replace(s, stage="distillation", source=source)
+    run = train(own, watch, method_of(method)[0], method)
+    watch.patient = False  # scoring saves nothing on its way
+    watch.check()
+    rows = scores(run, s, None, ladd.generator(run, "student"))
+    for path in run.out.glob("student-*.pt"):  # after a part of a method
+        part = sample.load_generator(path, device=s.device, precision=s.precision)
+        for row in scores(run, s, None, part)[1:]:
+            rows.append(row | dict(name=row["name"].replace("student", path.stem)))
+    took = [row.get("seconds") for row in run.log.rows() if row.get("finished")]
+    took = took[-1] if took else None  # None: cut between the student and its row
+    write_metrics(run, rows, dict(distillation=took))
 
 
 def scores(run, s, teacher, student):
@@ -217,59 +210,56 @@ def told(member):
     return ", ".join(f"{name}={value}" for name, value in member.values.items())
 
 
-def picture(members, seed, teacher_seed, out, path):
-    """A row of samples for every value, from the same captions and noise."""
+def picture(members, path):
+    """A row of samples for every value, of the first seed, from the same captions and noise."""
     rows, captions = [], []
     for member in members:
-        s = member.settings[seed]
-        dataset = s.told(data.load(s.data, s.sizes, data_dir=s.data_dir, seed=seed))
+        s = next(iter(member.settings.values()))
+        dataset = s.told(data.load(s.data, s.sizes, data_dir=s.data_dir, seed=s.seed))
         parts, titled = data.held_out_captions(dataset, 8), given_and_truth(dataset, 8)
         captions += [caption for own, _ in parts for caption in own]
-        folder = folder_of(member, seed, teacher_seed, out)
-        generator = sample.load_generator(folder, device=s.device, precision=s.precision)
+        generator = sample.load_generator(s.out, device=s.device, precision=s.precision)
         if s.condition_channels:
             generator.condition = partial(dataset.condition, held_out=True)
         for n in (n for n in STEPS if n <= len(s.levels)):
-            made = generator.sample_parts(parts, seed=seed, stream="pictures", steps=n)
-            titled.append((f"{told(member)}: {plural(n, 'step')}", pictures_of(made)))
+            made = pictures_of(generator, parts, s.seed, steps=n)
+            titled.append((f"{told(member)}: {plural(n, 'step')}", made))
         rows.append(panels(titled, 8))
     save_png(stack(rows), path, captions="; ".join(captions))
-
-
-def table_folder(out, names, command):
-    """Named by what is swept, and where that is another command's table by a digest, too."""
-    folder = out / "+".join(names)
-    made = folder / "sweep.json"
-    if made.exists() and read_object(made).get("command") != command:
-        folder = out / f"{folder.name}.{hashlib.sha256(command.encode()).hexdigest()[:8]}"
-    return folder
 
 
 def sweep(s, watch, members, command):
     """Every student, seed by seed, then the table. What is finished is skipped."""
     out, seeds = Path(s.out), list(members[0].settings)
-    results = [dict(values=member.values, runs=[]) for member in members]
+    first = dataclasses.replace(members[0].settings[seeds[0]], seed=s.seed)
     for member in members:  # what can be refused is refused before anything is made
-        if not all(read_metrics(folder_of(member, seed, s.seed, out)) for seed in seeds):
+        if not all(read_metrics(own.out) for own in member.settings.values()):
             open_given(member.settings[seeds[0]], member.method)
     with locked(out):
         if not (out / "shared").is_dir() and any(out.iterdir()):
             raise UsageError(f"{out} is not empty and not a sweep's folder: choose another --out.")
-        for i, seed in enumerate(seeds):
-            for j, member in enumerate(members):
-                done = i * len(members) + j
-                total = len(seeds) * len(members)
-                print(f"student {done + 1} of {total}: {told(member)}, seed {seed}")
-                results[j]["runs"].append(student(member, seed, s.seed, out, watch))
-        first = dataclasses.replace(members[0].settings[seeds[0]], seed=s.seed)
-        rows = reference(first, members[0].method, out, watch)
+        students = list(itertools.product(seeds, members))
+        for i, (seed, member) in enumerate(students, 1):
+            print(f"student {i} of {len(students)}: {told(member)}, seed {seed}")
+            own = member.settings[seed]
+            if not read_metrics(own.out):
+                source = samples_for(own, s.seed, out, watch, member.method).settings.out
+                make_student(own, member.method, source, watch)
+        rows, results = reference(first, members[0].method, out, watch), []
+        for member in members:
+            runs = [read_metrics(own.out) for own in member.settings.values()]
+            results.append(dict(values=member.values, runs=runs))
         result = dict(command=command, seeds=seeds, reference=rows, members=results, **facts())
-        folder = table_folder(out, members[0].values, command)
+        folder = out / "+".join(members[0].values)
+        made = folder / "sweep.json"
+        if made.exists() and read_object(made).get("command") != command:  # another sweep's
+            folder = out / f"{folder.name}.{hashlib.sha256(command.encode()).hexdigest()[:8]}"
         write_json(result, folder / "sweep.json")
-        write_text(sweep_table(result) + "\n", folder / "sweep.md")
+        table = sweep_table(result)
+        write_text(table + "\n", folder / "sweep.md")
         watch.check()
-        picture(members, seeds[0], s.seed, out, folder / "sweep.png")
-    print(f"{sweep_table(result)}\n\n{folder}", flush=True)
+        picture(members, folder / "sweep.png")
+    print(f"{table}\n\n{folder}", flush=True)
 
 
 def main(argv):

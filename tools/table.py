@@ -55,9 +55,10 @@ def run_table(name, short):
     for same in zip(*(run["rows"] for run in runs), strict=True):
         title = same[0]["name"]
         if not short or title.startswith("teacher") or title.endswith(("4 steps", "1 step")):
-            known = ((n, [row.get(key) for row in same]) for key, n in digits.items())
-            scores = [mean_and_deviation(values, n) for n, values in known]
-            rows.append([title, *scores, same[0].get("evaluations", "–")])
+            cells = [title]
+            for key, n in digits.items():
+                cells.append(mean_and_deviation([row.get(key) for row in same], n))
+            rows.append([*cells, same[0].get("evaluations", "–")])
     times = []
     for n in sorted({run["threads"] for run in runs}, reverse=True):
         minutes = [sum(run["seconds"].values()) / 60 for run in runs if run["threads"] == n]
@@ -108,18 +109,16 @@ def kept_sweep(name):
 
 
 def filled(text):
-    """A document whose tables are made anew, of runs and of sweeps: `<!-- sweep: NAME -->`,
-    `<!-- results: NAME: … -->`, or in short `<!-- results: NAME, five rows: … -->`."""
+    """A document whose tables are made anew, of sweeps and of runs: `<!-- sweep: NAME -->`,
+    `<!-- results: NAME -->`, or in short `<!-- results: NAME, five rows -->`."""
 
-    def results(match):
-        return f"{match[1]}\n{run_table(match[2], short=bool(match[3]))}\n{match[4]}"
+    def table(match):
+        start, kind, name, short, end = match.groups()
+        made = kept_sweep(name) if kind == "sweep" else run_table(name, short)
+        return f"{start}\n{made}\n{end}"
 
-    def sweep(match):
-        return f"{match[1]}\n{kept_sweep(match[2])}\n{match[3]}"
-
-    start = r"(<!-- results: ([\w-]+)(, five rows)?: tools/table.py -->)"
-    text = re.sub(start + r".*?(<!-- end of results -->)", results, text, flags=re.S)
-    return re.sub(r"(<!-- sweep: (\S+) -->).*?(<!-- end -->)", sweep, text, flags=re.S)
+    pattern = r"(<!-- (sweep|results): ([\w-]+)(, five rows)? -->).*?(<!-- end -->)"
+    return re.sub(pattern, table, text, flags=re.S)
 
 
 def main(argv=None):

@@ -94,9 +94,9 @@ def open_data(s, given):
 
 
 def to_take(run, given=None):
-    """The files of --from, {name: path}: its teacher, and its samples if all are there; its seed
-    may be another. given: --teacher's checkpoint, if any, which must be the same teacher, or the
-    one that the other was tuned from."""
+    """The files that are taken --from a run: its teacher, and its samples if all are there; its
+    seed may be another. given: --teacher's checkpoint, if any, which must be the same teacher, or
+    the one that the other was tuned from."""
     s, source = run.settings, Path(run.settings.source)
     fields = dataclasses.fields(s)
     names = [field.name for field in fields if field.name not in ("seed", "teacher")]
@@ -117,7 +117,7 @@ def to_take(run, given=None):
         weights = teacher["weights"].items()
         if both and not all(torch.equal(given["weights"][name], w) for name, w in weights):
             refuse(s, "source", "its teacher is not that of --teacher; give one of them")
-    return {name: source / name for name in files if (source / name).exists()}
+    return files
 
 
 def sample_files(run):
@@ -209,9 +209,9 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
     if text is not dataset:  # which brings features of its own
         note = " ".join(filter(None, [note, unread_words(dataset.captions, s.text_length)])) or None
     run = Run(s, dataset, text, watch, method, base_of(s), report.show)
-    taken = {}
+    taken = []
     if rank() == 0:  # all that can be refused is refused before the folder is the run's
-        taken = to_take(run, start) if s.source else {}
+        taken = to_take(run, start) if s.source else []
         check_folder(run, finished(run, [*taken, "teacher.pt"] if start else taken))
     with run.opened(note):
         file = run.out / "words.txt"
@@ -219,8 +219,8 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
             captions = {*dataset.captions, *s.told(dataset).captions}  # a method may tell others
             if words := known_words(captions, s.text_length):
                 write_text("\n".join(words) + "\n", file)
-        for name, path in taken.items():
-            link(path, run.out / name)
+        for name in taken:
+            link(Path(s.source, name), run.out / name)
         if start and rank() == 0 and "teacher.pt" not in taken:  # tuned, perhaps
             save(start | dict(weights=dict(start["weights"])), run.path("teacher"))
         done = finished(run)
