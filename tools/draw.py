@@ -176,10 +176,9 @@ def read_condition(args, size):
 
 def make_pictures(args):
     """Samples as asked for, and writes them."""
-    adapter = dict(adapter=args.adapter, scale=args.adapter_scale)
-    generator = sample.load_generator(
-        args.run, args.teacher, args.device, args.precision, **adapter
-    )
+    how = dict(device=args.device, precision=args.precision)
+    how |= dict(adapter=args.adapter, scale=args.adapter_scale)
+    generator = sample.load_generator(args.run, args.teacher, **how)
     codec = PIXELS
     if args.decode:
         from sd3.encoders import codec_of

@@ -66,9 +66,9 @@ def parse(argv, program):
     add("--seeds", default="0,1,2", help="of the students; --seed is that of the one teacher")
     add("--units", type=int, help="instead of --iterations: a student's work, in forwards")
     args, words = parser.parse_known_args(argv)
-    if not any(word.split("=")[0] == "--out" for word in words):
-        words += ["--out", given_settings(words)[0].out + "-sweep"]
     s = given_settings(words)[0]
+    if not any(word.split("=")[0] == "--out" for word in words):
+        s = dataclasses.replace(s, out=f"{s.out}-sweep")
     if s.is_latent or world() > 1 or s.source:
         raise UsageError("--sweep scores images, takes one process, and no --from")
     members = members_of(s, args, words)
