@@ -8,6 +8,7 @@ import pickle
 import random
 import resource
 import stat
+import struct
 import tempfile
 import zipfile
 from pathlib import Path
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import Bomb
+from conftest import PICTURE, Bomb, saved
 
 from lib import files, samples, scores
 from lib.errors import CheckpointError, DataError, RunError
@@ -346,3 +347,42 @@ def test_an_object_that_was_written_is_read_again(tmp_path):
     files.write_text("caf\udce9", tmp_path / "a.txt")
     assert (tmp_path / "a.txt").read_bytes() == b"caf?"
     assert json.loads((tmp_path / "a.json").read_text())
+
+
+# ---------------------------------------------------------------------------------------------
+# What a file of weights is, by its content
+# ---------------------------------------------------------------------------------------------
+
+HEADER = json.dumps({}).encode()
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "a.sft", "a.CKPT", "a.bin", "a"])
+def test_what_a_file_is_does_not_depend_on_its_name(tmp_path, name):
+    (tmp_path / name).write_bytes(saved({}))
+    assert files.kind_of(tmp_path / name) == "torch"
+    (tmp_path / name).write_bytes(struct.pack("<Q", len(HEADER)) + HEADER)
+    assert files.kind_of(tmp_path / name) == "safetensors"
+
+
+STRANGERS = {
+    "GGUF": (b"GGUF\3\0\0\0" + bytes(100), "a GGUF file.* give the .safetensors"),
+    "git-lfs": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:aa",
+        "the pointer.*git lfs pull",
+    ),
+    "a web page": (b"<!DOCTYPE html>\n<html>Please log in", "text .'<!DOCTYPE.* get it again"),
+    "a message": ("Zugriff überall verweigert".encode(), "text .'Zugriff"),
+    "old PyTorch": (saved({}, _use_new_zipfile_serialization=False), "an old pickle"),
+    "empty": (b"", "an empty file; get it again"),
+    "a picture": (PICTURE, "neither a .safetensors nor"),
+    "three bytes": (b"\1\2\3", "neither a .safetensors nor"),
+}
+
+
+@pytest.mark.parametrize("case", STRANGERS)
+def test_what_is_given_in_the_place_of_weights_is_named_with_what_to_do(tmp_path, case):
+    content, named = STRANGERS[case]
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"a.safetensors: can't be read: {named}") as refused:
+        files.kind_of(tmp_path / "a.safetensors")
+    assert "\n" not in str(refused.value)
