@@ -153,7 +153,8 @@ class Run:
             if note:
                 self.notes.append(note)
                 print(f"\n!!! {note}\n", file=sys.stderr, flush=True)
-            self.log.write(settings=dataclasses.asdict(s), method=self.method, note=note, **facts())
+            where = facts() if rank() == 0 else {}
+            self.log.write(settings=dataclasses.asdict(s), method=self.method, note=note, **where)
             yield
             if note:
                 print(f"\n!!! {note}\n", file=sys.stderr, flush=True)

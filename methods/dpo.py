@@ -105,8 +105,9 @@ def distil(run):
     inner = Run(ladd.Settings(**own), run.dataset, run.text, run.watch)  # of a folder of its own
     adapter = run.path("adapter")
     with inner.opened(None):
-        tuned = sample.read_network(run.out, teacher=True, adapter=adapter)
-        inner.save("teacher", run.load(tuned, MMDiT), s.tuning_iterations)
+        if not inner.path("teacher").exists():
+            tuned = sample.read_network(run.out, teacher=True, adapter=adapter)
+            inner.save("teacher", run.load(tuned, MMDiT), s.tuning_iterations)
         if not inner.path("student").exists():
             if s.targets == "synthetic":
                 ladd.synthesise(inner)
