@@ -4,6 +4,7 @@ checked and read without running code.
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -81,7 +82,7 @@ def read_lines(path, flag, most=1 << 27, repeated=False):
             text = file.read(most + 1)
         if len(text) > most:
             raise ValueError(f"more than {most:,} bytes")
-        lines = text.decode("utf-8-sig").splitlines()
+        lines = io.StringIO(text.decode("utf-8-sig"), None)  # splitlines ends some within a line
     except (OSError, ValueError) as error:
         raise DataError(f"{flag} {path}: can't be read ({error}).") from None
     lines = list(filter(None, map(clean, lines)))

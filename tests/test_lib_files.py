@@ -317,6 +317,11 @@ def test_odd_prompts_are_read_as_clean_lines(tmp_path):
         files.read_lines("/dev/zero", "--prompts")
 
 
+def test_a_line_ends_where_an_editor_ends_it_and_nowhere_else(tmp_path):
+    (tmp_path / "a.txt").write_bytes("a\u2028b\x0cc\x85d\r\ne\rf".encode())
+    assert files.read_lines(tmp_path / "a.txt", "--prompts") == ["a\u2028b c d", "e", "f"]
+
+
 JSON = {
     "empty": b"",
     "cut": b'{"seed": ',
