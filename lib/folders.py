@@ -80,7 +80,8 @@ def find_captions(files):
             '{"file": "…", "caption": "…"} lines, or a .txt beside each image.'
         )
     left_out["without a caption"] = [n for n in images if n not in captions]
-    for name in sorted(names.difference(images, lists, beside.values(), captions)):
+    told = (images, lists, beside.values(), captions, *left_out.values())
+    for name in sorted(names.difference(*told)):
         kind = posixpath.splitext(name)[1].lower() or "without a suffix"
         left_out.setdefault(kind, []).append(name)
     rest = listed(left_out)

@@ -1,6 +1,7 @@
 """lib/folders.py: captions, folders and zips of images; errors that say where and why."""
 
 import json
+import re
 import zipfile
 
 import numpy as np
@@ -355,6 +356,9 @@ def test_one_line_says_what_is_read_and_what_is_left_out(tmp_path, capsys, case,
     read(path, 2, 2)
     said = capsys.readouterr().err
     assert said.startswith(f"{path}: ") and told in said and said.count("\n") == 1
+    left_out = re.findall(r"\(([^()]*)\)", said.partition("left out")[2])
+    names = ", ".join(left_out).split(", ")
+    assert len(set(names)) == len(names)  # none for two reasons
 
 
 def test_a_set_of_other_suffixes_alone_says_which(tmp_path):
