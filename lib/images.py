@@ -69,7 +69,7 @@ def fit(image, height, width):
 def size_of(file):
     """The (H, W) in which an image file is shown, by its header alone."""
     with Image.open(file, formats=FORMATS) as image:
-        lies = image.getexif().get(0x0112, 1) >= 5  # its orientation, by EXIF
+        lies = image.getexif().get(0x0112) in (5, 6, 7, 8)  # its orientation, by EXIF
         return image.size if lies else image.size[::-1]
 
 

@@ -1,5 +1,7 @@
 """lib/images.py: true colours of every kind of picture; pictures that are odd, broken or harm."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from PIL import Image
 import data
 import ladd
 import sample
-from lib.images import decode
+from lib.images import decode, size_of, to_rgb
 
 
 def test_pictures_are_cropped_at_the_centre(tmp_path):
@@ -96,6 +98,13 @@ def test_pictures_are_turned_as_their_exif_says():
 # ---------------------------------------------------------------------------------------------
 
 PETS = {f"cat/{k}.png": plain(k) for k in range(12)}
+
+
+def test_a_picture_whose_exif_makes_no_sense_has_the_size_that_it_is_read_in():
+    exif = Image.Exif()
+    exif[0x0112] = 9
+    content = encode(Image.new("RGB", (3, 2)), "JPEG", exif=exif)
+    assert size_of(io.BytesIO(content)) == to_rgb(Image.open(io.BytesIO(content))).size[::-1]
 
 
 def broken_pictures():
