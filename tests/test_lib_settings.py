@@ -248,6 +248,8 @@ BAD = {
     "an unset variable for a run": ("--from=", "--from: is empty"),
     "a file for a folder": (f"--data-dir {__file__}", "--data-dir"),
     "a run among its own images": ("--data . --out run", "--out run: is inside --data ."),
+    "a shift whose schedule is infinite": ("--shift 1e-17", "--shift"),
+    "an ε that float32 takes for 0": ("--adam-eps 1e-50", "--adam-eps"),
     "more steps than are read again": ("--teacher-steps 10001", "--teacher-steps"),
     "a seed of 70 bits": ("--seed 999999999999999999999", "--seed"),
     "guidance that is no number": ("--cfg nan", "--cfg"),
