@@ -32,7 +32,7 @@ from lib.machine import moved
 from lib.shapes import object_cover, pattern_cover
 from lib.streams import rng, uniform
 
-# Training reads images from index 0 on; what must not meet the same images has its own stretch.
+# Training reads images from index 0 on; others start elsewhere, and meet none in endless sets.
 SYNTHETIC_INDEX = 1 << 35  # captions of the synthetic set
 JUDGE_INDEX = 1 << 36  # images that the judge, who scores (lib/scores.py), learns from
 RESIDENT = 1 << 30  # bytes of images that are kept on the device: CIFAR-10 has 150 MB
@@ -70,7 +70,7 @@ class DataSet:
     held_out_size = None  # images that never are; None: endless
     captions, attributes = (), {}
 
-    @functools.cached_property  # which a set with attributes replaces
+    @functools.cached_property  # a set with attributes assigns it
     def labels(self):
         return torch.empty(len(self.captions), 0, dtype=torch.int64)
 
@@ -236,7 +236,7 @@ COLOURS = {
     "black": (20, 20, 20),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = ("small", "large")
+SIZES = ("small", "large")  # lib/shapes.py draws them
 PATTERNS = ("plain", "striped", "checked", "dotted")
 RELATIONS = ("left of", "right of", "above", "below")
 PAIR_SIDE = 32  # from this many pixels on, half of the images hold two objects
@@ -344,7 +344,7 @@ def order(seed, epoch, n):
 class ImageSet(DataSet):
     """Decoded images in memory, each with a caption.
 
-    images, held_out: (n, 3, H, W) uint8; caption, held_out_caption: (n,) rows of `captions`."""
+    train, held_out: images (n, C, H, W), uint8 or x_0, and (n,) rows of `captions`."""
 
     def __init__(
         self, name, train, held_out=(None, None), captions=(), attributes=None, labels=None,

@@ -12,7 +12,7 @@ whose numbers stand again at the functions:
     4  f, r  = features of the frozen teacher on the noised x̂_0 and x_0
     5  L_D   = E[relu(1 - D(r))] + E[relu(1 + D(sg f))]    the heads learn
     6  L_G   = -E[D(f)]                                     the student learns, through the teacher
-             + λ·E[(LN(f) - LN(r))²]           where t < 1; ours, λ = 0 at the paper's sizes
+             + λ·E[(LN(f) - LN(r))²]           0 at t = 1; ours, λ = 0 at the paper's sizes
 
 sg means stop-gradient, LN layer normalisation of a token. At t < 1 ε is the noise that the teacher
 made x_0 from, and the last term, the distillation loss, holds x̂_0 to x_0 in the teacher's eyes. At
@@ -71,7 +71,7 @@ class Batch(NamedTuple):
     text: Text  # (B, M, D_c), (B, D_p)
     t: torch.Tensor  # (B,) the student's levels
     noise: torch.Tensor  # (B, C, H, W) ε of line 1
-    paired: torch.Tensor  # (B,) whether ε is x_0's own: there x̂_0 is held to x_0
+    paired: torch.Tensor  # (B,) whether x_t can tell x_0: there x̂_0 is held to it
     t_hat: torch.Tensor  # (B,) t̂, the level of the re-noising
     noise_hat: torch.Tensor  # (B, C, H, W) the noise of line 3
     caption: torch.Tensor  # (B,) rows of `Samples.words`: methods read it
@@ -149,7 +149,7 @@ STAGES = ("teacher", "synthesis", "distillation", "report")
 
 @dataclasses.dataclass(frozen=True)
 class Settings(HowToRun):
-    """Every setting, its default, meaning and bounds; the command line is made from this.
+    """What decides the result. The rest is HowToRun's (lib/settings.py); all become flags.
 
     A stage's result depends on the fields down to its section, and on none below: a new field
     belongs into the section of the first stage that it changes."""
@@ -196,7 +196,7 @@ class Settings(HowToRun):
     targets: str = setting("synthetic", "what is real to the heads", choices=("synthetic", "real"))
     levels: tuple = setting((1.0, 0.75, 0.5, 0.25), "noise levels t of the student", above=0)
     level_p: tuple = setting((), "their probabilities; default: .4, and equal parts", low=0)
-    level_warmup: int = setting(0, "first updates, with other probabilities", low=0)
+    level_warmup: int = setting(0, "student's first updates, with others", low=0)
     level_warmup_p: tuple = setting((0.0, 0.0, 0.5, 0.5), "those", low=0)
     t_hat_mean: float = setting(1.0, "m of t̂, the mean of its logit")
     t_hat_std: float = setting(2.0, "σ of t̂; wider than the paper's 1", above=0)
@@ -248,8 +248,8 @@ class Settings(HowToRun):
 
     condition_channels = 0  # of what the network is told beside text, by a method's own settings
 
-    def told(self, dataset):
-        """The data set with that condition."""
+    def conditioned(self, dataset):
+        """The data set that tells it, too."""
         return dataset
 
     def logit_shift(self, size):
@@ -270,7 +270,7 @@ class Settings(HowToRun):
         return sizes | dict(pooled_dim=self.model()["pooled_dim"])
 
     def scaled(self):
-        """With the levels' probabilities worked in, too."""
+        """As HowToRun has it, and with `level_p` filled in."""
         others = len(self.levels) - 1
         level_p = self.level_p or (0.4, *[round(0.6 / max(1, others), 4)] * others)
         return dataclasses.replace(super().scaled(), level_p=level_p)
@@ -284,7 +284,7 @@ SD3 = dict(
     shift=3.0, adam_eps=1e-15,  # [P]
     level_p=(0.7, 0.1, 0.1, 0.1),  # [L], and the levels
     level_warmup=500, level_warmup_p=(0.0, 0.0, 0.5, 0.5),  # [L] above 512²
-    taps=(), distill_weight=0.0, t_hat_std=1.0,  # [L] all blocks; and m = 1 of -1, 0, 1, 2
+    taps=(), distill_weight=0.0, t_hat_std=1.0,  # [L] all blocks; tried m = -1, 0, 1, 2
     iterations=10_000,  # [L] of its ablations
     aspects=("1:1", "5:4", "4:5", "3:2", "2:3", "16:9", "9:16"), batch=128, synthetic=500_000,
     student_lr=1e-5, heads_lr=1e-4, student_ema=0.999, head_width=128, save_every=500, log_every=10,
@@ -358,7 +358,7 @@ def train_teacher(run):
 def teach(run, stage, model, ema, total, lr, muon_lr):
     """The updates of a teacher; also of one that is tuned (methods/inpaint.py)."""
     s = run.settings
-    optimizers = make_optimizers(model, lr, muon_lr, 0.9, s.adam_eps)
+    optimizers = make_optimizers(model, lr, 0.9, s.adam_eps, muon_lr)
     words = run.text.ids(run.dataset.captions)
     networks = dict(model=model, ema=ema)
     loop = run.loop(stage, total, s.teacher_batch, networks, optimizers, signs=SIGNS.get(stage, ()))
@@ -369,7 +369,7 @@ def teach(run, stage, model, ema, total, lr, muon_lr):
                 loss = teacher_loss(model, *part)
             (loss / s.accumulate).backward()
             loop.add(loss=loss)
-        rate = learning_rate(step, total, 0.6)
+        rate = learning_rate(step, total, decay=0.6)
         (norm,) = step_all((optimizers, model, s.clip, rate))
         update_ema(ema, model, s.teacher_ema, step)
         loop.log(grad_norm=norm)
@@ -423,7 +423,7 @@ def synthesise(run):
 class Samples(NamedTuple):
     """What the student learns from."""
 
-    dataset: data.DataSet
+    dataset: data.Buckets
     words: torch.Tensor  # ids of its captions
     seed: int | None  # of the noise that the samples were made from; None: real images
 
@@ -467,7 +467,7 @@ def draw_batch(run, samples, step, heads_warmup=0, own_noise="low"):
     )
     paired = (t < s.levels[0]) | (own_noise == "all")  # the first level is pure noise
     if own_noise != "none" and seed is not None:
-        # every synthetic sample has a caption row of its own: the row is the sample's number
+        # synthetic samples have a caption each, so its row is the sample's number
         source = sample.noise_of(seed, "synthesis", caption, x0.shape[1:], device=device)
         noise = torch.where(per_sample(paired, x0), source, noise)
     return Batch(x0, text, t, noise, paired, t_hat, noise_hat, caption)
@@ -486,14 +486,14 @@ def start_student(run, teacher=None):
     s = run.settings
     student = start_as_teacher(run, teacher)
     ema = start_as_teacher(run, teacher or student).requires_grad_(False)
-    return student, ema, make_optimizers(student, s.student_lr, 0.0, s.beta1, s.adam_eps)
+    return student, ema, make_optimizers(student, s.student_lr, s.beta1, s.adam_eps)
 
 
 def start_heads(run):
     """The discriminator's heads and their optimisers, afresh or from --discriminator."""
     s = run.settings
     heads = run.alone().make(Discriminator, **s.head_sizes())  # small: every process holds them
-    optimizers = make_optimizers(heads, s.heads_lr, 0.0, s.beta1, s.adam_eps)
+    optimizers = make_optimizers(heads, s.heads_lr, s.beta1, s.adam_eps)
     if s.discriminator:
         start = sample.read_checkpoint(s.discriminator, ["heads"])
         fill(heads, start["weights"])
@@ -505,7 +505,7 @@ def start_heads(run):
 
 def student_rate(s, step, heads_warmup=0):
     """The student's learning rate, as a factor: it falls over the last 30 % of the updates."""
-    return learning_rate(step - heads_warmup, s.iterations - heads_warmup, 0.3)
+    return learning_rate(step - heads_warmup, s.iterations - heads_warmup, decay=0.3)
 
 
 def distil(run):
@@ -537,14 +537,14 @@ def distil(run):
         (norm_d,) = step_all((heads_optimizers, heads, math.inf, heads_rate))
         for b in parts if learning else ():  # the student learns, from the new heads
             with run.autocast():
-                if not one_pass:  # the graphs of all parts would not fit in memory: once more
+                if not one_pass:  # of several parts no graph was kept: once more
                     fake, real = features_of_both(student, teacher, b, s)
                 loss_g, distill = student_losses(heads, fake, real, b, s)
             ((loss_g + s.distill_weight * distill) / s.accumulate).backward()
             loop.add(loss_g=loss_g, loss_distill=distill)
         if learning:
             rate = student_rate(s, step, s.heads_warmup)
-            # no step after heads whose gradient was not finite
+            # skipped where the heads' gradient was not finite
             (norm_g,) = step_all((student_optimizers, student, s.clip, rate), after=[norm_d])
             update_ema(ema, student, s.student_ema, step - s.heads_warmup)
             loop.add(grad_norm=norm_g)
@@ -602,8 +602,8 @@ def generator(run, kind, model=None):
     """What samples from the finished teacher or student, or from a network in training."""
     model = load(run, kind, frozen=run.divided) if model is None else model
     s, condition = run.settings, getattr(run.dataset, "condition", None)
-    told = condition and partial(condition, held_out=True)
-    return sample.Generator(model, s, kind, run.device, s.precision, run.text, told)
+    condition = condition and partial(condition, held_out=True)
+    return sample.Generator(model, s, kind, run.device, s.precision, run.text, condition)
 
 
 def main(argv=None, distil=distil, method="ladd", kind=Settings):

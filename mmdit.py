@@ -17,7 +17,7 @@ pooled caption (adaLN-Zero). The output is the velocity v of rectified flow.
 
 Parameters carry the names and shapes of the released checkpoints, so SD3-medium, SD3.5-medium and
 SD3.5-large load as they are (sd3/weights.py). Taps are ours: LADD's discriminator reads the image
-tokens after every block, so forward returns them; a frozen network needs no hooks.
+tokens after some blocks, so forward returns them, without hooks.
 """
 
 import math

@@ -144,7 +144,7 @@ def latent_sizes(s):
 
 
 def noise_of(seed, stream, indices, shape, step=0, device="cpu"):
-    """The noise of sampling, ε at a step. The noise of image i depends on (seed, stream, i) alone,
+    """The noise of sampling, ε at a step. The noise of image i depends on these and `step` alone,
     wherever and whenever it is drawn. -> (B, *shape)"""
     return normal(seed, f"{stream}, step {step}", indices, shape, device)
 
@@ -153,7 +153,7 @@ class Generator:
     """A network with all that it takes to sample from it: text features, sizes, levels, guidance.
 
     steps, sampler and cfg default to how the network was made: a student predicts and re-noises on
-    its levels without guidance, a teacher takes 32 Euler steps with guidance.
+    its levels without guidance, a teacher takes Euler steps with guidance.
 
     condition: a function that gives what else the network is told of the images of these numbers,
     for one with condition channels: (B, C', H, W)."""
@@ -210,9 +210,9 @@ class Generator:
             x = add_noise(start[0].to(self.device), x, torch.full((len(x),), level).to(self.device))
         text, uncond, known = self.text(captions), self.text([""]), None
         if self.condition is not None:
-            told = self.condition(indices).to(self.device)
-            text, uncond = (*text, told), (*uncond, told)
-            known = told if told.shape[1] == shape[0] + 1 else None  # inpainting: with its mask
+            given = self.condition(indices).to(self.device)
+            text, uncond = (*text, given), (*uncond, given)
+            known = given if given.shape[1] == shape[0] + 1 else None  # inpainting: with its mask
         elif "condition_channels" in self.model.config:
             raise UsageError("this network fills or edits a picture: sample.py's --init-image")
         if sampler == "euler":
@@ -229,7 +229,7 @@ class Generator:
             yield (x0 if known is None else paste(x0, known)).float().cpu()
 
     def batches(self, captions, indices=None, *, batch=256, progress=None, **options):
-        """captions -> samples (B, C, H, W) in [-1, 1], batch by batch; options: of `trajectory`."""
+        """captions -> samples (B, C, H, W), unclipped, batch by batch; options: of `trajectory`."""
         indices = range(len(captions)) if indices is None else indices
         for a in range(0, len(captions), batch):
             part = slice(a, a + batch)

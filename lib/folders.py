@@ -13,6 +13,7 @@ import re
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -45,9 +46,11 @@ def read_rows(files, name, keys):
 
 
 def read_list(files, name, captions):
-    """Adds the captions of a captions.jsonl to {image name: caption}."""
+    """Adds a captions.jsonl to {image name: caption}. A Mac writes é of a name as two signs."""
+    composed = {normalize("NFC", n): n for n in files.names}
     for where, (file, caption) in read_rows(files, name, ("file", "caption")):
         file = posixpath.normpath(posixpath.join(posixpath.dirname(name), file))
+        file = composed.get(normalize("NFC", file), file)
         if file in captions:
             raise DataError(f"{where} names {file} a second time.")
         captions[file] = clean(caption)

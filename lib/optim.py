@@ -52,7 +52,7 @@ def orthogonal(matrices, coefficients, steps=5):
     return x.mT if tall else x
 
 
-def make_optimizers(model, lr, muon_lr, beta1, eps=1e-8):
+def make_optimizers(model, lr, beta1, eps=1e-8, muon_lr=0.0):
     """[AdamW], or with muon_lr [AdamW, Muon], where Muon has the matrices of the blocks."""
     matrices, rest = [], []
     for name, parameter in model.named_parameters():

@@ -39,7 +39,7 @@ def distil(run):
     student, ema, student_optimizers = ladd.start_student(run)
     arguments = [s.head_sizes() | dict(width=width, taps=(0,)) for width in widths(judge)]
     heads = nn.ModuleList(run.make(Discriminator, **own) for own in arguments)
-    heads_optimizers = make_optimizers(heads, s.heads_lr, 0.0, s.beta1, s.adam_eps)
+    heads_optimizers = make_optimizers(heads, s.heads_lr, s.beta1, s.adam_eps)
     samples = ladd.distillation_samples(run)
     networks = dict(student=student, ema=ema, heads=heads)
     loop = run.loop("distillation", s.iterations, s.batch, networks,

@@ -71,7 +71,7 @@ def tune(run, draw):
     s = run.settings
     teacher = ladd.load(run, "teacher", frozen=True)
     tuned, ema = run.adapted(teacher), run.adapted(teacher).requires_grad_(False)
-    optimizers = make_optimizers(tuned, s.tuning_lr, 0.0, 0.9, s.adam_eps)
+    optimizers = make_optimizers(tuned, s.tuning_lr, 0.9, s.adam_eps)
     networks = dict(tuned=tuned, ema=ema)
     loop = run.loop("tuning", s.tuning_iterations, s.batch, networks, optimizers)
     for step in loop:
@@ -79,7 +79,7 @@ def tune(run, draw):
             delta = difference(tuned, teacher, *draw(step))
         loss = preference_loss(delta, s.beta)
         loss.backward()
-        rate = learning_rate(step, loop.total, 0.3)
+        rate = learning_rate(step, loop.total, decay=0.3)
         (norm,) = step_all((optimizers, tuned, s.clip, rate))
         update_ema(ema, tuned, s.student_ema, step)
         loop.log(loss=loss, ranked=(delta < 0).float().mean(), grad_norm=norm)

@@ -84,7 +84,7 @@ class Settings(inpaint.Settings):
         if self.data != "shapes":
             refuse(self, "data", "pairs of pictures are drawn of the built-in shapes alone")
 
-    def told(self, dataset):
+    def conditioned(self, dataset):
         return Pairs(*dataset.size, self.seed)
 
 

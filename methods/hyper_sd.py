@@ -82,7 +82,7 @@ def distil(run):
     teacher, uncond = ladd.load(run, "teacher", frozen=True), run.text([""])
     student, ema, optimizers = ladd.start_student(run, teacher)
     fake_score = ladd.start_as_teacher(run, teacher)
-    score_optimizers = make_optimizers(fake_score, s.student_lr, 0.0, s.beta1, s.adam_eps)
+    score_optimizers = make_optimizers(fake_score, s.student_lr, s.beta1, s.adam_eps)
     samples = ladd.distillation_samples(run)
     if s.shares[FEEDBACK]:
         judge, labels = classifier_of(run), labels_of(run, samples)

@@ -50,9 +50,9 @@ class Settings(ladd.Settings):
     def condition_channels(self):
         return self.channels + 1
 
-    def told(self, dataset):
+    def conditioned(self, dataset):
         """The data set, whose images bring their known pixels and a mask."""
-        told = copy.copy(dataset)
+        more = copy.copy(dataset)
 
         def region(index, held_out=False):
             seed, stream = (0, "masks, held out") if held_out else (self.seed, "masks")
@@ -62,14 +62,14 @@ class Settings(ladd.Settings):
             x0 = data.to_float(dataset.batch(index, held_out)[0])
             return hide(x0, region(index, held_out).to(x0.device))
 
-        told.region, told.condition, told.told = region, condition, partial(tell, told)
-        return told
+        more.region, more.condition, more.told = region, condition, partial(tell, more)
+        return more
 
 
 def tune(run):
     """Training 1: the teacher, tuned to what it is told, takes the plain one's place."""
     s, checkpoint = run.settings, sample.read_checkpoint(run.path("teacher"))
-    run.dataset = s.told(run.dataset)
+    run.dataset = s.conditioned(run.dataset)
     if "condition_channels" in checkpoint["model"]:  # done before, or by the run of --from
         return
     more = dict(condition_channels=s.condition_channels)

@@ -149,7 +149,7 @@ def test_a_gradient_that_is_not_finite_is_undone_on_the_device(muon_lr):
     """Weights and moments are as they were, at the first update, too; the next one is applied."""
     model = torch.nn.ModuleDict(dict(blocks=torch.nn.Linear(4, 4), rest=torch.nn.Linear(4, 4)))
     model = model.to("pretend")
-    optimizers = make_optimizers(model, 0.1, muon_lr, 0.9)
+    optimizers = make_optimizers(model, 0.1, 0.9, muon_lr=muon_lr)
 
     def update(factor):
         before = [p.detach().cpu() for p in model.parameters()]

@@ -137,7 +137,7 @@ def test_with_the_adapter_off_a_tuned_network_is_the_teacher_bit_for_bit(whole):
     teacher = ladd.load(run, "teacher", frozen=True)
     batch, given = a_batch(run), weights(whole / "teacher.pt")
     network, before = run.adapted(teacher), dpo.errors(teacher, *batch)
-    (optimizer,) = make_optimizers(network, 0.1, 0.0, 0.9)
+    (optimizer,) = make_optimizers(network, 0.1, 0.9)
     for _ in range(3):
         dpo.preference_loss(dpo.difference(network, teacher, *batch), 230.0).backward()
         optimizer.step()

@@ -32,7 +32,7 @@ def test_the_real_sizes_follow_what_is_known_of_them(preset):
     s = parse(f"--preset {preset}")
     assert s.t_hat_mean == s.t_hat_std == 1 and s.logit_shift(s.sizes[0]) == 0
     assert s.model()["context_dim"] == 4096 and s.model()["pooled_dim"] == 2048
-    optimizer = make_optimizers(torch.nn.Linear(2, 2), 1e-5, 0.0, s.beta1, s.adam_eps)[0]
+    optimizer = make_optimizers(torch.nn.Linear(2, 2), 1e-5, s.beta1, s.adam_eps)[0]
     assert optimizer.defaults["eps"] == 1e-15
 
 

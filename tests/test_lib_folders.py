@@ -100,6 +100,14 @@ def test_every_caption_list_counts_and_names_files_from_its_own_folder(tmp_path)
     assert read(folder(tmp_path, files), 2, 2).captions == ["one", "two", "zero"]
 
 
+def test_a_list_names_files_whether_accents_are_signs_of_their_own_or_not(tmp_path):
+    """As a Mac writes names, and nobody types them."""
+    files = {f"cafe\u0301 {k}.png": plain(k) for k in range(4)}
+    files["captions.jsonl"] = caption_lines({f"café {k}.png": "a cup" for k in range(4)})
+    folder(tmp_path, files)
+    assert read(tmp_path, 4, 4).captions == ["a cup"]
+
+
 def test_caption_lists_may_hold_blank_lines_windows_line_ends_and_odd_characters(tmp_path):
     rows = [{"file": "0.png", "caption": "ein\u2028Bär "}, {"file": "1.png", "caption": "x"}]
     lines = "\ufeff" + "\r\n\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\r\n"

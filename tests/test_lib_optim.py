@@ -45,7 +45,7 @@ def player(weight=1.0, lr=0.1):
     """A network of one row of three equal weights, and its optimisers."""
     model = torch.nn.Linear(3, 1, bias=False)
     model.weight.data.fill_(weight)
-    return model, make_optimizers(model, lr, 0.0, 0.9)
+    return model, make_optimizers(model, lr, 0.9)
 
 
 def learn(model, factor=1.0):
@@ -117,7 +117,7 @@ def test_every_weight_has_exactly_one_optimiser(muon_lr):
     """Muon gets the matrices of the blocks and nothing else."""
     shape = dict(depth=3, width=16, heads=2, patch=2, channels=3, pos_size=8)
     model = MMDiT(**shape, context_dim=10, pooled_dim=10, qk_norm=False)
-    optimizers = make_optimizers(model, 1e-3, muon_lr, 0.9)
+    optimizers = make_optimizers(model, 1e-3, 0.9, muon_lr=muon_lr)
     trained = [[id(p) for group in o.param_groups for p in group["params"]] for o in optimizers]
     assert sorted(i for own in trained for i in own) == sorted(id(p) for p in model.parameters())
     assert len(optimizers) == (2 if muon_lr else 1)

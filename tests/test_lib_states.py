@@ -65,8 +65,8 @@ class Stage:
         self.out = out
         blocks = torch.nn.ModuleDict(dict(blocks=torch.nn.Linear(4, 4), end=torch.nn.Linear(4, 1)))
         self.networks = dict(model=blocks, heads=torch.nn.Linear(4, 2))
-        self.optimizers = make_optimizers(blocks, 0.01, 0.02, 0.9)
-        self.optimizers += make_optimizers(self.networks["heads"], 0.1, 0.0, 0.5)
+        self.optimizers = make_optimizers(blocks, 0.01, 0.9, muon_lr=0.02)
+        self.optimizers += make_optimizers(self.networks["heads"], 0.1, 0.5)
         self.saver = Saver(out, "teacher", CPU, divided=False)
 
     def update(self):

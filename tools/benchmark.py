@@ -92,8 +92,8 @@ class Distillation:
         self.teacher.eval().requires_grad_(False)
         ema = copy.deepcopy(student).requires_grad_(False)
         self.networks = dict(student=student, ema=ema, heads=heads)
-        self.optimizers = make_optimizers(student, 1e-4, 0.0, s.beta1)
-        self.heads_optimizers = make_optimizers(heads, 1e-4, 0.0, s.beta1)
+        self.optimizers = make_optimizers(student, 1e-4, s.beta1)
+        self.heads_optimizers = make_optimizers(heads, 1e-4, s.beta1)
         self.batch = random_batch(s, s.batch, device)
         for network in (student, self.teacher, heads) if s.compile == "yes" else ():
             compile_blocks(network)

@@ -60,7 +60,7 @@ def report(run):
     """Scores everything; writes samples.png (same noise for all), metrics.json and report.md."""
     s, start = run.settings, time.perf_counter()
     run = run.alone()
-    run.dataset = s.told(run.dataset)
+    run.dataset = s.conditioned(run.dataset)
     if s.is_latent:
         from sd3.weights import export  # its packages are optional
 

@@ -109,7 +109,7 @@ def members_of(s, args, words):
             raise UsageError(f"--sweep: {told(member)} makes the same students as another value")
         members.append(member)
         first = members[0].method
-        if kind.told is not method_of(first)[2].told:
+        if kind.conditioned is not method_of(first)[2].conditioned:
             what = f"the networks of {first} and {method} are told different things"
             raise UsageError(f"--sweep method: {what}, so no table can compare them")
     return members
@@ -190,7 +190,7 @@ def make_student(s, method, source, watch):
 
 
 def scores(run, s, teacher, student):
-    dataset = s.told(run.dataset)
+    dataset = s.conditioned(run.dataset)
     judge = sample.judge_of(dataset, s, run.device, s.data_dir, s.precision)
     return sample.evaluate(dataset, judge, teacher, student, s.evaluation, s.seed)
 
@@ -215,7 +215,7 @@ def picture(members, path):
     rows, captions = [], []
     for member in members:
         s = next(iter(member.settings.values()))
-        dataset = s.told(data.load(s.data, s.sizes, data_dir=s.data_dir, seed=s.seed))
+        dataset = s.conditioned(data.load(s.data, s.sizes, data_dir=s.data_dir, seed=s.seed))
         parts, titled = data.held_out_captions(dataset, 8), given_and_truth(dataset, 8)
         captions += [caption for own, _ in parts for caption in own]
         generator = sample.load_generator(s.out, device=s.device, precision=s.precision)
