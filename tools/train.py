@@ -216,11 +216,8 @@ def train(s, watch, distil=ladd.distil, method="ladd", given=True):
     with run.opened(note):
         file = run.out / "words.txt"
         if text is not dataset and rank() == 0 and not file.exists():
-            captions = {
-                *dataset.captions,
-                *s.conditioned(dataset).captions,
-            }  # a method may tell others
-            if words := known_words(captions, s.text_length):
+            own = s.conditioned(dataset).captions  # a method may tell others
+            if words := known_words({*dataset.captions, *own}, s.text_length):
                 write_text("\n".join(words) + "\n", file)
         for name in taken:
             link(Path(s.source, name), run.out / name)
