@@ -5,6 +5,7 @@ unpacked no further than a picture or captions can need.
 """
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -12,6 +13,7 @@ import stat
 import zipfile
 import zlib
 from pathlib import Path
+from unicodedata import normalize
 
 from lib.errors import DataError, pass_on
 
@@ -113,6 +115,14 @@ class Files:
             self.names = [name for name in names if not HIDDEN.match(name)]
             hidden = [HIDDEN.match(name)[0] for name in names if HIDDEN.match(name)]
             self.left_out = dict(hidden=list(dict.fromkeys(hidden))) if hidden else {}
+
+    @functools.cached_property
+    def spelled(self):
+        return {normalize("NFC", name): name for name in self.names} | {n: n for n in self.names}
+
+    def called(self, name):
+        """The name of a file as it stands here: a Mac writes é as two signs, people as one."""
+        return self.spelled.get(name) or self.spelled.get(normalize("NFC", name), name)
 
     def open(self, name):
         """A file to read from, in binary."""

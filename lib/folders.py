@@ -13,7 +13,6 @@ import re
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -46,11 +45,9 @@ def read_rows(files, name, keys):
 
 
 def read_list(files, name, captions):
-    """Adds a captions.jsonl to {image name: caption}. A Mac writes é of a name as two signs."""
-    composed = {normalize("NFC", n): n for n in files.names}
+    """Adds the captions of a captions.jsonl to {image name: caption}."""
     for where, (file, caption) in read_rows(files, name, ("file", "caption")):
-        file = posixpath.normpath(posixpath.join(posixpath.dirname(name), file))
-        file = composed.get(normalize("NFC", file), file)
+        file = files.called(posixpath.normpath(posixpath.join(posixpath.dirname(name), file)))
         if file in captions:
             raise DataError(f"{where} names {file} a second time.")
         captions[file] = clean(caption)

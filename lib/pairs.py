@@ -35,6 +35,7 @@ def read_list(path):
     for where, (*names, caption) in read_rows(files, LIST, (*SIDES, "caption")):
         if not clean(caption):
             raise DataError(f"{where} has no caption.")
+        names = [files.called(name) for name in names]
         if missing := [name for name in names if name not in there]:
             raise DataError(f"{where} names {missing[0]}, which is not there.")
         first, second = (read_size(files, name, where) for name in names)

@@ -187,6 +187,12 @@ def pair(winner="a.png", loser="b.png", caption="a cat"):
     return dict(winner=winner, loser=loser, caption=caption)
 
 
+def test_a_list_of_pairs_may_spell_a_files_accent_otherwise(tmp_path):
+    files = {"e\u0301.png": plain(1), "b.png": plain(2)}
+    files["pairs.jsonl"] = "\n".join(2 * [json.dumps(pair("\u00e9.png"))]).encode()
+    assert read_list(folder(tmp_path, files))[1] == 2 * [("e\u0301.png", "b.png", "a cat")]
+
+
 GOOD = {"a.png": plain(1), "b.png": plain(2), "long.png": plain(3, (8, 2)), "bad.png": b"none"}
 WRONG = {  # the lines of pairs.jsonl, after a good one -> what is said
     "a missing side": (pair(loser="none.png"), "line 2 names none.png, which is not there"),

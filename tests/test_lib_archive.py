@@ -19,6 +19,14 @@ from lib.errors import DataError
 PETS = {f"cat/{k}.png": plain(k) for k in range(12)}
 
 
+def test_a_list_may_spell_a_files_accent_otherwise_but_an_exact_name_comes_first(tmp_path):
+    """A Mac writes é as two signs, people as one."""
+    apart, one = "cafe\u0301.png", "caf\u00e9.png"
+    assert archive.Files(folder(tmp_path / "a", {apart: PICTURE})).called(one) == apart
+    both = archive.Files(folder(tmp_path / "both", {apart: PICTURE, one: PICTURE}))
+    assert [both.called(name) for name in (apart, one, "x")] == [apart, one, "x"]
+
+
 MEMBERS = {
     "absolute": ({"/etc/x.png": PICTURE}, 0, "/etc/x.png leads out of its folder"),
     "a drive": ({"C:\\x.png": PICTURE}, 0, "leads out"),
