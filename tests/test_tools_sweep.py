@@ -141,6 +141,37 @@ def test_a_sweep_does_not_overwrite_the_table_of_another_one(swept, cache):
     assert sum("--t-hat-mean -2" in command for command in commands) == 1
 
 
+def test_a_second_judge_scores_the_same_students_in_a_table_of_its_own(swept, cache, capsys):
+    """As sample.py's --evaluate --other-judge does; what the first has said stays as it is."""
+    axes, before = "--sweep taps=0,1 --t-hat-mean 0 --seeds 3", snapshot(swept / "members")
+    for own in (axes, f"{axes} --other-judge"):
+        assert again(swept, cache, own) == 0
+    after = snapshot(swept / "members")
+    assert before == {name: after[name] for name in before}
+    assert "distillation" not in capsys.readouterr().out
+    tables = [json.loads(path.read_text()) for path in swept.glob("taps*/sweep.json")]
+    (mine,) = (table for table in tables if table["command"].endswith("--other-judge"))
+    (first,) = (t for t in tables if t["command"] == mine["command"].removesuffix(" --other-judge"))
+    rows, others = (table["members"][0]["runs"][0]["rows"] for table in (first, mine))
+    assert [row["name"] for row in rows] == [row["name"] for row in others]
+    assert all(a["frechet"] != b["frechet"] for a, b in zip(rows[1:], others[1:], strict=True))
+    folder = member_of(swept, "*/seed-3/other-judge.json").parent
+    said = ["--evaluate", "--other-judge", "--data-dir", f"{cache}"]
+    assert sample.main([f"{folder}", *said]) == 0
+    assert f"| {others[-1]['frechet']:.2f} |" in capsys.readouterr().out
+
+
+def test_the_second_judge_scores_a_student_that_was_made_anew_once_more(swept, cache):
+    axes = "--sweep taps=0,1 --t-hat-mean 0 --seeds 3 --other-judge"
+    assert again(swept, cache, axes) == 0
+    path = member_of(swept, "*/seed-3/other-judge.json")
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps(kept | dict(checkpoints={}, rows=[])))
+    assert again(swept, cache, axes) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["frechet"] for row in rows] == [row["frechet"] for row in kept["rows"]]
+
+
 @pytest.mark.parametrize("flag", ["--teacher", "--discriminator"])
 def test_a_student_of_a_file_that_was_made_anew_is_another_student(tmp_path, flag):
     """The name of a member holds the content of what it starts from, not its path alone."""
@@ -291,7 +322,7 @@ def test_a_method_is_what_a_student_is_named_by_and_made_with(swept, cache):
 def test_a_budget_of_units_gives_every_method_the_same_work(words, count):
     """Forwards of the network: LADD 6 an update, regression 3."""
     words = ["--sweep", *words.split(), "--units", "6000", "--seeds", "0"]
-    _, (member,), _ = sweep.parse(words, "ladd.py")
+    _, (member,), *_ = sweep.parse(words, "ladd.py")
     assert member.settings[0].iterations == count
 
 
@@ -307,10 +338,10 @@ def test_a_budget_of_units_gives_every_method_the_same_work(words, count):
 def test_a_setting_of_a_methods_own_is_swept_as_ladds_are(words, values):
     """The students differ in it, by name, too; and the command makes the same ones again."""
     words = ["--sweep", *words.split(), "--seeds", "0"]
-    _, members, command = sweep.parse(words, "ladd.py")
+    _, members, command, _ = sweep.parse(words, "ladd.py")
     (name,) = members[0].values.keys() - {"method"}
     assert [getattr(member.settings[0], name) for member in members] == values
-    _, again, _ = sweep.parse(command.split()[2:], "ladd.py")
+    _, again, *_ = sweep.parse(command.split()[2:], "ladd.py")
     names = [[sweep.name_of(m.settings[0], m.method) for m in own] for own in (members, again)]
     assert names[0] == names[1] and len(set(names[0])) == 2
 
@@ -319,16 +350,16 @@ def test_the_command_of_a_sweep_makes_the_same_students_again():
     """Its folder and its device apart; a scale works on what is swept, too."""
     words = "--size 12 --steps-scale 0.5 --device cpu --seed 2 --units 6000 --seeds 4,5 "
     words += "--sweep t_hat_mean=-1,0 --sweep qk_norm=true,false"
-    _, members, command = sweep.parse(words.split(), "ladd.py")
+    _, members, command, _ = sweep.parse(words.split(), "ladd.py")
     python, program, *words = command.split()
-    s, again, same = sweep.parse(words, "ladd.py")
+    s, again, same, _ = sweep.parse(words, "ladd.py")
     assert (python, program, same, s.seed) == ("python", "ladd.py", command, 2)
     names = [[sweep.name_of(m.settings[5], m.method) for m in own] for own in (members, again)]
     assert names[0] == names[1] and len(set(names[0])) == 4
 
 
 def test_a_sweep_has_a_folder_of_its_own():
-    s, _, _ = sweep.parse(["--sweep", "batch=2,4", "--preset", "tiny"], "ladd.py")
+    s, *_ = sweep.parse(["--sweep", "batch=2,4", "--preset", "tiny"], "ladd.py")
     assert s.out == "runs/tiny-sweep"
 
 

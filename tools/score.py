@@ -15,6 +15,7 @@ from lib.files import read_object, write_json
 from lib.report import accuracy_line, fingerprints, markdown_table, read_metrics
 from lib.scores import held_out, judge_accuracy
 
+OTHER_JUDGE = dict(seed=2, kernel=5)  # a second classifier, with which nothing is trained
 MOST = dict(evaluation=10**6, judge_steps=10**6, judge_width=1024)  # of a stranger's settings
 READ = ("run", "evaluate", "num", "seed", "data", "steps", "cfg", "other_judge", "data_dir")
 READ += ("device", "precision")  # of the command line, which is in tools/draw.py
@@ -53,7 +54,7 @@ def score(args):
             f"{folder} was made from other images or captions than those of {s['data']} now "
             f"({made_from} → {dataset.name}). Give the data of then with --data."
         )
-    own = dict(seed=2, kernel=5) if args.other_judge else {}
+    own = OTHER_JUDGE if args.other_judge else {}
     judge = sample.judge_of(
         dataset, student.settings, student.device, args.data_dir, args.precision, **own
     )

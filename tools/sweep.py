@@ -4,6 +4,7 @@
     python ladd.py --sweep taps=0,1/2 --sweep batch=16,32   all combinations; a "/" between lists
     python ladd.py --sweep method=ladd,regression,dmd --units 13200         the same work for all
     python ladd.py --sweep method=dpo --sweep beta=230,1000         a setting of the method's own
+    python ladd.py --sweep … --other-judge      the same students' table by a second classifier
 
 In the folder lie `shared`, the teachers and their samples, each made once; `members`, a run folder
 for every student, named by its settings, so that sweeps in one folder share what they have in
@@ -28,12 +29,13 @@ import ladd
 import sample
 from lib.errors import Parser, UsageError, plural
 from lib.files import read_object, sha256, write_json, write_text
-from lib.machine import facts
+from lib.machine import device_of, facts
 from lib.parallel import world
 from lib.pictures import panels, save_png, stack
 from lib.report import read_metrics, write_metrics
 from lib.settings import bound, command_of, locked
 from tools.report import given_and_truth, pictures_of
+from tools.score import OTHER_JUDGE
 from tools.table import STEPS, sweep_table
 from tools.train import base_of, given_settings, open_given, run_program, train
 
@@ -59,12 +61,14 @@ def method_of(name):
 
 
 def parse(argv, program):
-    """-> the settings without what is swept, [Member], the command that makes this table"""
+    """-> the settings without what is swept, [Member], the command that makes this table, and
+    whether it is of the second judge"""
     parser = Parser(program, __doc__.splitlines()[0], epilog="All other flags are ladd.py's.")
     add = parser.add_argument
     add("--sweep", action="append", required=True, metavar="NAME=A,B,…", help="may be repeated")
     add("--seeds", default="0,1,2", help="of the students; --seed is that of the one teacher")
     add("--units", type=int, help="instead of --iterations: a student's work, in forwards")
+    add("--other-judge", action="store_true", help="the table is of a second classifier's scores")
     args, words = parser.parse_known_args(argv)
     s = given_settings(words)[0]
     if not any(word.split("=")[0] == "--out" for word in words):
@@ -77,7 +81,8 @@ def parse(argv, program):
     command += f" --steps-scale {s.steps_scale:g}" if s.steps_scale != 1 else ""
     command += f" --units {args.units}" if args.units else ""
     command += "".join(f" --sweep {shlex.quote(axis)}" for axis in args.sweep)
-    return s, members, f"{command} --seeds {args.seeds}"
+    command += f" --seeds {args.seeds}" + (" --other-judge" if args.other_judge else "")
+    return s, members, command, args.other_judge
 
 
 def members_of(s, args, words):
@@ -179,30 +184,58 @@ def make_student(s, method, source, watch):
     run = train(own, watch, method_of(method)[0], method)
     watch.patient = False  # scoring saves nothing on its way
     watch.check()
-    rows = scores(run, s, None, ladd.generator(run, "student"))
-    for path in run.out.glob("student-*.pt"):  # after a part of a method
-        part = sample.load_generator(path, device=s.device, precision=s.precision)
-        for row in scores(run, s, None, part)[1:]:
-            rows.append(row | dict(name=row["name"].replace("student", path.stem)))
     took = [row.get("seconds") for row in run.log.rows() if row.get("finished")]
     took = took[-1] if took else None  # None: cut between the student and its row
+    rows = student_rows(s, s.conditioned(run.dataset))
     write_metrics(run, rows, dict(distillation=took))
 
 
-def scores(run, s, teacher, student):
-    dataset = s.conditioned(run.dataset)
-    judge = sample.judge_of(dataset, s, run.device, s.data_dir, s.precision)
+def dataset_of(s):
+    return s.conditioned(data.load(s.data, s.sizes, data_dir=s.data_dir, seed=s.seed, flip=s.flip))
+
+
+def student_of(s, dataset, path):
+    """The network of a run folder or a file, with all that it takes to sample from it."""
+    student = sample.load_generator(path, device=s.device, precision=s.precision)
+    if s.condition_channels:
+        student.condition = partial(dataset.condition, held_out=True)
+    return student
+
+
+def student_rows(s, dataset, other=False):
+    """A student's scores, and those after each part of a method that learns in parts."""
+    rows = scores(s, dataset, None, student_of(s, dataset, s.out), other)
+    for path in Path(s.out).glob("student-*.pt"):
+        for row in scores(s, dataset, None, student_of(s, dataset, path), other)[1:]:
+            rows.append(row | dict(name=row["name"].replace("student", path.stem)))
+    return rows
+
+
+def scores(s, dataset, teacher, student, other=False):
+    own, device = OTHER_JUDGE if other else {}, device_of(s.device)
+    judge = sample.judge_of(dataset, s, device, s.data_dir, s.precision, **own)
     return sample.evaluate(dataset, judge, teacher, student, s.evaluation, s.seed)
 
 
-def reference(s, method, out, watch):
+def scored(s, other):
+    """A finished student's metrics; with the second judge's scores, which lie beside its own."""
+    metrics, path = read_metrics(s.out), Path(s.out) / "other-judge.json"
+    if not other:
+        return metrics
+    if not path.exists() or read_object(path).get("checkpoints") != metrics["checkpoints"]:
+        write_json(metrics | dict(rows=student_rows(s, dataset_of(s), other)), path)
+    return read_object(path)
+
+
+def reference(s, method, out, watch, other):
     """The rows of teacher and untrained student, with the settings of the first value."""
-    path = out / "shared" / f"reference-{name_of(s, method)}-seed-{s.seed}.json"
+    title = "reference-by-other-judge" if other else "reference"
+    path = out / "shared" / f"{title}-{name_of(s, method)}-seed-{s.seed}.json"
     if not path.exists():
         run = samples_for(s, s.seed, out, watch, method)
         teacher = ladd.generator(run, "teacher")
         teacher.settings = s
-        write_json(dict(rows=scores(run, s, teacher, None)), path)
+        write_json(dict(rows=scores(s, s.conditioned(run.dataset), teacher, None, other)), path)
     return read_object(path)["rows"]
 
 
@@ -215,12 +248,10 @@ def picture(members, path):
     rows, captions = [], []
     for member in members:
         s = next(iter(member.settings.values()))
-        dataset = s.conditioned(data.load(s.data, s.sizes, data_dir=s.data_dir, seed=s.seed))
+        dataset = dataset_of(s)
         parts, titled = data.held_out_captions(dataset, 8), given_and_truth(dataset, 8)
         captions += [caption for own, _ in parts for caption in own]
-        generator = sample.load_generator(s.out, device=s.device, precision=s.precision)
-        if s.condition_channels:
-            generator.condition = partial(dataset.condition, held_out=True)
+        generator = student_of(s, dataset, s.out)
         for n in (n for n in STEPS if n <= len(s.levels)):
             made = pictures_of(generator, parts, s.seed, steps=n)
             titled.append((f"{told(member)}: {plural(n, 'step')}", made))
@@ -228,7 +259,7 @@ def picture(members, path):
     save_png(stack(rows), path, captions="; ".join(captions))
 
 
-def sweep(s, watch, members, command):
+def sweep(s, watch, members, command, other):
     """Every student, seed by seed, then the table. What is finished is skipped."""
     out, seeds = Path(s.out), list(members[0].settings)
     first = dataclasses.replace(members[0].settings[seeds[0]], seed=s.seed)
@@ -245,9 +276,9 @@ def sweep(s, watch, members, command):
             if not read_metrics(own.out):
                 source = samples_for(own, s.seed, out, watch, member.method).settings.out
                 make_student(own, member.method, source, watch)
-        rows, results = reference(first, members[0].method, out, watch), []
+        rows, results = reference(first, members[0].method, out, watch, other), []
         for member in members:
-            runs = [read_metrics(own.out) for own in member.settings.values()]
+            runs = [scored(own, other) for own in member.settings.values()]
             results.append(dict(values=member.values, runs=runs))
         result = dict(command=command, seeds=seeds, reference=rows, members=results, **facts())
         folder = out / "+".join(members[0].values)
