@@ -86,6 +86,8 @@ def student_levels(levels, steps):
 # Samplers: each yields x̂_0 after every step; the last one is the sample
 # ---------------------------------------------------------------------------------------------
 
+SAMPLERS = ("renoise", "euler")  # those that `Generator.way` and `.trajectory` know
+
 
 def guided_velocity(model, x, t, text, uncond, cfg):
     """v = v_uncond + w·(v_cond - v_uncond), both halves in one forward; no second half at w = 1."""
@@ -224,7 +226,7 @@ class Generator:
             levels = [t * level for t in student_levels(s.levels, steps)]
             path = renoise(self.network, x, levels, text, fresh, s.eta if eta is None else eta)
         else:
-            raise ValueError(f"sampler {sampler!r}: must be euler or renoise")
+            raise ValueError(f"sampler {sampler!r}: must be one of {', '.join(SAMPLERS)}")
         for x0 in path:
             yield (x0 if known is None else paste(x0, known)).float().cpu()
 

@@ -402,7 +402,7 @@ def test_a_start_image_is_noised_to_its_strength_and_no_further(sampler):
 
 
 def test_a_sampler_that_does_not_exist_is_an_error_and_no_other_is_taken():
-    with pytest.raises(ValueError, match=r"'heun'.*euler or renoise"):
+    with pytest.raises(ValueError, match=r"'heun'.*renoise, euler"):
         generator().sample(["a"], sampler="heun", steps=2)
 
 

@@ -41,7 +41,7 @@ def parse(argv):
     add("--steps", type=int, help="network steps (default: as the model was made for)")
     add("--teacher", action="store_true", help="sample from the teacher instead of the student")
     add("--cfg", type=float, help="guidance scale w (default: the teacher's own; students: 1)")
-    add("--sampler", choices=("renoise", "euler"), help="default: renoise, for a teacher euler")
+    add("--sampler", choices=sample.SAMPLERS, help="default: renoise, for a teacher euler")
     add("--eta", type=float, help="weight of fresh noise between the student's steps (0 to 1)")
     add("--seed", type=int, help="of the noise (default: 0; of scores the run's own)")
     add("--size", type=data.parse_size, metavar="HxW", help="pixels (default: as it was trained)")
