@@ -172,6 +172,16 @@ def test_the_second_judge_scores_a_student_that_was_made_anew_once_more(swept, c
     assert [row["frechet"] for row in rows] == [row["frechet"] for row in kept["rows"]]
 
 
+def test_a_finished_sweep_whose_data_have_changed_says_so(swept, cache, capsys):
+    """Its students are of the images and captions of then."""
+    config = member_of(swept, "*-of-0/seed-3/config.json")
+    kept = config.read_text()
+    config.write_text(json.dumps(json.loads(kept) | dict(dataset="other images")))
+    assert again(swept, cache, AXES) == 2
+    config.write_text(kept)
+    assert "was made from other data (other images" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag", ["--teacher", "--discriminator"])
 def test_a_student_of_a_file_that_was_made_anew_is_another_student(tmp_path, flag):
     """The name of a member holds the content of what it starts from, not its path alone."""

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import data
 import ladd
 import sample
-from lib.errors import Parser, UsageError, plural
+from lib.errors import DataError, Parser, UsageError, plural
 from lib.files import read_object, sha256, write_json, write_text
 from lib.machine import device_of, facts
 from lib.parallel import world
@@ -191,7 +191,12 @@ def make_student(s, method, source, watch):
 
 
 def dataset_of(s):
-    return s.conditioned(data.load(s.data, s.sizes, data_dir=s.data_dir, seed=s.seed, flip=s.flip))
+    """The data of a finished student, if they are those that it was made from."""
+    dataset = data.load(s.data, s.sizes, data_dir=s.data_dir, seed=s.seed, flip=s.flip)
+    made_from = read_object(f"{s.out}/config.json").get("dataset", dataset.name)
+    if made_from != dataset.name:
+        raise DataError(f"{s.out} was made from other data ({made_from} → {dataset.name}).")
+    return s.conditioned(dataset)
 
 
 def student_of(s, dataset, path):
