@@ -107,8 +107,8 @@ def check_moments(state, weights):
 
 
 def not_finite(weights):
-    """The name of the first weights with a number that is not finite; None where all are."""
-    return next((name for name in weights if not weights[name].isfinite().all()), None)
+    """The name of the first weights with a number that is not finite in float32, or None."""
+    return next((name for name, w in weights.items() if not w.float().isfinite().all()), None)
 
 
 def check_settings(s, config):
