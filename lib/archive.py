@@ -108,7 +108,8 @@ class Files:
                 self.zip = zipfile.ZipFile(ZipBytes(self.path))
             except Exception as error:  # zipfile raises nearly anything on damaged files
                 pass_on(error, path)
-                raise DataError(f"{path}: not a readable zip ({error}); is it cut short?") from None
+                what = f"not a readable zip ({error}); either it is cut short, or no zip at all"
+                raise DataError(f"{path}: {what}. Give a folder or a zip.") from None
             check_members(path, self.zip.infolist())
             self.members = {name_of(member): member for member in self.zip.infolist()}
             names = sorted(name for name in self.members if not name.endswith("/"))
