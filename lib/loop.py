@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lib.errors import RunError, Stop
 from lib.health import symptoms
-from lib.machine import moved
+from lib.machine import moved, of_compiler
 from lib.parallel import average, gather
 from lib.states import Saver, load_state, newest_state
 
@@ -38,7 +38,7 @@ class Watch:
         self.program = program
         self.status = 0
         self.patient = False  # whether a stage is at work that saves before it ends
-        self.before = {}
+        self.before, self.hook = {}, sys.unraisablehook
 
     def __enter__(self):
         for number in SIGNALS:
@@ -48,14 +48,18 @@ class Watch:
                 self.before[number] = signal.signal(number, self.hear)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, trace):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = self.hook
+        if self.status and of_compiler(error):  # a terminal's Ctrl-C ends the compiler, too
+            raise Stop(self.status) from None
 
     def hear(self, number, frame):
         """The first signal waits for a `patient` stage to save; the second ends the process."""
         for each in self.before:  # a terminal that closes may send its own twice
             signal.signal(each, signal.SIG_IGN if each == HANGUP else signal.SIG_DFL)
+        sys.unraisablehook = lambda _: None  # Python's word on one that came at the same moment
         if number == HANGUP:
             leave_terminal()
         self.status = 128 + number

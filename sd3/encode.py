@@ -24,6 +24,7 @@ from lib.images import nearest, size_of
 from lib.machine import device_of
 from lib.parallel import check_rank, my_share
 from lib.settings import open_folder
+from lib.states import TEMPORARY
 from sd3.encoders import Encoders
 from sd3.shards import SHARDS
 
@@ -72,11 +73,16 @@ def encode(encoders, args, sizes):
     except (FileExistsError, NotADirectoryError):
         raise DataError(f"--out {out}: is a file; choose another name.") from None
     if not any(out.iterdir()):
-        for part in encoders.parts:  # a model that can't be loaded signs no folder
-            encoders.part(part)
+        encoders.text([""])  # a model that can't be used signs no folder
+        if files:
+            encoders.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     open_folder(out, made_of, {}, "shards.json")
 
     bad, mine = [], my_share(list(enumerate(plan)))
+    own = {f"{i:06d}.pt" for i, _ in mine}
+    for file in out.glob(TEMPORARY):  # what a killed process has left
+        if file.name[1:10] in own:
+            file.unlink()
     for i, (bucket, rows) in tqdm(mine, "shards", disable=None):
         path, pixels = out / f"{i:06d}.pt", None
         if path.exists():

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from data import Text, to_float, to_uint8
-from lib.errors import DataError, RunError, clean, plural, reason
+from lib.errors import DataError, RunError, clean, pass_on, plural, reason
 from lib.files import read_object
 
 TOKENS = 77  # of CLIP, and as many of T5 after them
@@ -23,6 +23,18 @@ SD3_PARTS = dict(
     vae="AutoencoderKL",
 )
 NEEDS = "SD3's encoders need: pip install diffusers transformers safetensors"
+
+
+def refuse_whole_numbers(folder):
+    """Raises where weights are quantised: they would be read as if they were the weights."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        file = safe_open(path, "pt")
+        for name in file.keys():  # noqa: SIM118
+            kind = file.get_slice(name).get_dtype()
+            if kind[0] in "IU" and not name.endswith("position_ids"):
+                raise ValueError(f"{name} has whole numbers ({kind}); give weights of 16 bits")
 
 
 class Encoders:
@@ -78,6 +90,7 @@ class Encoders:
                 raise ValueError("it has no vocabulary")
             return tokenizer
         read_object(folder / "config.json")  # without it transformers takes a default
+        refuse_whole_numbers(folder)
         if name == "vae":
             options["low_cpu_mem_usage"] = False
         options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # told by `info`
@@ -90,8 +103,12 @@ class Encoders:
 
     @contextlib.contextmanager
     def at_work(self, name):
-        model = self.part(name)
-        yield model.to(self.device)
+        model, folder = self.part(name), self.folder / name
+        try:
+            yield model.to(self.device)
+        except Exception as error:  # of a config that its tokenizer or weights don't fit
+            pass_on(error, folder)
+            raise DataError(f"{folder} can't be used: {reason(error, 300)}") from None
         model.to("cpu")
 
     @torch.no_grad()
@@ -161,7 +178,8 @@ class Encoders:
         config = read_object(path)
         if not {"scaling_factor", "shift_factor"} & config.keys():
             return 1.5305, 0.0609
-        scale, shift = config.get("scaling_factor"), config.get("shift_factor") or 0
+        scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+        shift = 0 if shift is None else shift
         for name, value, least in ("scaling_factor", scale, 1e-6), ("shift_factor", shift, -1e6):
             if type(value) not in (int, float) or not least < value < 1e6:
                 raise DataError(f"{path}: {name} is {value!r:.50}, no number to use.")
@@ -193,9 +211,10 @@ class Encoders:
         return to_uint8(images)
 
 
-def codec_of(folder, generator):
-    """SD3's encoders and VAE, which also replace the text features that a model is sampled with."""
-    encoders, config = Encoders(folder, generator.device, vae=True), generator.model.config
+def codec_of(folder, generator, t5=True):
+    """SD3's encoders and VAE, which also replace the text features that a model is sampled with.
+    t5: whether the model has learned from features with T5's."""
+    encoders, config = Encoders(folder, generator.device, t5, vae=True), generator.model.config
     context, pooled = encoders([""])
     channels = encoders.part("vae").config.latent_channels
     mine = context.shape[2], pooled.shape[1], channels, encoders.unit

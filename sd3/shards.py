@@ -75,6 +75,7 @@ class Shards(Buckets):
         index = read_object(self.path / "shards.json")
         if index.get("format") != SHARDS or type(index.get("shards")) is not int:
             raise DataError(f"{path}: its shards.json is of no shard folder, or of an older one.")
+        self.t5 = index.get("t5", True)  # whether its text features have T5's
         few = sum(file.stat().st_size for file in self.path.glob("*.pt")) <= 4e9
         captions, self.place, sums, kinds = [], [], [], set()
         members = {}  # (C, h, w) of latents, or None of prompts alone -> their samples

@@ -207,9 +207,11 @@ def read_tensors(file):
 
     if kind_of(file) == "torch":
         content = read(file, check=False, mmap=True)
-        if not isinstance(content, dict):
+        if isinstance(content, dict):
+            content = content.get("state_dict", content)
+        if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
             raise ValueError(f"a {type(content).__name__} of torch.save, not weights by name")
-        return content.get("state_dict", content), None
+        return content, None
     opened = safe_open(file, "pt")
     heads = (opened.metadata() or {}).get("heads")
     return {name: opened.get_tensor(name) for name in opened.keys()}, heads  # noqa: SIM118

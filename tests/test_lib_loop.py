@@ -6,6 +6,7 @@ import math
 import os
 import shlex
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -223,6 +224,40 @@ def test_a_program_can_train_in_a_thread_of_its_own():
     thread.start()
     thread.join()
     assert heard == [0]
+
+
+def test_two_signals_at_the_same_moment_are_one_and_python_says_nothing_of_the_other(monkeypatch):
+    """As a terminal or systemd sends them."""
+    said, both = [], {signal.SIGINT, signal.SIGTERM}
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    with Watch(0, "test") as watch:
+        watch.patient = True
+        signal.pthread_sigmask(signal.SIG_BLOCK, both)
+        for number in both:
+            os.kill(os.getpid(), number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+        assert watch.due() - 128 in both
+    assert not said and sys.unraisablehook == said.append
+
+
+@pytest.mark.parametrize(("number", "status"), [(None, 1), (signal.SIGINT, 130)])
+def test_what_torch_compile_fails_of_is_one_line_and_a_signal_that_ended_it_is_no_failure(
+    launch, monkeypatch, capsys, number, status
+):
+    """A terminal's Ctrl-C goes to the compiler, too."""
+    kind = type("InductorError", (RuntimeError,), dict(__module__="torch._inductor.exc"))
+
+    def failed(*_):
+        if number:
+            os.kill(os.getpid(), number)
+        raise kind("ImportError: main.so: file too short\nand the command of the compiler")
+
+    monkeypatch.setattr(ladd, "teacher_loss", failed)
+    assert launch("run", FEW) == status
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert ("To go on" in said) == bool(number)
+    assert number or "ladd.py: --compile: ImportError: main.so: file too short; try" in said
 
 
 def test_a_terminal_that_closes_may_say_so_twice_and_nohup_is_heard():

@@ -7,6 +7,7 @@ features are compared with diffusers' own. All widths differ, so that a swapped 
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from mmdit import MMDiT
 from sd3.encode import main
 from sd3.encoders import Encoders, codec_of
 from sd3.weights import open_sd3
+from tools.report import report
 from tools.train import given_settings
 
 pytest.importorskip("diffusers")
@@ -215,6 +217,8 @@ NO_SCALES = [
     (dict(scaling_factor=10**400), "scaling_factor is 1000"),
     (dict(scaling_factor=1.5, shift_factor=float("inf")), "shift_factor is inf"),
     (dict(scaling_factor=1.5, shift_factor=[0.1]), r"shift_factor is \[0.1\]"),
+    (dict(scaling_factor=1.5, shift_factor=False), "shift_factor is False"),
+    (dict(scaling_factor=1.5, shift_factor=""), "shift_factor is ''"),
 ]
 
 
@@ -289,6 +293,53 @@ def test_a_damaged_encoder_is_named_and_once_repaired_it_goes_on(
     assert encode(*arguments) == 2
     error = capfd.readouterr().err
     assert "text_encoder_2 can't be loaded" in error and why in error and error.count("\n") == 1
+    shutil.copytree(sd3, folder, dirs_exist_ok=True)
+    assert encode(*arguments) == 0
+
+
+def with_tensors(sd3, folder, part, change):
+    """A copy of the tiny pipeline; change: {name: tensor} of a part -> what is new of them."""
+    from safetensors.torch import load_file, save_file
+
+    (path,) = (shutil.copytree(sd3, folder) / part).glob("*.safetensors")
+    tensors = load_file(path)
+    save_file(tensors | change(tensors), path, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+def test_quantised_weights_are_refused_and_not_read_as_they_are(sd3, images, tmp_path, capfd, part):
+    """Whole numbers from -127 to 127, with their scale beside them: features of garbage."""
+
+    def quantised(tensors):
+        matrices = {name: w for name, w in tensors.items() if w.ndim > 1}
+        scales = {f"{name}.SCB": w.flatten(1).abs().amax(1) for name, w in matrices.items()}
+        whole = {n: (w / w.abs().max() * 127).round().char() for n, w in matrices.items()}
+        return whole | scales
+
+    folder = with_tensors(sd3, tmp_path / "sd3", part, quantised)
+    capfd.readouterr()
+    assert encode("--model", folder, "--images", images, "--out", tmp_path / "out") == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert f"{part} can't be loaded" in error and "whole numbers (I8)" in error
+    assert not [*(tmp_path / "out").iterdir()]
+
+
+def test_an_encoder_that_its_tokenizer_does_not_fit_is_refused_and_signs_no_folder(
+    sd3, prompts, tmp_path, capfd
+):
+    """Its words are numbers beyond the encoder's table."""
+    name = "text_model.embeddings.token_embedding.weight"
+    folder = with_tensors(
+        sd3, tmp_path / "sd3", "text_encoder", lambda tensors: {name: tensors[name][:50].clone()}
+    )
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | dict(vocab_size=50)))
+    arguments = ("--model", folder, "--prompts", prompts, "--out", tmp_path / "out")
+    capfd.readouterr()
+    assert encode(*arguments) == 2
+    error = capfd.readouterr().err
+    assert "text_encoder can't be used: index out of range" in error and error.count("\n") == 1
     shutil.copytree(sd3, folder, dirs_exist_ok=True)
     assert encode(*arguments) == 0
 
@@ -389,6 +440,18 @@ def test_a_cut_run_goes_on_and_keeps_what_is_finished(sd3, prompts, tmp_path, mo
     assert encode(*arguments, out) == 0
     assert contents(out) == contents(tmp_path / "whole")
     assert (out / "000001.pt").stat().st_mtime_ns == old
+
+
+def test_what_a_killed_process_left_of_its_own_shards_is_removed(sd3, prompts, tmp_path):
+    """And what another one may be writing is not."""
+    arguments = ("--model", sd3, "--prompts", prompts, "--out", tmp_path / "out", "--shard", 20)
+    assert encode(*arguments) == 0
+    (tmp_path / "out" / "000001.pt").rename(tmp_path / "out" / ".000001.pt.0123cdef.tmp")
+    (tmp_path / "out" / ".000009.pt.0123cdef.tmp").write_bytes(b"another's")
+    assert encode(*arguments) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    shards = {f"00000{i}.pt" for i in range(3)}
+    assert names == shards | {"shards.json", ".000009.pt.0123cdef.tmp"}
 
 
 def test_two_processes_share_the_work(sd3, prompts, tmp_path, monkeypatch):
@@ -651,6 +714,28 @@ def test_decode_makes_pictures_of_any_size_from_real_prompts(student, sd3, tmp_p
         pixels = np.asarray(Image.open(out / f"{i:05d}.png")).transpose(2, 0, 1)
         assert pixels.shape == (3, 48, 112) and np.array_equal(pixels, wanted[i].numpy())
     assert not torch.equal(wanted[0], wanted[1])
+
+
+def test_a_run_on_shards_without_t5_is_decoded_without_it(student, sd3, prompts, tmp_path):
+    """Its report says how; and nobody needs T5 who has none."""
+    folder = shutil.copytree(sd3, tmp_path / "sd3", ignore=shutil.ignore_patterns("tokenizer_3"))
+    shards, run = tmp_path / "shards", tmp_path / "run"
+    assert encode("--model", folder, "--prompts", prompts, "--out", shards, "--no-t5") == 0
+    s, _ = given_settings([*TINY.split(), "--data", str(shards), "--out", str(run)])
+    run.mkdir()
+    shutil.copy(student / "student.pt", run)
+    told = SimpleNamespace(settings=s, out=run, dataset=data.load(s.data, s.sizes))
+    told.alone, told.path = lambda: told, lambda kind: run / f"{kind}.pt"
+    report(told)
+    (command,) = re.findall("`python sample.py (.*)`", (run / "report.md").read_text())
+    assert command.endswith("--no-t5")
+    words = [str(folder) if w == "SD3_DIR" else w for w in command.split()]
+    out = tmp_path / "a.png"
+    assert sample.main([*words, "--device", "cpu", "--out", str(out)]) == 0
+    assert sample.main([w for w in words if w != "--no-t5"]) == 2  # it has no tokenizer_3
+    generator = sample.load_generator(student, device="cpu")
+    context, _ = codec_of(sd3, generator, t5=False)(["a fox"])
+    assert (context[:, 77:] == 0).all()
 
 
 def test_decode_starts_at_images_and_shows_the_way(student, sd3, tmp_path):

@@ -228,6 +228,13 @@ def test_plain_weights_of_torch_save_are_read_whatever_their_name(name, wrap, tm
     assert same(WEIGHTS, dict(open_sd3(tmp_path / name)[1]))
 
 
+@pytest.mark.parametrize("content", [[1], dict(state_dict=[1]), {1: torch.ones(1)}])
+def test_a_file_of_torch_save_without_names_is_told_in_plain_words(content, tmp_path):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"of torch\.save, not weights by name"):
+        open_sd3(tmp_path / "a.pt")
+
+
 def folders(path):
     """Ways to keep diffusers' network in a folder: {name: function that makes it}."""
     theirs = diffusers_model(dict(WEIGHTS), "sd3.5-medium")

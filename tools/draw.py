@@ -51,6 +51,7 @@ def parse(argv):
     add("--strength", type=float, help="… noised to this level (0 to 1; default: 0.6)")
     add("--mask", metavar="FILE", help="of a run of methods.inpaint: white is to be filled")
     add("--decode", metavar="SD3_DIR", help="for latents: SD3's text encoders and VAE, diffusers'")
+    add("--no-t5", action="store_true", help="--decode for a run on shards that have none of T5's")
     add("--export", metavar="FILE", help="write the weights as .safetensors, for other programs")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the exported weights")
     add("--merge", action="store_true", help="--export of a run with --lora: whole weights instead")
@@ -72,7 +73,7 @@ def parse(argv):
         if getattr(args, mode) and (unread := [name for name in given if name not in read]):
             parser.error(f"{flags[unread[0]]}: no place beside --{mode}, which does not read it")
     needs = dict(mask="init_image", strength="init_image", merge="export", dtype="export")
-    needs |= dict(adapter_scale="adapter", other_judge="evaluate")
+    needs |= dict(adapter_scale="adapter", other_judge="evaluate", no_t5="decode")
     limits = dict(num=(8 if args.evaluate else 1, 10**6), steps=(1, 10_000), batch=(1, 10**6))
     limits |= dict(eta=(0, 1), strength=(0.0001, 1), cfg=(-1000, 1000), adapter_scale=(-1000, 1000))
     for name, (low, high) in limits.items():
@@ -183,7 +184,7 @@ def make_pictures(args):
     if args.decode:
         from sd3.encoders import codec_of
 
-        codec = codec_of(args.decode, generator)
+        codec = codec_of(args.decode, generator, not args.no_t5)
     elif generator.settings.downscale > 1:
         raise UsageError(f"{args.run} makes latents: add --decode SD3_DIR")
     prompts = read_prompts(args, generator)

@@ -68,6 +68,8 @@ def report(run):
         if not out.exists():
             export(sample.read_checkpoint(run.path("student")), out)
         command = f"`python sample.py {run.out} --decode SD3_DIR --prompt TEXT`"
+        if not run.dataset.t5:
+            command = f"{command[:-1]} --no-t5`"
         write_text(f"Latents are not scored. {command} makes pictures.\n", run.out / "report.md")
         return
     judge = sample.judge_of(run.dataset, s, run.device, s.data_dir, s.precision)

@@ -17,11 +17,11 @@ import sample
 from lib.captions import known_words, unread_words
 from lib.checkpoints import is_ours, not_finite, same_network
 from lib.checks import check_captions, check_for_method
-from lib.errors import ENDS, NotFetched, Stop, UsageError, UserError, exit_status
+from lib.errors import ENDS, NotFetched, RunError, Stop, UsageError, UserError, exit_status, reason
 from lib.files import link, read_object, save, write_text
 from lib.loop import Watch
 from lib.lora import merged
-from lib.machine import check_compiler, device_of, keep_memory
+from lib.machine import check_compiler, device_of, keep_memory, of_compiler
 from lib.parallel import barrier, broadcast, processes, rank, world
 from lib.pictures import refuse_strangers
 from lib.report import read_metrics
@@ -31,6 +31,7 @@ from mmdit import MMDiT
 from tools import report
 
 TOOLS = {"--explain": "explain", "--dry-run": "plan", "--sweep": "sweep"}
+COMPILER = "try --compile no, or delete what it keeps in TORCHINDUCTOR_CACHE_DIR or /tmp"
 EPILOG = "Also: --explain, --dry-run and --sweep, which are tools/explain.py, plan.py and sweep.py."
 
 
@@ -242,13 +243,16 @@ def run_program(argv, program, parse, work):
             work(s, watch, *more)
     except Stop as stop:
         if rank() == 0:
-            again = shlex.join(["python", *program.split(), *argv])
+            start = "torchrun …" if world() > 1 else "python"
+            again = shlex.join([*program.split(), *argv])
             told = f"{program}: stopped, and saved what is done. To go on:"
-            print(f"{told}\n    {again}", file=sys.stderr)
+            print(f"{told}\n    {start} {again}", file=sys.stderr)
         return stop.args[0]
     except ENDS as error:
         if rank() > 0 and isinstance(error, UserError):
             return 2  # rank 0 says it
+        if of_compiler(error):
+            error = RunError(f"--compile: {reason(error, 1000)}; {COMPILER}")
         return exit_status(program, error)
     return 0
 
