@@ -286,9 +286,13 @@ def judge_of(dataset, s, device, data_dir, precision, **other):
     return get_judge(draw, dataset, s, device, data_dir, precision, **other)
 
 
-def evaluate(dataset, judge, teacher, student, count, seed=0):
-    """The table of a run, of those of both that are there: dicts, the real images first."""
+def evaluate(dataset, judge, teacher, student, count, seed=0, samples=None):
+    """The table of a run, of those of both that are there: dicts, the real images first.
+
+    samples: {(H, W): images (n, C, H, W) uint8} to be compared with in place of real ones"""
     held, rows = held_out(data.shares(dataset, count)), compared(teacher, student)
+    if samples is not None:
+        held = [part._replace(reference=samples[part.size]) for part in held]
     return score_table(held, dataset.labels, judge, rows, seed, data.to_uint8)
 
 

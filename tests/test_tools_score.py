@@ -7,9 +7,13 @@ import pytest
 import torch
 from conftest import CPU, NETWORK, SETTINGS, checkpoint, run_folder, seeded, snapshot
 
+import data
 import sample
 from lib.errors import CheckpointError
+from lib.files import save
 from lib.report import fingerprints, read_metrics
+from lib.scores import held_out
+from lib.streams import RULE
 from mmdit import MMDiT
 
 SCORED = SETTINGS | dict(evaluation=32, teacher_steps=4, cfg=4.0, precision="fp32")
@@ -86,6 +90,29 @@ def test_a_table_of_other_samples_than_the_runs_own_is_printed_and_not_kept(
     name, value = [*flags, None][:2]
     steps, cfg = value if name == "--steps" else 4, value if name == "--cfg" else 4
     assert f"| teacher, {steps} steps, CFG {cfg} |" in printed
+
+
+def test_to_samples_compares_with_what_the_student_learned_from(run, tmp_path, capsys):
+    """With samples that are the very images of the table, all scores are those of the table."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    for path in (folder / "synthetic").glob("*"):
+        path.unlink()
+    assert evaluate(run, "--to-samples", folder=folder) == 2
+    assert "run has no samples of a teacher" in capsys.readouterr().err
+    (part,) = held_out(data.shares(data.load("shapes", [(8, 8)]), 32))
+    x0 = data.to_float(part.reference).half()
+    content = dict(x0=x0, captions=["x"] * len(x0), index=list(range(len(x0))), seed=0, noise=RULE)
+    (folder / "synthetic").mkdir(exist_ok=True)
+    save(content, folder / "synthetic" / "00000.pt")
+    tables = []
+    for flags in ([], ["--to-samples"]):
+        assert evaluate(run, *flags, folder=folder) == 0
+        lines = capsys.readouterr().out.splitlines()
+        tables.append([line.split("|")[:5] for line in lines if line.startswith("|")])
+    assert len(tables[0]) == 10 and tables[0] == tables[1]
+    save(content | dict(x0=-x0), folder / "synthetic" / "00000.pt")
+    assert evaluate(run, "--to-samples", folder=folder) == 0
+    assert tables[0][-1][3] not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])

@@ -59,6 +59,11 @@ def parse(argv):
     add("--adapter-scale", type=float, default=1.0, help="… times this; its --export is whole")
     add("--evaluate", action="store_true", help="the table of scores, with the teacher's --steps")
     add("--other-judge", action="store_true", help="--evaluate by a second classifier")
+    add(
+        "--to-samples",
+        action="store_true",
+        help="--evaluate by distance from the teacher's samples",
+    )
     add("--data", help="take @captions of other data than the run's own, or score by it")
     add("--data-dir", default="data", help="where downloads and judges are kept")
     add("--device", default="auto")
@@ -73,7 +78,8 @@ def parse(argv):
         if getattr(args, mode) and (unread := [name for name in given if name not in read]):
             parser.error(f"{flags[unread[0]]}: no place beside --{mode}, which does not read it")
     needs = dict(mask="init_image", strength="init_image", merge="export", dtype="export")
-    needs |= dict(adapter_scale="adapter", other_judge="evaluate", no_t5="decode")
+    needs |= dict(adapter_scale="adapter", no_t5="decode")
+    needs |= dict(other_judge="evaluate", to_samples="evaluate")
     limits = dict(num=(8 if args.evaluate else 1, 10**6), steps=(1, 10_000), batch=(1, 10**6))
     limits |= dict(eta=(0, 1), strength=(0.0001, 1), cfg=(-1000, 1000), adapter_scale=(-1000, 1000))
     for name, (low, high) in limits.items():

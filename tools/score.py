@@ -13,12 +13,13 @@ import sample
 from lib.errors import CheckpointError, DataError, UsageError
 from lib.files import read_object, write_json
 from lib.report import accuracy_line, fingerprints, markdown_table, read_metrics
+from lib.samples import read_samples
 from lib.scores import held_out, judge_accuracy
 
 OTHER_JUDGE = dict(seed=2, kernel=5)  # a second classifier, with which nothing is trained
 MOST = dict(evaluation=10**6, judge_steps=10**6, judge_width=1024)  # of a stranger's settings
-READ = ("run", "evaluate", "num", "seed", "data", "steps", "cfg", "other_judge", "data_dir")
-READ += ("device", "precision")  # of the command line, which is in tools/draw.py
+READ = ("run", "evaluate", "num", "seed", "data", "steps", "cfg", "other_judge", "to_samples")
+READ += ("data_dir", "device", "precision")  # of the command line, which is in tools/draw.py
 
 
 def data_of(generator, args):
@@ -26,6 +27,14 @@ def data_of(generator, args):
     s = generator.settings
     sizes, where = sample.latent_sizes(s), args.data_dir
     return data.load(args.data or s.data, sizes, data_dir=where, seed=s.seed, flip=s.flip)
+
+
+def samples_of(folder, config):
+    """What a run's student learned from: {(H, W): images (n, 3, H, W) uint8}."""
+    if not any((folder / "synthetic").glob("*.pt")):
+        raise UsageError(f"--to-samples: {folder} has no samples of a teacher in synthetic/")
+    parts, *_ = read_samples(folder / "synthetic", config["channels"], config["patch"])
+    return {tuple(x0.shape[2:]): data.to_uint8(x0.to("cpu").float()) for x0, _ in parts}
 
 
 def score(args):
@@ -37,6 +46,7 @@ def score(args):
     if "condition_channels" in student.model.config:
         raise UsageError(f"{folder}: fills or edits pictures; its scores are in its report.md")
     teacher.settings = copy.copy(student.settings)  # its own are another run's after --from
+    samples = samples_of(folder, student.model.config) if args.to_samples else None
     metrics, s = read_metrics(folder), vars(student.settings)
     wrong = [k for k, most in MOST.items() if type(s.get(k)) is not int or not 0 < s[k] <= most]
     if wrong or s["downscale"] > 1:
@@ -61,11 +71,12 @@ def score(args):
     held = held_out(data.shares(dataset, 2000))
     accuracy = judge_accuracy(held, dataset.labels, dataset.attributes, judge)
     count, seed = other.get("evaluation", s["evaluation"]), other.get("seed", s["seed"])
-    rows = sample.evaluate(dataset, judge, teacher, student, count, seed)
+    rows = sample.evaluate(dataset, judge, teacher, student, count, seed, samples)
     print(markdown_table(rows))
     print(f"\n{accuracy_line(accuracy)}")
-    if other or args.other_judge:
-        own = ", ".join(["the first judge", *(f"{name} {s[name]}" for name in other)])
+    if other or args.other_judge or args.to_samples:
+        own = ["the first judge", "real images", *(f"{name} {s[name]}" for name in other)]
+        own = ", ".join(own)
         print(f"Not kept: the run's own metrics.json is of {own}.")
     else:
         metrics |= dict(rows=rows, judge_accuracy=accuracy, samples=count)
