@@ -16,6 +16,7 @@ LESS = (
     "A smaller --batch or --teacher-batch needs less. In training so do --checkpointing and "
     "--accumulate, which go on in the same folder; --dry-run tells how much."
 )
+COMPILER = "try --compile no, or delete what it keeps in TORCHINDUCTOR_CACHE_DIR or in /tmp"
 
 
 class UserError(Exception):
@@ -84,6 +85,11 @@ def no_memory(error):
     return isinstance(error, MemoryError) or bool(re.search(words, str(error), re.IGNORECASE))
 
 
+def of_compiler(error):
+    """Whether an error is of the compiler behind torch.compile, and not of what it compiles."""
+    return type(error).__module__.startswith("torch._inductor")
+
+
 def pass_on(error, path):
     """Raises an error of reading a file again where it tells nothing of the file's content, so that
     a sound file is not called damaged: no permission, a failing disk, no memory."""
@@ -104,6 +110,8 @@ def exit_status(program, error):
         print(f"{program}: {clean(error, 4000)}", file=sys.stderr)
     elif no_memory(error):
         print(f"{program}: no memory is left ({clean(reason(error))}). {LESS}", file=sys.stderr)
+    elif of_compiler(error):
+        print(f"{program}: --compile: {clean(reason(error, 1000))}; {COMPILER}", file=sys.stderr)
     else:
         traceback.print_exception(error)
     return 2 if isinstance(error, UserError) else 1

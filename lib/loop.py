@@ -11,9 +11,9 @@ import time
 import torch
 from tqdm import tqdm
 
-from lib.errors import RunError, Stop
+from lib.errors import RunError, Stop, of_compiler
 from lib.health import symptoms
-from lib.machine import moved, of_compiler
+from lib.machine import moved
 from lib.parallel import average, gather
 from lib.states import Saver, load_state, newest_state
 

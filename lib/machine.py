@@ -67,11 +67,6 @@ def check_compiler(device):
         raise UsageError(f"--compile yes: doesn't work on this machine ({why})") from None
 
 
-def of_compiler(error):
-    """Whether an error is torch.compile's."""
-    return type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))
-
-
 def deterministic(wanted):
     """Whether only deterministic kernels are used; torch warns where none exists."""
     if wanted:

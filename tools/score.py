@@ -46,11 +46,11 @@ def score(args):
     if "condition_channels" in student.model.config:
         raise UsageError(f"{folder}: fills or edits pictures; its scores are in its report.md")
     teacher.settings = copy.copy(student.settings)  # its own are another run's after --from
-    samples = samples_of(folder, student.model.config) if args.to_samples else None
     metrics, s = read_metrics(folder), vars(student.settings)
     wrong = [k for k, most in MOST.items() if type(s.get(k)) is not int or not 0 < s[k] <= most]
     if wrong or s["downscale"] > 1:
         raise CheckpointError(f"{folder}: can't be scored: {', '.join(wrong) or 'latents'}.")
+    samples = samples_of(folder, student.model.config) if args.to_samples else None
     asked = dict(evaluation=args.num, seed=args.seed, data=args.data)
     asked |= dict(teacher_steps=args.steps, cfg=args.cfg, precision=args.precision)
     other = {k: value for k, value in asked.items() if value is not None and value != s[k]}

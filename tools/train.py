@@ -17,11 +17,11 @@ import sample
 from lib.captions import known_words, unread_words
 from lib.checkpoints import is_ours, not_finite, same_network
 from lib.checks import check_captions, check_for_method
-from lib.errors import ENDS, NotFetched, RunError, Stop, UsageError, UserError, exit_status, reason
+from lib.errors import ENDS, NotFetched, Stop, UsageError, UserError, exit_status
 from lib.files import link, read_object, save, write_text
 from lib.loop import Watch
 from lib.lora import merged
-from lib.machine import check_compiler, device_of, keep_memory, of_compiler
+from lib.machine import check_compiler, device_of, keep_memory
 from lib.parallel import barrier, broadcast, processes, rank, world
 from lib.pictures import refuse_strangers
 from lib.report import read_metrics
@@ -31,7 +31,6 @@ from mmdit import MMDiT
 from tools import report
 
 TOOLS = {"--explain": "explain", "--dry-run": "plan", "--sweep": "sweep"}
-COMPILER = "try --compile no, or delete what it keeps in TORCHINDUCTOR_CACHE_DIR or /tmp"
 EPILOG = "Also: --explain, --dry-run and --sweep, which are tools/explain.py, plan.py and sweep.py."
 
 
@@ -251,8 +250,6 @@ def run_program(argv, program, parse, work):
     except ENDS as error:
         if rank() > 0 and isinstance(error, UserError):
             return 2  # rank 0 says it
-        if of_compiler(error):
-            error = RunError(f"--compile: {reason(error, 1000)}; {COMPILER}")
         return exit_status(program, error)
     return 0
 
