@@ -294,6 +294,8 @@ def evaluate(dataset, judge, teacher, student, count, seed=0, samples=None):
     if samples is not None:
         held = [part for part in held if part.size in samples]
         held = [part._replace(reference=samples[part.size]) for part in held]
+        if not held:
+            raise UsageError(f"no samples of the data's sizes: they are of {list(samples)}")
     return score_table(held, dataset.labels, judge, rows, seed, data.to_uint8)
 
 

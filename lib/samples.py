@@ -59,7 +59,8 @@ def read_file(path, channels, patch, check, first):
         content = read(path, check=check, mmap=True)
         x0, captions = content["x0"], [c + "" for c in content["captions"]]
         n, C, H, W = x0.shape
-        if (n, C) != (len(captions), channels) or H % patch or W % patch:
+        wrong = x0.dtype != torch.float16 or H % patch or W % patch
+        if (n, C) != (len(captions), channels) or wrong:
             raise ValueError("samples and captions don't match")
         if check and not x0.isfinite().all():
             raise ValueError("numbers that are not finite")

@@ -29,12 +29,17 @@ def refuse_whole_numbers(folder):
     """Raises where weights are quantised: they would be read as if they were the weights."""
     from safetensors import safe_open
 
-    for path in sorted(folder.glob("*.safetensors")):
+    kinds = {}
+    for path in folder.glob("*.safetensors"):
         file = safe_open(path, "pt")
-        for name in file.keys():  # noqa: SIM118
-            kind = file.get_slice(name).get_dtype()
-            if kind[0] in "IU" and not name.endswith("position_ids"):
-                raise ValueError(f"{name} has whole numbers ({kind}); give weights of 16 bits")
+        kinds |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    for path in folder.glob("*.bin"):
+        tensors = torch.load(path, map_location="meta", weights_only=True)
+        tensors = {name: x for name, x in tensors.items() if isinstance(x, torch.Tensor)}
+        kinds |= {name: f"{x.dtype}".removeprefix("torch.") for name, x in tensors.items()}
+    for name, kind in sorted(kinds.items()):
+        if kind[0] in "IUiuq" and not name.endswith("position_ids"):
+            raise ValueError(f"{name} has whole numbers ({kind}); give weights of 16 bits")
 
 
 class Encoders:

@@ -110,6 +110,23 @@ def test_to_samples_compares_with_what_the_student_learned_from(run, tmp_path, c
         lines = capsys.readouterr().out.splitlines()
         tables.append([line.split("|")[:5] for line in lines if line.startswith("|")])
     assert len(tables[0]) == 10 and tables[0] == tables[1]
+    few = {
+        name: value[:7] for name, value in content.items() if name in ("x0", "captions", "index")
+    }
+    wide = dict(x0=x0.repeat(1, 1, 1, 2))
+    whole = dict(x0=x0.long())
+    for change, status, why in (
+        (few, 2, "fewer than 8"),
+        (wide, 2, "no samples of the data's sizes"),
+        (whole, 1, "is damaged"),
+    ):
+        save(content | change, folder / "synthetic" / "00000.pt")
+        assert evaluate(run, "--to-samples", folder=folder) == status
+        assert why in (said := capsys.readouterr().err) and said.count("\n") == 1
+    save(content, folder / "tuned" / "synthetic" / "00000.pt")  # of methods.dpo
+    assert evaluate(run, "--to-samples", folder=folder) == 0
+    assert tables[0][-1][3] in capsys.readouterr().out
+    shutil.rmtree(folder / "tuned")
     save(content | dict(x0=-x0), folder / "synthetic" / "00000.pt")
     assert evaluate(run, "--to-samples", folder=folder) == 0
     assert tables[0][-1][3] not in capsys.readouterr().out

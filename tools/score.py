@@ -31,9 +31,13 @@ def data_of(generator, args):
 
 def samples_of(folder, config):
     """What a run's student learned from: {(H, W): images (n, 3, H, W) uint8}."""
-    if not any((folder / "synthetic").glob("*.pt")):
-        raise UsageError(f"--to-samples: {folder} has no samples of a teacher in synthetic/")
-    parts, *_ = read_samples(folder / "synthetic", config["channels"], config["patch"])
+    if (folder / "tuned").is_dir():  # of methods.dpo: the tuned teacher's
+        folder = folder / "tuned"
+    parts = []
+    if any((folder / "synthetic").glob("*.pt")):
+        parts, *_ = read_samples(folder / "synthetic", config["channels"], config["patch"])
+    if sum(len(x0) for x0, _ in parts) < 8:
+        raise UsageError(f"--to-samples: {folder} has no samples of a teacher, or fewer than 8")
     return {tuple(x0.shape[2:]): data.to_uint8(x0.to("cpu").float()) for x0, _ in parts}
 
 
