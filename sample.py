@@ -292,8 +292,7 @@ def evaluate(dataset, judge, teacher, student, count, seed=0, samples=None):
     samples: {(H, W): images (n, C, H, W) uint8} to be compared with in place of real ones"""
     held, rows = held_out(data.shares(dataset, count)), compared(teacher, student)
     if samples is not None:
-        held = [part for part in held if part.size in samples]
-        held = [part._replace(reference=samples[part.size]) for part in held]
+        held = [p._replace(reference=samples[p.size]) for p in held if p.size in samples]
         if not held:
             raise UsageError(f"no samples of the data's sizes: they are of {list(samples)}")
     return score_table(held, dataset.labels, judge, rows, seed, data.to_uint8)
