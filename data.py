@@ -32,7 +32,8 @@ from lib.machine import moved
 from lib.shapes import object_cover, pattern_cover
 from lib.streams import rng, uniform
 
-# Training reads images from index 0 on; others start elsewhere, and meet none in endless sets.
+# Training reads images from index 0 on. Others start far from there: in endless sets they never
+# meet an image that is trained on.
 SYNTHETIC_INDEX = 1 << 35  # captions of the synthetic set
 JUDGE_INDEX = 1 << 36  # images that the judge, who scores (lib/scores.py), learns from
 RESIDENT = 1 << 30  # bytes of images that are kept on the device: CIFAR-10 has 150 MB
@@ -61,7 +62,7 @@ class DataSet:
     captions: every distinct caption, in a fixed order. attributes {name: [value, …]}: what a
     caption says, as questions with few answers. labels (len(captions), A) int64: the answers,
     by which alignment is scored. seed: of what is drawn for training, which `judge_batches` sets
-    to 0; images that are held out depend on their number alone."""
+    to 0; held-out images ignore it."""
 
     name = ""
     channels = 3  # of x_0
@@ -85,8 +86,8 @@ class DataSet:
         raise NotImplementedError
 
     def told(self, text, index):
-        """What the network is told of images: their text features. Two methods tell it more, a
-        condition beside the text: inpainting and editing."""
+        """What the network is told of images: their text features. Inpainting and editing add a
+        picture, the condition."""
         return text
 
     def to(self, device):
@@ -249,14 +250,14 @@ class Shapes(DataSet):
     "a SIZE COLOUR SHAPE RELATION a SIZE COLOUR SHAPE on a PATTERN COLOUR background".
 
     A pattern lies anywhere and in any direction, and no caption says how: the mean of all its
-    places is a grey, so a network that learns by mean errors alone blurs it."""
+    places is one flat colour, so a network that learns by mean errors alone blurs it."""
 
-    name = "shapes 2"  # another number where they are drawn otherwise: runs are bound to it
+    name = "shapes 2"  # runs are bound to it: give another number where the drawing changes
 
     def __init__(self, height, width, seed=0, pairs=None):
         self.size, self.seed, self.stream = (height, width), seed, "shapes"
         self.palette = np.array(list(COLOURS.values()), np.float32)
-        self.tones = self.palette / 2  # of a pattern, each beside its own colour
+        self.tones = self.palette / 2  # a pattern's second colour, for every first one
         self.tones[list(COLOURS).index("black")] = 120
         colours = list(COLOURS)
         one = {"size": SIZES, "colour": colours, "shape": SHAPES}
@@ -335,7 +336,7 @@ class Shapes(DataSet):
 # ---------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(32)  # epochs of all buckets: a miss would draw it anew in every batch
+@functools.lru_cache(32)  # of the epochs of all buckets; else it is drawn anew in every batch
 def order(seed, epoch, n):
     """In which order a set of n images is passed over."""
     return rng(seed, "order of an epoch", epoch).permutation(n)

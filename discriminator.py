@@ -91,6 +91,7 @@ def hinge_g(fake):
 
 def r1(logits, features):
     """R1 on the heads' inputs: E‖∇_f D(f)‖², as in ADD; no second backward through the teacher.
+    D(f) is the sum of a sample's logits here, and the mean is over the taps.
 
     logits: of real samples; features: the tensors with requires_grad that they were made from."""
     grads = torch.autograd.grad(logits.float().sum(), features, create_graph=True)

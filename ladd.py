@@ -15,10 +15,10 @@ whose numbers stand again at the functions:
              + λ·E[(LN(f) - LN(r))²]           0 at t = 1; ours, λ = 0 at the paper's sizes
 
 sg means stop-gradient, LN layer normalisation of a token. At t < 1 ε is the noise that the teacher
-made x_0 from, and the last term, the distillation loss, holds x̂_0 to x_0 in the teacher's eyes. At
-t = 1 ε is new noise, which tells no x_0: there the heads alone say what a picture looks like, so
-that it is sharp, and not the mean of all that it could be. The heads step first, and L_G is of the
-new heads, on the same features f; docs/passes.md says what an update costs. The paper published
+made x_0 from, and the last term, the distillation loss, pulls the features of x̂_0 to those of x_0.
+At t = 1 ε is new noise and says nothing of x_0: the nearest to every possible x_0 would be their
+mean, which is a blur. So there the heads alone teach. The heads step first, and L_G is of the new
+heads, on the same features f; docs/passes.md says what an update costs. The paper published
 neither code nor learning rates, batch size, optimiser or EMA: those are ours (docs/log.md).
 
     python ladd.py --preset nano                  everything, on a laptop, with built-in data
@@ -71,10 +71,10 @@ class Batch(NamedTuple):
     text: Text  # (B, M, D_c), (B, D_p)
     t: torch.Tensor  # (B,) the student's levels
     noise: torch.Tensor  # (B, C, H, W) ε of line 1
-    paired: torch.Tensor  # (B,) whether x_t can tell x_0: there x̂_0 is held to it
+    paired: torch.Tensor  # (B,) whether x_t can tell x_0, which is then x̂_0's target
     t_hat: torch.Tensor  # (B,) t̂, the level of the re-noising
     noise_hat: torch.Tensor  # (B, C, H, W) the noise of line 3
-    caption: torch.Tensor  # (B,) rows of `Samples.words`: methods read it
+    caption: torch.Tensor  # (B,) rows of `Samples.token_ids`: methods read it
 
 
 def student_predict(student, x0, text, t, noise):
@@ -93,12 +93,12 @@ def teacher_features(teacher, x0, text, t_hat, noise, taps):
 
 
 def features_of_both(student, teacher, b, s):
-    """Lines 1 to 4. -> f, with the graph to the student, and r"""
+    """Lines 1 to 4. -> r, and f with the graph to the student"""
     x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
     fake = teacher_features(teacher, x0_hat, b.text, b.t_hat, b.noise_hat, s.tapped)
     with torch.no_grad():
         real = teacher_features(teacher, b.x0, b.text, b.t_hat, b.noise_hat, s.tapped)
-    return fake, real
+    return real, fake
 
 
 def logits_of(heads, features, b, s):
@@ -107,7 +107,7 @@ def logits_of(heads, features, b, s):
     return heads(features, b.t_hat, b.text.pooled, h, w)
 
 
-def heads_loss(heads, fake, real, b, s):
+def heads_loss(heads, real, fake, b, s):
     """Line 5. The heads alone receive gradient. -> L_D, logits of reals, logits of fakes"""
     real = [r.detach().requires_grad_(s.r1 > 0) for r in real]
     on_real = logits_of(heads, real, b, s)
@@ -118,24 +118,25 @@ def heads_loss(heads, fake, real, b, s):
     return loss, on_real.detach().float(), on_fake.detach().float()
 
 
-def student_losses(heads, fake, real, b, s):
+def student_losses(heads, real, fake, b, s):
     """Line 6. Gradient goes through heads and teacher to the student, and stays in neither.
     -> L_G, the distillation loss before its weight λ"""
-    heads.requires_grad_(False)  # of these logits: read while their graph is made
+    heads.requires_grad_(False)  # frozen while the graph of these logits is made
     loss_g = hinge_g(logits_of(heads, fake, b, s))
     heads.requires_grad_(True)
     with torch.set_grad_enabled(s.distill_weight > 0):  # at 0 it is only logged
-        distill = distillation_loss(fake, real, b.paired)
+        distill = distillation_loss(real, fake, b.paired)
     return loss_g, distill
 
 
-def distillation_loss(fake, real, paired):
+def distillation_loss(real, fake, paired):
     """Beside L_G, ours: how far f is from r, E[(LN(f) - LN(r))²], where x_t can tell x_0.
 
-    fake, real: [(B, N, D)] with the same t̂ and noise; paired (B,). -> scalar in [0, 4]"""
+    real, fake: [(B, N, D)] with the same t̂ and noise; paired (B,). -> scalar in [0, 4]: the mean
+    over the whole batch, in which samples that are not paired count as 0"""
     loss = 0
-    for f, r in zip(fake, real, strict=True):
-        f, r = (F.layer_norm(tokens, tokens.shape[-1:]) for tokens in (f, r))
+    for r, f in zip(real, fake, strict=True):
+        r, f = (F.layer_norm(tokens, tokens.shape[-1:]) for tokens in (r, f))
         loss = loss + (f - r).square().mean(dim=(1, 2)) / len(fake)
     return (loss * paired).mean()
 
@@ -151,8 +152,8 @@ STAGES = ("teacher", "synthesis", "distillation", "report")
 class Settings(HowToRun):
     """What decides the result. The rest is HowToRun's (lib/settings.py); all become flags.
 
-    A stage's result depends on the fields down to its section, and on none below: a new field
-    belongs into the section of the first stage that it changes."""
+    A stage's result depends on the fields above and in its own section, and on none below. So a new
+    field stands in the section of the first stage that it changes."""
 
     preset: str = setting("nano", "the row of PRESETS to start from")
     data: str = setting("shapes", "shapes, cifar10, or a folder or zip of images, or of shards")
@@ -166,7 +167,7 @@ class Settings(HowToRun):
     patch: int = setting(2, "side of a patch", low=1)
     width: int = setting(128, "D", low=1, high=2**16)
     depth: int = setting(4, "blocks", low=1, high=1000)
-    heads: int = setting(4, "attention heads", low=1)
+    attention_heads: int = setting(4, "attention heads", low=1)
     qk_norm: bool = setting(True, "RMSNorm of queries and keys, as in SD3.5")
     attn2_blocks: int = setting(0, "first blocks with a second attention (SD3.5-medium)", low=0)
     pos_size: int = setting(32, "side of the position table, patches", low=1, high=2**12)
@@ -181,7 +182,7 @@ class Settings(HowToRun):
     teacher_batch: int = setting(64, "images per update", low=1, high=10**6, smoke=16)
     teacher_lr: float = setting(2e-3, "AdamW, for what Muon does not train", above=0)
     muon_lr: float = setting(0.02, "Muon, for the blocks' matrices; 0: AdamW for all", low=0)
-    t_mean: float = setting(0.0, "logit-normal mean of t in training")
+    t_mean: float = setting(0.0, "mean of the logit of t in training")
     t_std: float = setting(1.0, "its standard deviation", above=0)
     drop: float = setting(0.1, "share of captions dropped, for guidance", low=0, below=1)
     teacher_ema: float = setting(0.995, "decay per update of its average", low=0, below=1)
@@ -196,8 +197,8 @@ class Settings(HowToRun):
     targets: str = setting("synthetic", "what is real to the heads", choices=("synthetic", "real"))
     levels: tuple = setting((1.0, 0.75, 0.5, 0.25), "noise levels t of the student", above=0)
     level_p: tuple = setting((), "their probabilities; default: .4, and equal parts", low=0)
-    level_warmup: int = setting(0, "student's first updates, with others", low=0)
-    level_warmup_p: tuple = setting((0.0, 0.0, 0.5, 0.5), "those", low=0)
+    level_warmup: int = setting(0, "student's first updates, by level_warmup_p", low=0)
+    level_warmup_p: tuple = setting((0.0, 0.0, 0.5, 0.5), "the probabilities in them", low=0)
     t_hat_mean: float = setting(1.0, "m of t̂, the mean of its logit")
     t_hat_std: float = setting(2.0, "σ of t̂; wider than the paper's 1", above=0)
     distill_weight: float = setting(10.0, "weight λ of the distillation loss at t < 1", low=0)
@@ -253,13 +254,15 @@ class Settings(HowToRun):
         return dataset
 
     def logit_shift(self, size):
-        """What SD3's shift √(H·W / positions) for another size than --size adds to a t's logit."""
+        """What is added to the logit of t for an x_0 of another size (H, W) than that of --size:
+        SD3's timestep shift by the square root of the ratio of their areas."""
         return 0.5 * math.log(size[0] * size[1] / self.positions)
 
     def model(self):
         """MMDiT's arguments."""
-        same = "depth width heads patch channels pos_size qk_norm attn2_blocks"
+        same = "depth width patch channels pos_size qk_norm attn2_blocks"
         arguments = {name: getattr(self, name) for name in same.split()}
+        arguments["heads"] = self.attention_heads
         arguments["context_dim"] = self.text_dim
         arguments["pooled_dim"] = self.pooled_dim or self.text_dim
         return arguments
@@ -284,7 +287,7 @@ SD3 = dict(
     shift=3.0, adam_eps=1e-15,  # [P]
     level_p=(0.7, 0.1, 0.1, 0.1),  # [L], and the levels
     level_warmup=500, level_warmup_p=(0.0, 0.0, 0.5, 0.5),  # [L] above 512²
-    taps=(), distill_weight=0.0, t_hat_std=1.0,  # [L] all blocks; tried m = -1, 0, 1, 2
+    taps=(), distill_weight=0.0, t_hat_mean=1.0, t_hat_std=1.0,  # [L] all blocks; m of -1, 0, 1, 2
     iterations=10_000,  # [L] of its ablations
     aspects=("1:1", "5:4", "4:5", "3:2", "2:3", "16:9", "9:16"), batch=128, synthetic=500_000,
     student_lr=1e-5, heads_lr=1e-4, student_ema=0.999, head_width=128, save_every=500, log_every=10,
@@ -294,7 +297,7 @@ SD3 = dict(
 PRESETS = {
     "nano": dict(),
     "tiny": dict(
-        data="cifar10", size=(32, 32), width=384, depth=8, heads=6, text_length=16,
+        data="cifar10", size=(32, 32), width=384, depth=8, attention_heads=6, text_length=16,
         teacher_iterations=20_000, teacher_batch=256, teacher_lr=1e-3, teacher_ema=0.999, cfg=2.0,
         synthetic=50_000, synthetic_cfg=2.0, iterations=8_000, batch=256,
         t_hat_std=1.0, taps=(), student_ema=0.999, evaluation=10_000, judge_steps=8_000,
@@ -302,17 +305,18 @@ PRESETS = {
     ),
     "small": dict(  # ours, run in short only
         size=(64, 64), aspects=("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16"), patch=4,
-        width=512, depth=12, heads=8, text_length=16, teacher_iterations=40_000, teacher_batch=256,
+        width=512, depth=12, attention_heads=8, text_length=16,
+        teacher_iterations=40_000, teacher_batch=256,
         teacher_lr=1e-3, teacher_ema=0.999, synthetic=50_000, iterations=10_000,
         batch=256, t_hat_std=1.0, taps=(), student_ema=0.999, evaluation=10_000, judge_steps=8_000,
         judge_width=64, log_every=50, save_every=2_000, sample_every=2_000,
     ),
     "sd3-2b": SD3 | dict(  # SD3-medium; SD3.5-medium: docs/full-size.md
-        depth=24, width=1536, heads=24, qk_norm=False,  # [P]
+        depth=24, width=1536, attention_heads=24, qk_norm=False,  # [P]
         teacher_steps=50, cfg=5.0, synthetic_steps=50, synthetic_cfg=5.0,  # [P] as released
     ),
     "sd3-8b": SD3 | dict(  # SD3.5-large
-        depth=38, width=2432, heads=38, qk_norm=True,  # [P]
+        depth=38, width=2432, attention_heads=38, qk_norm=True,  # [P]
         teacher_steps=40, cfg=4.5, synthetic_steps=40, synthetic_cfg=4.5,  # [P] as released
     ),
 }  # fmt: skip
@@ -327,20 +331,22 @@ PRESETS = {
 # run.load give networks on their device. `loop` (lib/loop.py) yields the steps, from where a cut
 # run goes on: loop.add(name=value) notes a number of a part of the batch, loop.log(name=value) ends
 # the update, and a row of log.jsonl has the means of what was noted since the row before. `signs`
-# say what a bad row looks like. `split` cuts a batch into --accumulate parts, `my_share` keeps this
-# process's rows, `step_all` clips, steps and clears gradients.
+# are tests for bad rows. `split` cuts a batch into --accumulate parts, and `my_share` keeps this
+# process's rows. `step_all` takes (optimisers, network, largest gradient norm, factor of the
+# learning rate), and clips, steps and clears gradients.
 
 
-def draw_teacher_batch(run, step, words):
+def draw_teacher_batch(run, step, token_ids):
     """A batch of the teacher, drawn from (seed, step) alone; this process's share of it.
 
-    words: the captions' ids. -> x0, text, t, noise"""
+    token_ids: the captions' ids. -> x0, text, t, noise"""
     s, random = run.settings, rng(run.settings.seed, "teacher", step)
     bucket = data.draw_bucket(run.dataset, s.seed, "teacher", step)
     index = my_share(np.arange(step * s.teacher_batch, (step + 1) * s.teacher_batch))
     images, caption = bucket.batch(index)
     kept = torch.from_numpy(my_share(random.random(s.teacher_batch)) >= s.drop)
-    text = bucket.told(run.text.features(words[caption] * kept[:, None]), index)
+    ids = token_ids[caption] * kept[:, None]  # id 0 is no word: a dropped caption is the empty one
+    text = bucket.told(run.text_encoder.features(ids), index)
     x0 = data.to_float(moved(images, run.device))
     mean = s.t_mean + s.logit_shift(x0.shape[2:])
     t = moved(my_share(logit_normal(s.teacher_batch, mean, s.t_std, random)), run.device)
@@ -359,12 +365,12 @@ def teach(run, stage, model, ema, total, lr, muon_lr):
     """The updates of a teacher; also of one that is tuned (methods/inpaint.py)."""
     s = run.settings
     optimizers = make_optimizers(model, lr, 0.9, s.adam_eps, muon_lr)
-    words = run.text.ids(run.dataset.captions)
+    token_ids = run.text_encoder.ids(run.dataset.captions)
     networks = dict(model=model, ema=ema)
     loop = run.loop(stage, total, s.teacher_batch, networks, optimizers, signs=SIGNS.get(stage, ()))
     run.compile(model)
     for step in loop:
-        for part in split(draw_teacher_batch(run, step, words), s.accumulate):
+        for part in split(draw_teacher_batch(run, step, token_ids), s.accumulate):
             with run.autocast():
                 loss = teacher_loss(model, *part)
             (loss / s.accumulate).backward()
@@ -383,6 +389,7 @@ def teach(run, stage, model, ema, total, lr, muon_lr):
 # ---------------------------------------------------------------------------------------------
 
 FILE = 512  # samples of one file, all of one size
+SYNTHESIS = "synthesis"  # the random stream of their noise; the student meets it again
 
 
 def planned_samples(run):
@@ -402,12 +409,12 @@ def synthesise(run):
 
     def make(file, index):
         n, bucket = len(index), buckets[file]
-        if run.divided:  # all processes need the same number of passes
+        if run.divided:  # a short last file is padded: all processes need equally many passes
             index = index[0] + np.arange(len(numbers[0]))
-        first = numbers[buckets.index(bucket)][0]  # a bucket's own captions from the first on
+        first = numbers[buckets.index(bucket)][0]  # the bucket's first sample: its caption 0
         _, caption = bucket.batch(index - first + data.SYNTHETIC_INDEX)
         captions = [run.dataset.captions[i] for i in caption]
-        options = dict(seed=s.seed, stream="synthesis")
+        options = dict(seed=s.seed, stream=SYNTHESIS)
         options |= dict(steps=s.synthetic_steps, cfg=s.synthetic_cfg)
         x0 = teacher.sample(captions, index, size=bucket.size, **options)
         return x0[:n], captions[:n]
@@ -424,17 +431,17 @@ class Samples(NamedTuple):
     """What the student learns from."""
 
     dataset: data.Buckets
-    words: torch.Tensor  # ids of its captions
+    token_ids: torch.Tensor  # ids of its captions
     seed: int | None  # of the noise that the samples were made from; None: real images
 
 
 def distillation_samples(run):
     s = run.settings
     if s.targets == "real":
-        return Samples(run.dataset, run.text.ids(run.dataset.captions), None)
+        return Samples(run.dataset, run.text_encoder.ids(run.dataset.captions), None)
     parts, captions, seed = read_samples(run.out / "synthetic", s.channels, s.patch)
     sets = [data.ImageSet("synthetic", part, seed=s.seed, flip=False) for part in parts]
-    return Samples(data.Buckets(sets).to(run.device), run.text.ids(captions), seed)
+    return Samples(data.Buckets(sets).to(run.device), run.text_encoder.ids(captions), seed)
 
 
 def draw_levels(settings, n, step, random):
@@ -447,16 +454,15 @@ def draw_levels(settings, n, step, random):
 def draw_batch(run, samples, step, heads_warmup=0, own_noise="low"):
     """All that an update starts from, drawn from (seed, step) alone; this process's share of it.
 
-    samples: of `distillation_samples`. own_noise: at which levels ε is the noise that the teacher
-    made this very sample from: "low", those below the first, as LADD has it; "all", so that x_t can
-    tell x_0 there, too; "none". Real images have no such noise."""
+    samples: of `distillation_samples`. own_noise: the levels at which ε is the noise that this very
+    sample was made from: "low", all but the first (LADD); "all"; "none". Real images have none."""
     s, device, random = run.settings, run.device, rng(run.settings.seed, "distillation", step)
-    dataset, words, seed = samples
+    dataset, token_ids, seed = samples
     bucket = data.draw_bucket(dataset, s.seed, "distillation", step)
     index = my_share(np.arange(step * s.batch, (step + 1) * s.batch))
     images, caption = bucket.batch(index)
     x0 = data.to_float(moved(images, device))
-    text = bucket.told(run.text.features(words[caption]), index)
+    text = bucket.told(run.text_encoder.features(token_ids[caption]), index)
     since = max(0, step - heads_warmup)  # how many updates the student has had
     t = moved(my_share(draw_levels(s, s.batch, since, random)), device)
     m = s.t_hat_mean + s.logit_shift(x0.shape[2:])
@@ -467,15 +473,15 @@ def draw_batch(run, samples, step, heads_warmup=0, own_noise="low"):
     )
     paired = (t < s.levels[0]) | (own_noise == "all")  # the first level is pure noise
     if own_noise != "none" and seed is not None:
-        # synthetic samples have a caption each, so its row is the sample's number
-        source = sample.noise_of(seed, "synthesis", caption, x0.shape[1:], device=device)
+        # every synthetic sample has a caption of its own, so the caption's row is its number
+        source = sample.noise_of(seed, SYNTHESIS, caption, x0.shape[1:], device=device)
         noise = torch.where(per_sample(paired, x0), source, noise)
     return Batch(x0, text, t, noise, paired, t_hat, noise_hat, caption)
 
 
 def start_as_teacher(run, teacher=None):
-    """A network that starts as the teacher and learns: a copy of it. With --lora it has no weights
-    of its own but an adapter; the others are those of `teacher`, in the same memory."""
+    """A trainable copy of the teacher. With --lora an adapter alone is trainable, on the weights of
+    `teacher`, which stay in its memory."""
     if run.settings.lora:
         return run.adapted(teacher or load(run, "teacher", frozen=True))
     return load(run, "teacher").requires_grad_(True)
@@ -504,11 +510,15 @@ def start_heads(run):
 
 
 def student_rate(s, step, heads_warmup=0):
-    """The student's learning rate, as a factor: it falls over the last 30 % of the updates."""
+    """The student's learning rate, as a factor: it rises over 40 updates, and falls over the last
+    30 % of them."""
     return learning_rate(step - heads_warmup, s.iterations - heads_warmup, decay=0.3)
 
 
 def distil(run):
+    """The updates of heads and student: the six lines, in `features_of_both`, `heads_loss` and
+    `student_losses`. Around them stand the parts of --accumulate, the first --heads-warmup updates,
+    in which the heads learn alone, and what is logged."""
     s = run.settings
     teacher = load(run, "teacher", frozen=True)
     student, ema, student_optimizers = start_student(run, teacher)
@@ -528,23 +538,23 @@ def distil(run):
         for b in parts:  # the heads learn
             shared = learning and one_pass  # the student learns from these features, too
             with run.autocast(), torch.set_grad_enabled(shared):
-                fake, real = features_of_both(student, teacher, b, s)
+                real, fake = features_of_both(student, teacher, b, s)
             with run.autocast():
-                loss_d, on_real, on_fake = heads_loss(heads, fake, real, b, s)
+                loss_d, on_real, on_fake = heads_loss(heads, real, fake, b, s)
             (loss_d / s.accumulate).backward()
             loop.add(loss_d=loss_d, **separation(on_real, on_fake))
         heads_rate = min(1.0, (step + 1) / 40)  # rises over 40 updates
         (norm_d,) = step_all((heads_optimizers, heads, math.inf, heads_rate))
         for b in parts if learning else ():  # the student learns, from the new heads
             with run.autocast():
-                if not one_pass:  # of several parts no graph was kept: once more
-                    fake, real = features_of_both(student, teacher, b, s)
-                loss_g, distill = student_losses(heads, fake, real, b, s)
+                if not one_pass:  # of several parts no graph was kept: computed once more
+                    real, fake = features_of_both(student, teacher, b, s)
+                loss_g, distill = student_losses(heads, real, fake, b, s)
             ((loss_g + s.distill_weight * distill) / s.accumulate).backward()
             loop.add(loss_g=loss_g, loss_distill=distill)
         if learning:
             rate = student_rate(s, step, s.heads_warmup)
-            # skipped where the heads' gradient was not finite
+            # no step where the heads' gradient was not finite
             (norm_g,) = step_all((student_optimizers, student, s.clip, rate), after=[norm_d])
             update_ema(ema, student, s.student_ema, step - s.heads_warmup)
             loop.add(grad_norm=norm_g)
@@ -568,7 +578,7 @@ def diversity_probe(run, teacher, samples):
     """A function student -> diversity of what it makes of pure noise, at always the same captions.
 
     The distance of a sample's features to the nearest other one's, over that of real samples. All
-    are noised alike for the teacher, so that only their images differ."""
+    get the same noise for the teacher, so that only their images differ."""
     s = run.settings
     steps = min(64, math.ceil(2048 * world() / s.batch))
     most = max(1, min(32, s.batch // world()) // s.accumulate)
@@ -584,7 +594,7 @@ def diversity_probe(run, teacher, samples):
             return teacher_features(teacher, x0, b.text, t_hat, alike, s.tapped)[-1]
 
     real = features()
-    return lambda student: diversity(features(student), real)
+    return lambda student: diversity(real, features(student))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -603,7 +613,7 @@ def generator(run, kind, model=None):
     model = load(run, kind, frozen=run.divided) if model is None else model
     s, condition = run.settings, getattr(run.dataset, "condition", None)
     condition = condition and partial(condition, held_out=True)
-    return sample.Generator(model, s, kind, run.device, s.precision, run.text, condition)
+    return sample.Generator(model, s, kind, run.device, s.precision, run.text_encoder, condition)
 
 
 def main(argv=None, distil=distil, method="ladd", kind=Settings):

@@ -88,7 +88,7 @@ class VectorEmbed(nn.Module):
 
 def layer_norm(x):
     """LayerNorm without parameters, eps 1e-6; adaLN supplies shift and scale. In x's dtype: a GPU's
-    autocast would write float32, of which every operation after it takes twice the time."""
+    autocast would return float32, and all that follows would take twice the time."""
     with torch.autocast("cuda", enabled=False) if x.is_cuda else nullcontext():
         return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
@@ -106,7 +106,7 @@ def attention(q, k, v):
         # this one's at 72 tokens. The plain matrix form gives the same numbers.
         weights = ((q * q.shape[3] ** -0.5) @ k.transpose(2, 3)).softmax(dim=3)
         return weights @ v
-    if q.device.type == "meta":  # count what a GPU keeps, not the matrix that it never forms
+    if q.device.type == "meta":  # a plan of a GPU's memory, which never holds the L × L matrix
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -141,8 +141,8 @@ class Attention(nn.Module):
 
 
 def gelu(x):
-    """GELU by tanh, as in SD3. In bf16 on a CPU the exact GELU: never more than 5e-4 away, which
-    bf16 does not resolve near 1, and its kernel is several times faster."""
+    """GELU by tanh, as in SD3. In bf16 on a CPU the exact GELU, which is several times faster and
+    within 5e-4: bf16 does not resolve that near 1."""
     exact = x.device.type == "cpu" and x.dtype == torch.bfloat16
     return F.gelu(x, approximate="none" if exact else "tanh")
 
@@ -182,7 +182,8 @@ class Stream(nn.Module):
         return self.attn.project(modulate(layer_norm(x), shift, scale))
 
     def update(self, x, attended, mod):
-        """Adds what the attention read, (B, A, L, d), then the MLP, each through its gate."""
+        """Adds what attn2 reads, if there is one, what the joint attention read, (B, A, L, d), and
+        the MLP, each through its gate."""
         gate, mlp_shift, mlp_scale, mlp_gate = mod[2:6]
         if self.attn2 is not None:
             shift2, scale2, gate2 = mod[6:]
@@ -207,7 +208,7 @@ class JointBlock(nn.Module):
         context_qkv = self.context_block.project(context, context_mod)
         x_qkv = self.x_block.project(x, x_mod)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(context_qkv, x_qkv, strict=True))
-        # split before the heads are laid side by side: one copy of each stream, forward and back
+        # split before `merge` lays the attention heads side by side: one copy fewer of each stream
         from_context, from_x = attention(q, k, v).split([M, N], dim=2)
         x = self.x_block.update(x, from_x, x_mod)
         if self.context_block.mlp is None:  # the last block: nothing after it reads the context
@@ -237,8 +238,8 @@ class MMDiT(nn.Module):
     Arguments default to SD3's rule: width 64·depth, heads = depth, patch 2, 16 latent channels.
     `pos_size` is the side of the position table: the largest h or w the network can take.
     `attn2_blocks` is the number of first blocks with a second image attention (13 in SD3.5-medium).
-    `condition_channels` are inputs beside x_t, such as a picture to edit. Their embedding is added
-    to that of x_t: one patch embedding of the channels of both, whose second part starts at zero.
+    `condition_channels` are inputs beside x_t, such as a picture to edit: their patch embedding,
+    which starts at zero, is added to that of x_t.
     With the attribute `checkpointing` a backward computes every block again instead of keeping it.
     """
 

@@ -110,11 +110,10 @@ def euler(model, x, times, text, uncond=None, cfg=1.0):
 def renoise(model, x, levels, text, fresh_noise, eta=0.0):
     """The student's few-step sampler: predict x̂_0, noise it to the next level, repeat.
 
-    x = x_t at levels[0]; fresh_noise(i) gives the noise of step i. Without guidance. The noise
-    is √(1 - η²) of the one that the student has just predicted, ε̂ = x̂_0 + v, and η of fresh one:
-    its variance is 1 for any η. η = 0 makes this an Euler sampler on the student's levels.
-    (LADD's paper does not say which; consistency models draw it, the released turbo models keep
-    it.)"""
+    x = x_t at levels[0]; fresh_noise(i) gives the noise of step i. Without guidance. The noise for
+    the next level is √(1 - η²)·ε̂ + η·(fresh noise), where ε̂ = x̂_0 + v is what the student has just
+    predicted. η = 0 makes this an Euler sampler on the student's levels. (LADD's paper does not say
+    which; consistency models draw fresh noise, the released turbo models keep ε̂.)"""
     for i, t in enumerate(levels):
         t = torch.as_tensor(t, dtype=torch.float32)
         v = guided_velocity(model, x, t, text, None, 1.0)
@@ -157,18 +156,20 @@ class Generator:
     steps, sampler and cfg default to how the network was made: a student predicts and re-noises on
     its levels without guidance, a teacher takes Euler steps with guidance.
 
-    condition: a function that gives what else the network is told of the images of these numbers,
-    for one with condition channels: (B, C', H, W)."""
+    condition: for a network with condition channels, a function of images' numbers that gives them,
+    (B, C', H, W)."""
 
     def __init__(
-        self, model, settings, kind, device="cpu", precision="auto", text=None, condition=None
+        self, model, settings, kind, device="cpu", precision="auto", text_encoder=None,
+        condition=None,
     ):  # fmt: skip
         self.model, self.settings, self.kind = model, settings, kind
         self.condition = condition
         self.device, self.precision = torch.device(device), precision
         self.size = latent_sizes(settings)[0]
-        text = text or data.HashedText(settings.text_dim, settings.text_length)
-        self.text = text.to(self.device)
+        if text_encoder is None:
+            text_encoder = data.HashedText(settings.text_dim, settings.text_length)
+        self.text_encoder = text_encoder.to(self.device)
 
     def way(self, steps=None, cfg=None, sampler=None):
         """How it samples: what is not given is as the network was made for.
@@ -210,7 +211,7 @@ class Generator:
         if start is not None:
             level = start[1]
             x = add_noise(start[0].to(self.device), x, torch.full((len(x),), level).to(self.device))
-        text, uncond, known = self.text(captions), self.text([""]), None
+        text, uncond, known = self.text_encoder(captions), self.text_encoder([""]), None
         if self.condition is not None:
             given = self.condition(indices).to(self.device)
             text, uncond = (*text, given), (*uncond, given)

@@ -27,8 +27,8 @@ def check_together(s):
     for height, width in s.sizes:
         if max(height, width) > s.patch * s.pos_size:
             refuse(s, "aspects", f"{height}×{width} has more than {s.pos_size} patches a side")
-    if s.width % s.heads or s.width % 4:
-        refuse(s, "width", f"not a multiple of 4 and of --heads {s.heads}")
+    if s.width % s.attention_heads or s.width % 4:
+        refuse(s, "width", f"not a multiple of 4 and of --attention-heads {s.attention_heads}")
     if s.text_dim % 2:
         refuse(s, "text_dim", "must be even")
     if s.head_width % max(1, s.head_width // 16):

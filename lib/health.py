@@ -57,7 +57,7 @@ def nearest_distance(features):
 
 
 @torch.no_grad()
-def diversity(fake, real):
+def diversity(real, fake):
     """Mean distance of a sample's features to the nearest other one's, of fakes over of reals.
 
     (n, …), of the same captions with repetitions. 1 for the reals' own variety, 0 where all are

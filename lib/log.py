@@ -30,7 +30,9 @@ class Log:
             file.write(json.dumps(row) + "\n")
         if self.board is not None and "step" in row:
             for name in row.keys() - {"stage", "step"}:
-                self.board().add_scalar(f"{row['stage']}/{name}", row[name], row["step"])
+                if isinstance(row[name], (int, float)):
+                    self.board().add_scalar(f"{row['stage']}/{name}", row[name], row["step"])
+            self.board().flush()  # its thread writes late, and not at all where the process ends
 
     def rows(self):
         """The rows; what a cut or damage left of others is passed over."""

@@ -85,27 +85,12 @@ def write_pairs(pairs, folder):
 def tensors_of(pairs):
     """-> [(images (n, 6, H, W), rows of the captions (n,))] of each size, captions"""
     captions, parts = sorted({caption for _, caption in pairs}), []
+    row_of = {caption: row for row, caption in enumerate(captions)}
     for shape in sorted({both.shape for both, _ in pairs}):
-        alike = [(both, captions.index(text)) for both, text in pairs if both.shape == shape]
+        alike = [(both, row_of[text]) for both, text in pairs if both.shape == shape]
         images, rows = zip(*alike, strict=True)
         parts.append((torch.stack(images), torch.tensor(rows)))
     return parts, captions
-
-
-@torch.no_grad()
-def rewards(judge, images, labels, batch=500):
-    """How probable a judge (lib/scores.py) finds all that the captions say, as a logarithm.
-
-    images (n, 3, H, W) uint8, labels (n, A) -> (n,)"""
-    device, found = next(judge.parameters()).device, []
-    for x, right in zip(images.split(batch), labels.split(batch), strict=True):
-        _, answers = judge(x.to(device).float() / 127.5 - 1)
-        each = [
-            a.float().log_softmax(1).cpu().gather(1, k)
-            for a, k in zip(answers, right.split(1, 1), strict=True)
-        ]
-        found.append(torch.cat(each, 1).sum(1))
-    return torch.cat(found)
 
 
 def best_and_worst(images, reward, candidates, tie):

@@ -34,15 +34,15 @@ def compile_blocks(network):
 
 
 class Run:
-    """settings: a HowToRun with a `seed`; dataset, text: what the stages read; watch: see Watch.
-    method: the name of what is trained; base: the settings that it is named against, a preset's.
-    show: a function run, kind, step, network that draws how far the training has come."""
+    """settings: a HowToRun with a `seed`; dataset, text_encoder: what the stages read; watch: see
+    Watch. method: the name of what is trained; base: the settings that it is named against, a
+    preset's. show: a function run, kind, step, network that draws how far the training has come."""
 
-    def __init__(self, settings, dataset, text, watch, method="ladd", base=None, show=None):
+    def __init__(self, settings, dataset, text_encoder, watch, method="ladd", base=None, show=None):
         self.settings, self.watch = settings, watch
         self.out = Path(settings.out)
         self.device = device_of(settings.device)
-        self.dataset, self.text = dataset.to(self.device), text.to(self.device)
+        self.dataset, self.text_encoder = dataset.to(self.device), text_encoder.to(self.device)
         self.method, self.base = method, base or settings
         self.show = functools.partial(show, self) if show else lambda *_: None
         self.divided = settings.shard and world() > 1

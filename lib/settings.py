@@ -223,6 +223,14 @@ def locked(out):
         yield
 
 
+def read_config(path):
+    """A folder's settings. What is attention_heads now was heads in older versions."""
+    config = read_object(path)
+    if "heads" in config:
+        config["attention_heads"] = config.pop("heads")
+    return config
+
+
 def open_folder(out, mine, defaults, sign="config.json"):
     """Signs a folder, if it is empty, with what it is made of, or finds it made of the same.
 
@@ -232,7 +240,7 @@ def open_folder(out, mine, defaults, sign="config.json"):
     # .sign.: other processes that started with this one are signing; they may be done by now
     strangers = [p.name for p in out.iterdir() if not p.name.startswith(f".{sign}.")]
     if path.exists():
-        theirs = defaults | read_object(path)
+        theirs = defaults | read_config(path)
         check_same("--out", out, theirs, mine, theirs | mine)
     elif strangers:
         raise UsageError(f"{out} has {strangers[0]} and no {sign}: choose another with --out.")

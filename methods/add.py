@@ -58,7 +58,7 @@ def distil(run):
             heads.requires_grad_(False)
             loss_g = sum(map(hinge_g, logits_of(heads, fake, sizes, b))) / len(heads)  # line 4
             heads.requires_grad_(True)
-            distill = distillation_loss(fake, real, b.paired)
+            distill = distillation_loss(real, fake, b.paired)
         (loss_d + loss_g + s.distill_weight * distill).backward()
         heads_rate = min(1.0, (step + 1) / 40)  # rises over 40 updates
         (norm_d,) = step_all((heads_optimizers, heads, math.inf, heads_rate))

@@ -36,15 +36,17 @@ def widths(judge):
 
 def labels_of(run, samples):
     """What the samples' captions say, as answers to its questions. -> (n, A)"""
-    ids = run.text.ids(run.dataset.captions).tolist()
+    ids = run.text_encoder.ids(run.dataset.captions).tolist()
     known = dict(zip(map(tuple, ids), run.dataset.labels, strict=True))
-    return torch.stack([known[tuple(own)] for own in samples.words.tolist()])
+    return torch.stack([known[tuple(own)] for own in samples.token_ids.tolist()])
 
 
-def mean_log_p(judge, x0, labels):
-    """How probable it finds what the captions say: the mean over images and questions.
+def log_p(judge, x0, labels):
+    """How probable it finds all that the captions say, as a logarithm.
 
-    x0 (B, 3, H, W), labels (B, A) -> scalar"""
+    x0 (B, 3, H, W), labels (B, A) -> (B,)"""
     _, answers = judge(x0)
-    of_each = [F.cross_entropy(a.float(), labels[:, k]) for k, a in enumerate(answers)]
-    return -sum(of_each) / len(of_each)
+    return -sum(
+        F.cross_entropy(answer.float(), labels[:, k], reduction="none")
+        for k, answer in enumerate(answers)
+    )

@@ -47,7 +47,7 @@ def draw_times(run, step):
 def distil(run):
     s = run.settings
     times = euler_times(LEVELS, s.shift).to(run.device)
-    teacher, uncond = ladd.load(run, "teacher", frozen=True), run.text([""])
+    teacher, uncond = ladd.load(run, "teacher", frozen=True), run.text_encoder([""])
     student, ema, optimizers = ladd.start_student(run, teacher)
     samples = ladd.distillation_samples(run)
     networks = dict(student=student, ema=ema)

@@ -57,7 +57,7 @@ def matching_losses(run, student, fake_score, b, velocity, step):
 
 def distil(run):
     s = run.settings
-    teacher, uncond = ladd.load(run, "teacher", frozen=True), run.text([""])
+    teacher, uncond = ladd.load(run, "teacher", frozen=True), run.text_encoder([""])
     student, ema, optimizers = ladd.start_student(run, teacher)
     fake_score = ladd.start_as_teacher(run, teacher)
     score_optimizers = make_optimizers(fake_score, s.student_lr, s.beta1, s.adam_eps)

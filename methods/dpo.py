@@ -102,7 +102,8 @@ def distil(run):
         tune(run, learned)
     own = {field.name: getattr(s, field.name) for field in dataclasses.fields(ladd.Settings)}
     own |= dict(lora=0, out=str(run.out / "tuned"))
-    inner = Run(ladd.Settings(**own), run.dataset, run.text, run.watch)  # of a folder of its own
+    # a run in a folder of its own
+    inner = Run(ladd.Settings(**own), run.dataset, run.text_encoder, run.watch)
     adapter = run.path("adapter")
     with inner.opened(None):
         if not inner.path("teacher").exists():

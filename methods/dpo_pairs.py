@@ -8,16 +8,26 @@ import dataclasses
 import sys
 
 import numpy as np
+import torch
 
 import data
 import ladd
 from lib.captions import unread_words
 from lib.errors import UsageError
-from lib.pairs import LIST, best_and_worst, read_pairs, rewards, tensors_of, write_pairs
+from lib.pairs import LIST, best_and_worst, read_pairs, tensors_of, write_pairs
 from lib.parallel import rank, world
-from methods.classifier import classifier_of
+from methods.classifier import classifier_of, log_p
 
 PAIR_INDEX = 3 << 35  # from here on captions are drawn whose samples are ranked
+
+
+@torch.no_grad()
+def rewards(judge, images, labels, batch=500):
+    """`log_p` of images (n, 3, H, W) uint8 with labels (n, A). -> (n,)"""
+    device, found = next(judge.parameters()).device, []
+    for x, right in zip(images.split(batch), labels.split(batch), strict=True):
+        found.append(log_p(judge, data.to_float(x.to(device)), right.to(device)).cpu())
+    return torch.cat(found)
 
 
 def make_pairs(run):
@@ -59,12 +69,12 @@ def batches(run, pairs):
     teacher's batches are, of images that are the winner over the loser."""
     parts, captions = tensors_of(pairs)
     options = dict(captions=captions, seed=run.settings.seed, flip=False)
-    other, words = copy.copy(run), run.text.ids(captions)
+    other, token_ids = copy.copy(run), run.text_encoder.ids(captions)
     other.settings = dataclasses.replace(run.settings, teacher_batch=run.settings.batch)
     other.dataset = data.Buckets([data.ImageSet("pairs", own, **options) for own in parts])
 
     def draw(step):
-        images, text, t, noise = ladd.draw_teacher_batch(other, step, words)
+        images, text, t, noise = ladd.draw_teacher_batch(other, step, token_ids)
         return *images.chunk(2, dim=1), text, t, noise.chunk(2, dim=1)[0]
 
     return draw

@@ -34,7 +34,7 @@ from lib.machine import moved
 from lib.optim import make_optimizers, step_all, update_ema
 from lib.parallel import leave
 from lib.settings import refuse, setting
-from methods.classifier import classifier_of, labels_of, mean_log_p
+from methods.classifier import classifier_of, labels_of, log_p
 from methods.consistency import LEVELS, consistency_loss, draw_times
 from methods.dmd import matching_losses
 from sample import euler_times, guided_velocity
@@ -79,7 +79,7 @@ def segment(i, k):
 def distil(run):
     s = run.settings
     times = euler_times(LEVELS, s.shift).to(run.device)
-    teacher, uncond = ladd.load(run, "teacher", frozen=True), run.text([""])
+    teacher, uncond = ladd.load(run, "teacher", frozen=True), run.text_encoder([""])
     student, ema, optimizers = ladd.start_student(run, teacher)
     fake_score = ladd.start_as_teacher(run, teacher)
     score_optimizers = make_optimizers(fake_score, s.student_lr, s.beta1, s.adam_eps)
@@ -104,7 +104,7 @@ def distil(run):
                 with torch.no_grad():
                     anchor = student_predict(ema, b.x0, b.text, b.t, b.noise)
                 told = moved(labels[b.caption], run.device)
-                reward = mean_log_p(judge, x0_hat.clamp(-1, 1), told)  # line 5
+                reward = log_p(judge, x0_hat.clamp(-1, 1), told).mean() / told.shape[1]  # line 5
                 loss = s.anchor * (x0_hat - anchor).square().mean() - reward
                 loop.add(reward=reward)
             else:

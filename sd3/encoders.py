@@ -228,5 +228,5 @@ def codec_of(folder, generator, t5=True):
     if mine != wanted:
         names = "widths of text and pooled text, channels of latents and pixels to one of them"
         raise DataError(f"--decode {folder}: {names} are {mine}, but the model has {wanted}")
-    generator.text = encoders
+    generator.text_encoder = encoders
     return encoders

@@ -41,8 +41,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-SMALL = "--size 12 --width 16 --depth 3 --heads 2 --text-dim 10 --head-width 8 --judge-width 8 "
-SMALL += "--precision fp32 --device cpu "
+SMALL = "--size 12 --width 16 --depth 3 --attention-heads 2 --text-dim 10 --head-width 8 "
+SMALL += "--judge-width 8 --precision fp32 --device cpu "
 FEW = SMALL + "--teacher-iterations 6 --teacher-batch 5 --iterations 6 --batch 4 --synthetic 7 "
 FEW += "--teacher-steps 2 --synthetic-steps 3 --log-every 1 --heads-warmup 1 "
 FEW += "--evaluation 8 --judge-steps 2"
@@ -433,8 +433,8 @@ SETTINGS = dict(
     eta=1.0,  # fresh noise: every step is another image, although the weights are random
 )  # fmt: skip
 CPU = ["--device", "cpu", "--precision", "fp32"]
-TINY = "--smoke --size 8 --width 16 --depth 1 --heads 1 --text-dim 6 --taps 0 --head-width 8 "
-TINY += "--judge-width 8 --device cpu --precision fp32"
+TINY = "--smoke --size 8 --width 16 --depth 1 --attention-heads 1 --text-dim 6 --taps 0 "
+TINY += "--head-width 8 --judge-width 8 --device cpu --precision fp32"
 
 
 def checkpoint(kind="student", **changes):

@@ -22,9 +22,9 @@ import torch
 
 SMOKE = """--preset nano --smoke --precision fp32 --device cpu --judge-steps 2"""
 FEW = """
-    --preset nano --precision fp32 --device cpu --size 8 --width 32 --heads 2 --head-width 16
-    --teacher-iterations 12 --teacher-batch 16 --iterations 12 --batch 16 --heads-warmup 3
-    --synthetic 48 --evaluation 16 --judge-steps 2 --log-every 1 --sample-every 6
+    --preset nano --precision fp32 --device cpu --size 8 --width 32 --attention-heads 2
+    --head-width 16 --teacher-iterations 12 --teacher-batch 16 --iterations 12 --batch 16
+    --heads-warmup 3 --synthetic 48 --evaluation 16 --judge-steps 2 --log-every 1 --sample-every 6
 """
 LATENTS = """
     --preset nano --smoke --precision fp32 --device cpu --size 64 --channels 4 --downscale 8

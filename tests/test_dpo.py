@@ -32,10 +32,11 @@ import sample
 from lib.errors import DataError, UsageError
 from lib.log import Log
 from lib.optim import make_optimizers
-from lib.pairs import best_and_worst, read_list, read_pairs, rewards, tensors_of, write_pairs
+from lib.pairs import best_and_worst, read_list, read_pairs, tensors_of, write_pairs
 from lib.run import Run
 from lib.scores import Judge
 from methods import dpo
+from methods.dpo_pairs import rewards
 from tools import sweep
 from tools.train import given_settings
 
@@ -69,7 +70,7 @@ def run_of(words):
 def a_batch(run, n=4):
     """Winner, loser, text, t, noise."""
     images = [randn(n, 3, 12, 12, seed=seed).float() for seed in range(3)]
-    return *images[:2], run.text([f"a {i}" for i in range(n)]), torch.rand(n), images[2]
+    return *images[:2], run.text_encoder([f"a {i}" for i in range(n)]), torch.rand(n), images[2]
 
 
 @pytest.fixture(scope="module")

@@ -40,8 +40,9 @@ for folder in json.loads(sys.argv[1]):
         try:
             import ladd
             assert ladd.__file__.startswith(folder)
-            flags = "--preset nano --smoke --size 8 --width 16 --heads 2 --head-width 16 --out run"
-            code = ladd.main([*flags.split(), "--judge-width", "4", "--precision", "fp32"])
+            flags = "--preset nano --smoke --size 8 --width 16 --attention-heads 2 --head-width 16"
+            flags += " --judge-width 4 --precision fp32 --out run"
+            code = ladd.main(flags.split())
         except BaseException:
             import traceback
             traceback.print_exc()

@@ -99,19 +99,19 @@ def test_the_anchor_costs_what_leads_away_from_the_average(train, whole, anchor)
 def test_the_feedback_asks_for_what_the_batchs_captions_say(train, monkeypatch, whole):
     """Each image's answers are those of its own caption."""
     batches, asked = [], []
-    draw, reward = hyper_sd.draw_batch, hyper_sd.mean_log_p
+    draw, reward = hyper_sd.draw_batch, hyper_sd.log_p
 
     def watched(run, *arguments, **options):
         batches.append((run, draw(run, *arguments, **options)))
         return batches[-1][1]
 
     monkeypatch.setattr(hyper_sd, "draw_batch", watched)
-    monkeypatch.setattr(hyper_sd, "mean_log_p", lambda *a: asked.append(a[2]) or reward(*a))
+    monkeypatch.setattr(hyper_sd, "log_p", lambda *a: asked.append(a[2]) or reward(*a))
     train("out", f"--from {whole} {QUICK} --shares 0,0,0,0,1,0", MAKING[2:], **HOW)
     rows = [row.tolist() for row in batches[0][0].dataset.labels]
     for (run, b), labels in zip(batches, asked, strict=True):
         captions = [run.dataset.captions[rows.index(row)] for row in labels.tolist()]
-        torch.testing.assert_close(run.text(captions).context, b.text.context)
+        torch.testing.assert_close(run.text_encoder(captions).context, b.text.context)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -177,8 +177,8 @@ def test_all_parts_learn_in_one_adapter_and_the_teacher_stays(train, whole):
 
 
 def test_smoke_runs_to_its_report(launch, tmp_path, teacher):
-    flags = f"--smoke {QUICK} --teacher {teacher} --size 12 --width 16 --depth 3 --heads 2"
-    flags += " --text-dim 10 --judge-width 8 --device cpu --precision fp32"
+    flags = f"--smoke {QUICK} --teacher {teacher} --size 12 --width 16 --depth 3"
+    flags += " --attention-heads 2 --text-dim 10 --judge-width 8 --device cpu --precision fp32"
     assert launch("out", flags, **HOW) == 0
     assert "| student, 8 steps |" in (tmp_path / "out" / "report.md").read_text()
 

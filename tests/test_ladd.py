@@ -84,9 +84,9 @@ class Setting:
         """What both players learn from, of one pass of the fakes."""
         b, s = self.batch(), self.settings
         with torch.set_grad_enabled(learning):
-            fake, real = ladd.features_of_both(self.student, self.teacher, b, s)
-        d, on_real, on_fake = ladd.heads_loss(self.heads, fake, real, b, s)
-        g, distill = ladd.student_losses(self.heads, fake, real, b, s)
+            real, fake = ladd.features_of_both(self.student, self.teacher, b, s)
+        d, on_real, on_fake = ladd.heads_loss(self.heads, real, fake, b, s)
+        g, distill = ladd.student_losses(self.heads, real, fake, b, s)
         return SimpleNamespace(d=d, g=g, distill=distill, on_real=on_real, on_fake=on_fake)
 
     def fake(self, x0_hat):
@@ -102,7 +102,7 @@ class Setting:
 
     def loss_d(self, real, fake, gamma=0.0):
         s = SimpleNamespace(patch=2, r1=gamma)
-        return ladd.heads_loss(self.heads, fake, real, self.batch(), s)[0]
+        return ladd.heads_loss(self.heads, real, fake, self.batch(), s)[0]
 
     def loss_g(self, fake):
         return ladd.student_losses(self.heads, fake, fake, self.batch(), self.settings)[0]
@@ -257,7 +257,7 @@ def test_the_discriminators_loss_is_the_hinge_on_both_kinds():
     s = Setting()
     real, fake = s.real(), s.fake(s.x0.flip(0))
     pooled = s.text.pooled
-    loss, on_real, on_fake = ladd.heads_loss(s.heads, fake, real, s.batch(), s.settings)
+    loss, on_real, on_fake = ladd.heads_loss(s.heads, real, fake, s.batch(), s.settings)
     want_real = s.heads(real, s.t_hat, pooled, *GRID)
     want_fake = s.heads(fake, s.t_hat, pooled, *GRID)
     torch.testing.assert_close(on_real.double(), want_real, rtol=1e-5, atol=1e-5)
@@ -284,7 +284,7 @@ def test_the_distillation_loss_is_the_distance_of_normalised_tokens_where_the_ta
     taps, for one of two samples, a quarter. Scale and offset of a token say nothing."""
     same, other = torch.tensor([[[5.0, 3.0]]] * 2), torch.tensor([[[-1.0, 1.0]]] * 2)  # (B, 1, 2)
     real = [torch.tensor([[[1.0, -1.0]]] * 2)] * 2
-    loss = ladd.distillation_loss([same, other], real, torch.tensor([True, False]))
+    loss = ladd.distillation_loss(real, [same, other], torch.tensor([True, False]))
     assert loss.item() == pytest.approx(4 / 2 / 2, abs=1e-4)
 
 
@@ -344,7 +344,7 @@ def test_a_trainers_update_costs_six_forwards_and_nine_in_parts(train, teacher, 
     def heads_alone():
         ladd.heads_loss(heads, tokens, tokens, b, s)[0].backward()
         fake = [f.clone().requires_grad_() for f in tokens]
-        ladd.student_losses(heads, fake, tokens, b, s)[0].backward()
+        ladd.student_losses(heads, tokens, fake, b, s)[0].backward()
 
     # A narrow network spends much in attention, whose backward costs 2 and not 1 for activations:
     # two products of 2·L²·D in three blocks of the teacher, for 4 fakes of L = 36 + 8 tokens.
@@ -514,9 +514,8 @@ def test_a_sample_comes_with_the_noise_it_was_made_from(train, teacher):
     b = ladd.draw_batch(run, ladd.distillation_samples(run), 0, own_noise="all")
     times = sample.euler_times(s.synthetic_steps, s.shift)
     with torch.no_grad():
-        *_, again = sample.euler(
-            ladd.load(run, "teacher"), b.noise, times, b.text, run.text([""]), s.synthetic_cfg
-        )
+        model, uncond = ladd.load(run, "teacher"), run.text_encoder([""])
+        *_, again = sample.euler(model, b.noise, times, b.text, uncond, s.synthetic_cfg)
     torch.testing.assert_close(again, b.x0, rtol=1e-2, atol=1e-2)  # kept in half precision
 
 
@@ -528,9 +527,9 @@ def test_lower_levels_have_the_teachers_own_noise_and_pure_noise_is_fresh(
     target; at pure noise it is shown new noise, and is not. Real targets have no such noise."""
     shown, losses = [], ladd.student_losses
 
-    def watch(heads, fake, real, b, s):
+    def watch(heads, real, fake, b, s):
         shown.append(b)
-        return losses(heads, fake, real, b, s)
+        return losses(heads, real, fake, b, s)
 
     monkeypatch.setattr(ladd, "student_losses", watch)
     flags = f"--teacher {teacher} --distill-weight 1 --targets {targets} --batch 7"
@@ -658,7 +657,7 @@ def test_the_probe_sees_a_collapse_of_a_run_in_the_teachers_features(whole, monk
         repeated = [f"caption {k}" for k in range(16) for _ in range(2)]
         captions = [f"another {step} {i}" for i in range(32)] if step % 4 else repeated
         x0 = alike(100 if step == 4 else 100 + step, 16)[order]
-        text, t = run.text([captions[i] for i in order]), torch.full((32,), 0.5)
+        text, t = run.text_encoder([captions[i] for i in order]), torch.full((32,), 0.5)
         noises = torch.randn(2, *x0.shape, generator=seeded(step))
         return ladd.Batch(x0, text, t, noises[0], t < 1, t, noises[1], order)
 

@@ -18,7 +18,7 @@ from lib.scores import Judge
 from tools import report
 from tools.train import given_settings
 
-SMALL = "--width 32 --depth 2 --heads 2 --taps 0,1 --precision fp32 --device cpu --smoke "
+SMALL = "--width 32 --depth 2 --attention-heads 2 --taps 0,1 --precision fp32 --device cpu --smoke "
 SMALL += "--judge-width 8 --judge-steps 2"
 
 

@@ -14,6 +14,7 @@ import ladd
 import lib.cifar10
 import sample
 from lib.errors import NotFetched
+from lib.log import Log
 from lib.settings import locked
 
 # ---------------------------------------------------------------------------------------------
@@ -342,6 +343,19 @@ def test_a_new_run_may_log_for_tensorboard(launch, tmp_path):
     assert list(tmp_path.glob("run/tensorboard/events*"))
 
 
+def test_tensorboard_has_every_number_at_once_and_passes_over_what_is_none(tmp_path):
+    """Its thread writes late, and not at all where a process ends; a skipped update has names."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = Log(tmp_path, tensorboard=True)
+    log.write(stage="teacher", step=3, loss=0.5)
+    log.write(stage="teacher", step=4, skipped=1, not_finite=["a.weight"])
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["scalars"] == ["teacher/loss", "teacher/skipped"]
+    assert [(e.step, e.value) for e in events.Scalars("teacher/loss")] == [(3, 0.5)]
+
+
 def test_deterministic_kernels_are_asked_for_by_the_run_that_wants_them_alone(
     launch, whole, monkeypatch
 ):
@@ -536,6 +550,8 @@ def test_a_run_of_an_older_version_goes_on(launch, tmp_path, of_pets, capsys):
     shutil.copytree(of_pets, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "run/config.json").read_text())
     del config["dataset"]
-    (tmp_path / "run/config.json").write_text(json.dumps(config | dict(data="set")))
+    config |= dict(data="set", heads=config.pop("attention_heads"))
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
     assert launch("run", f"{FEW} --data set --stage teacher") == 0
+    assert launch("other", f"{FEW} --data set --from {tmp_path / 'run'} --stage teacher") == 0
     assert launch("run", f"{FEW} --data set/ --stage teacher") == 2

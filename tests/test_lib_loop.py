@@ -233,8 +233,8 @@ def test_two_signals_at_the_same_moment_are_one_and_python_says_nothing_of_the_o
     with Watch(0, "test") as watch:
         watch.patient = True
         signal.pthread_sigmask(signal.SIG_BLOCK, both)
-        for number in both:
-            os.kill(os.getpid(), number)
+        for number in both:  # to this thread: another one, which blocks none, would take it at once
+            signal.pthread_kill(threading.get_ident(), number)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
         assert watch.due() - 128 in both
     assert not said and sys.unraisablehook == said.append
@@ -456,7 +456,7 @@ def test_a_run_ends_at_a_log_line_if_the_last_five_updates_were_not_applied(tmp_
 
 def test_a_bad_sign_is_one_warning_that_names_the_page_to_read(launch, monkeypatch, capsys):
     """Said once, in the run; and it is the verdict of report.md."""
-    monkeypatch.setattr(ladd, "diversity", lambda fake, real: torch.tensor(0.25))
+    monkeypatch.setattr(ladd, "diversity", lambda real, fake: torch.tensor(0.25))
     flags = f"{FEW} --iterations 11 --log-every 1 --evaluation 16 --judge-steps 5"
     assert launch("run", flags) == 0
     message, report = capsys.readouterr().err, Path("run/report.md").read_text()

@@ -59,8 +59,8 @@ def test_a_device_that_computes_nothing_is_refused(name):
 
 @pytest.mark.parametrize(("program", "encoding"), [("ladd.py", "ascii"), ("sample.py", "cp1252")])
 def test_a_terminal_that_cant_show_a_character_ends_no_program(program, encoding):
-    """--help has Greek letters, which such a terminal shows as "?"."""
-    words = [sys.executable, program, "--help"]
+    """--help has Greek letters, which such a terminal shows as "?"; -OO takes docstrings away."""
+    words = [sys.executable, "-OO", program, "--help"]
     environment = os.environ | dict(PYTHONIOENCODING=encoding)
     out = subprocess.run(words, capture_output=True, cwd=ROOT, env=environment)
     assert out.returncode == 0, out.stderr

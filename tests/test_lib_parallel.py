@@ -25,9 +25,10 @@ from tools import report
 ROOT = Path(ladd.__file__).parent
 HANGS = 3600  # seconds: not how long it may take, but when it has stopped for good
 
-RUN = "--size 8 --width 16 --depth 2 --heads 2 --text-dim 8 --text-length 9 --pos-size 6 --taps 0,1"
-RUN += " --head-width 8 --teacher-batch 8 --batch 8 --teacher-iterations 10 --iterations 10"
-RUN += " --heads-warmup 2 --synthetic 22 --synthetic-steps 2 --teacher-steps 2"
+RUN = "--size 8 --width 16 --depth 2 --attention-heads 2 --text-dim 8 --text-length 9"
+RUN += " --pos-size 6 --taps 0,1 --head-width 8 --teacher-batch 8 --batch 8"
+RUN += " --teacher-iterations 10 --iterations 10 --heads-warmup 2"
+RUN += " --synthetic 22 --synthetic-steps 2 --teacher-steps 2"
 RUN += " --precision fp32 --device cpu --log-every 1 --aspects 1:1,2:1 --muon-lr 0"
 RUN += " --evaluation 8 --judge-steps 2 --judge-width 8"
 DIVIDED, HYBRID = "--shard --checkpointing", "--shard --replicas 2"

@@ -84,7 +84,8 @@ def test_the_student_starts_bit_for_bit_as_its_teacher(whole, precision):
     """A is random and B zero: velocities and features are the same bits."""
     run = run_of(["--out", whole, "--lora", "3", "--precision", precision])
     teacher = ladd.load(run, "teacher", frozen=True)
-    x, t, text = randn(4, 3, 12, 12).float(), torch.rand(4), run.text([f"a {i}" for i in range(4)])
+    x, t = randn(4, 3, 12, 12).float(), torch.rand(4)
+    text = run.text_encoder([f"a {i}" for i in range(4)])
     for student in ladd.start_student(run, teacher)[:2]:  # and its average
         assert all(w.any() for k, w in adapter_of(student.state_dict()).items() if k[-1] == "A")
         with run.autocast(), torch.no_grad():

@@ -135,7 +135,7 @@ def test_regression_comes_nearer_to_the_teachers_samples(train, whole):
 def test_regression_to_real_images_is_refused(launch, teacher, capsys):
     """They have no noise that they were made of."""
     flags = f"--smoke --precision fp32 --teacher {teacher} --targets real --stage distillation"
-    flags += " --size 12 --width 16 --depth 3 --heads 2 --text-dim 10 --device cpu"
+    flags += " --size 12 --width 16 --depth 3 --attention-heads 2 --text-dim 10 --device cpu"
     assert launch("out", flags, **how("regression")) == 2
     assert "--targets real" in capsys.readouterr().err
 

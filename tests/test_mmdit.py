@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.memory import kept_by
 from mmdit import JointBlock, MMDiT, PatchEmbed, attention, position_table, timestep_sinusoid
 from sd3.weights import PREFIX, meta_sd3, own_names
+from tools.plan import kept_by
 
 TINY = dict(
     depth=3, width=24, heads=4, patch=2, channels=5, context_dim=7, pooled_dim=9, pos_size=8

@@ -480,8 +480,8 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path):
 # Command line, on a run folder
 # ---------------------------------------------------------------------------------------------
 
-SMALL = ["--size", "12", "--width", "32", "--depth", "3", "--heads", "1", "--text-dim", "16"]
-SMALL += ["--head-width", "16", *CPU]
+SMALL = ["--size", "12", "--width", "32", "--depth", "3", "--attention-heads", "1"]
+SMALL += ["--text-dim", "16", "--head-width", "16", *CPU]
 PROMPT = "a large red circle on a striped blue background"
 
 

@@ -640,7 +640,7 @@ def test_missing_packages_are_named(sd3, prompts, tmp_path, capsys, monkeypatch)
 # ---------------------------------------------------------------------------------------------
 
 TINY = "--smoke --device cpu --precision fp32 --channels 16 --downscale 8 --size 64 --width 32"
-TINY += " --heads 2 --text-dim 24 --pooled-dim 16 --depth 3 --head-width 16"
+TINY += " --attention-heads 2 --text-dim 24 --pooled-dim 16 --depth 3 --head-width 16"
 
 
 def test_latents_are_taught_distilled_and_decoded(sd3, images, prompts, tmp_path, capsys):
@@ -679,11 +679,12 @@ def test_features_reach_the_teacher_and_dropped_captions_are_empty(sd3, prompts,
     dataset = data.load(settings.data, settings.sizes)
     text = data.text_features(dataset, settings.text_dim, settings.text_length)
     run = Run(settings, dataset, text, watch=None)
-    words = run.text.ids(["prompt number 3", "prompt number 5"])
-    context, pooled = run.text.features(words * torch.tensor([[0], [1]]))
-    wanted = run.text(["", "prompt number 5"])
+    words = run.text_encoder.ids(["prompt number 3", "prompt number 5"])
+    context, pooled = run.text_encoder.features(words * torch.tensor([[0], [1]]))
+    wanted = run.text_encoder(["", "prompt number 5"])
     assert torch.equal(context, wanted[0]) and torch.equal(pooled, wanted[1])
-    assert ladd.generator(run, "teacher", MMDiT(**settings.model())).text is run.text
+    generator = ladd.generator(run, "teacher", MMDiT(**settings.model()))
+    assert generator.text_encoder is run.text_encoder
 
 
 # ---------------------------------------------------------------------------------------------
@@ -717,7 +718,7 @@ def test_decode_makes_pictures_of_any_size_from_real_prompts(student, sd3, tmp_p
     assert sample.main([*arguments, "--out", str(out)]) == 0
     encoders = Encoders(sd3, vae=True)
     generator = sample.load_generator(student, device="cpu", precision="fp32")
-    generator.text = encoders.text
+    generator.text_encoder = encoders.text
     wanted = encoders.decode(generator.sample(["a fox", "x"], size=(6, 14)))
     for i in range(2):
         pixels = np.asarray(Image.open(out / f"{i:05d}.png")).transpose(2, 0, 1)

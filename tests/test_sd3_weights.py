@@ -465,9 +465,10 @@ def test_flipped_and_cut_bytes_are_refused_or_harmless(tmp_path):
 # The command lines
 # ---------------------------------------------------------------------------------------------
 
-FEW = "--size 8 --width 16 --depth 2 --heads 4 --no-qk-norm --text-dim 4 --text-length 3 --taps 0,1"
-FEW += " --pos-size 4 --head-width 16 --teacher-iterations 2 --teacher-batch 4 --iterations 4"
-FEW += " --batch 4 --heads-warmup 2 --synthetic 4 --synthetic-steps 1 --teacher-steps 1"
+FEW = "--size 8 --width 16 --depth 2 --attention-heads 4 --no-qk-norm --text-dim 4"
+FEW += " --text-length 3 --taps 0,1 --pos-size 4 --head-width 16"
+FEW += " --teacher-iterations 2 --teacher-batch 4 --iterations 4 --batch 4 --heads-warmup 2"
+FEW += " --synthetic 4 --synthetic-steps 1 --teacher-steps 1"
 FEW += " --evaluation 8 --judge-steps 2 --judge-width 8 --device cpu --precision fp32"
 MAKING = ("teacher", "synthesis", "distillation")
 
@@ -494,7 +495,7 @@ def test_a_student_exported_is_a_teacher_for_ladd(run, tmp_path, capsys):
     assert sample.main([str(run), "--export", str(out)]) == 0
     train(tmp_path / "run", "--teacher", out, stages=["teacher"])
     assert same(weights_of(tmp_path / "run" / "teacher.pt"), weights_of(run / "student.pt"))
-    other = ["--teacher", str(out), "--heads", "2", "--out", str(tmp_path / "other")]
+    other = ["--teacher", str(out), "--attention-heads", "2", "--out", str(tmp_path / "other")]
     assert ladd.main([*FEW.split(), *other]) == 2
     assert f"--teacher {out}: another network than the settings' (heads 4 → 2)" in (
         capsys.readouterr().err

@@ -8,7 +8,7 @@ import torch
 import ladd
 from tools import benchmark
 
-SMALL = "--width 32 --depth 2 --heads 2 --taps 0,1 --batch 4 --precision fp32"
+SMALL = "--width 32 --depth 2 --attention-heads 2 --taps 0,1 --batch 4 --precision fp32"
 
 
 def test_contestants_take_turns_and_the_first_rounds_do_not_count():

@@ -34,7 +34,7 @@ def test_its_teacher_has_its_loss():
     teacher = sample.load_generator(FOLDER, True, "cpu", "fp32")
     dataset = data.load("shapes", sample.latent_sizes(teacher.settings))
     images, caption = dataset.batch(range(64), held_out=True)
-    x0, text = data.to_float(images), teacher.text([dataset.captions[i] for i in caption])
+    x0, text = data.to_float(images), teacher.text_encoder([dataset.captions[i] for i in caption])
     noise = sample.noise_of(0, "known numbers", range(64), x0.shape[1:])
     with torch.no_grad():
         loss = ladd.teacher_loss(teacher.model, x0, text, torch.linspace(0.01, 0.99, 64), noise)

@@ -40,9 +40,9 @@ def read_code():
 
     for module in names:
         module.register_forward_hook(note)
-    fake, real = ladd.features_of_both(student, teacher, b, s)
-    loss_d, *_ = ladd.heads_loss(heads, fake, real, b, s)
-    loss_g, _ = ladd.student_losses(heads, fake, real, b, s)
+    real, fake = ladd.features_of_both(student, teacher, b, s)
+    loss_d, *_ = ladd.heads_loss(heads, real, fake, b, s)
+    loss_g, _ = ladd.student_losses(heads, real, fake, b, s)
     networks = dict(student=student, teacher=teacher, heads=heads)
     n |= {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     for loss, value in (("L_D", loss_d), ("L_G", loss_g)):

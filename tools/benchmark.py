@@ -26,12 +26,11 @@ import sample
 from discriminator import Discriminator
 from lib.errors import Parser, reason
 from lib.machine import arithmetic, autocast, device_of, facts, keep_memory, made_on
-from lib.memory import in_bytes
 from lib.optim import make_optimizers, step_all, update_ema
 from lib.run import compile_blocks
 from lib.samples import Joined
 from mmdit import MMDiT
-from tools.plan import plan, random_batch
+from tools.plan import in_bytes, plan, random_batch
 from tools.train import given_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,8 +69,8 @@ def theirs(s):
 
     return SD3Transformer2DModel(
         sample_size=s.sizes[0][0], patch_size=s.patch, in_channels=s.channels,
-        out_channels=s.channels, num_layers=s.depth, num_attention_heads=s.heads,
-        attention_head_dim=s.width // s.heads, caption_projection_dim=s.width,
+        out_channels=s.channels, num_layers=s.depth, num_attention_heads=s.attention_heads,
+        attention_head_dim=s.width // s.attention_heads, caption_projection_dim=s.width,
         joint_attention_dim=s.text_dim, pooled_projection_dim=s.pooled_dim or s.text_dim,
         pos_embed_max_size=s.pos_size, qk_norm="rms_norm" if s.qk_norm else None,
     )  # fmt: skip
@@ -107,12 +106,12 @@ class Distillation:
     def iteration(self):
         s, student, ema, heads = self.s, *self.networks.values()
         with autocast(self.device, s.precision):
-            fake, real = ladd.features_of_both(student, self.teacher, self.batch, s)
-            loss_d, *_ = ladd.heads_loss(heads, fake, real, self.batch, s)
+            real, fake = ladd.features_of_both(student, self.teacher, self.batch, s)
+            loss_d, *_ = ladd.heads_loss(heads, real, fake, self.batch, s)
         loss_d.backward()
         step_all((self.heads_optimizers, heads, math.inf, 1.0))
         with autocast(self.device, s.precision):
-            loss_g, distill = ladd.student_losses(heads, fake, real, self.batch, s)
+            loss_g, distill = ladd.student_losses(heads, real, fake, self.batch, s)
         (loss_g + s.distill_weight * distill).backward()
         step_all((self.optimizers, student, s.clip, 1.0))
         update_ema(ema, student, s.student_ema, step=10_000)
@@ -151,7 +150,7 @@ def sampling(device, n):
     other = awake(theirs(s)).to(device).eval()
     generator = sample.Generator(awake(MMDiT(**s.model())).to(device).eval(), s, "teacher", device)
     captions = ["a large red circle on a striped blue background"] * 64
-    text = generator.text(captions)
+    text = generator.text_encoder(captions)
 
     @torch.no_grad()
     def diffusers():
@@ -178,10 +177,10 @@ def drawing(preset, n):
     own = data.ImageSet("images", (images.flatten(0, 1).byte(), caption)).to("cpu")
     made = data.ImageSet("synthetic", (Joined(list(images.half())), caption), flip=False).to("cpu")
     text = data.HashedText(s.text_dim, s.text_length)
-    words = torch.zeros(len(caption), s.text_length, dtype=torch.int64)
-    run = SimpleNamespace(settings=s, device=torch.device("cpu"), text=text, dataset=own)
-    samples = ladd.Samples(made, words, 0)
-    calls = dict(teacher=lambda: ladd.draw_teacher_batch(run, next(step), words))
+    token_ids = torch.zeros(len(caption), s.text_length, dtype=torch.int64)
+    run = SimpleNamespace(settings=s, device=torch.device("cpu"), text_encoder=text, dataset=own)
+    samples = ladd.Samples(made, token_ids, 0)
+    calls = dict(teacher=lambda: ladd.draw_teacher_batch(run, next(step), token_ids))
     calls["distillation"] = lambda: ladd.draw_batch(run, samples, next(step))
     return rounds(calls, n)
 

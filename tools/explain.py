@@ -55,14 +55,14 @@ def explain(s, watch, given):
         given_heads(s)
     heads, _ = ladd.start_heads(run)
     networks = dict(student=student, teacher=teacher.requires_grad_(False), heads=heads)
-    images = ladd.Samples(run.dataset, run.text.ids(run.dataset.captions), None)
+    images = ladd.Samples(run.dataset, run.text_encoder.ids(run.dataset.captions), None)
     step = s.heads_warmup + s.level_warmup  # the first that is like most
     b = ladd.draw_batch(run, images, step, s.heads_warmup)
     with run.autocast():
         x0_hat = ladd.student_predict(student, b.x0, b.text, b.t, b.noise)
-        fake, real = ladd.features_of_both(student, teacher, b, s)
-        loss_d, on_real, on_fake = ladd.heads_loss(heads, fake, real, b, s)
-        loss_g, distill = ladd.student_losses(heads, fake, real, b, s)
+        real, fake = ladd.features_of_both(student, teacher, b, s)
+        loss_d, on_real, on_fake = ladd.heads_loss(heads, real, fake, b, s)
+        loss_g, distill = ladd.student_losses(heads, real, fake, b, s)
 
     print(f"{'quantity':15}{'shape':18}{'from':>8}{'to':>8}{'mean':>8}  what it is")
     show("x_0", b.x0, "images")
@@ -74,7 +74,7 @@ def explain(s, watch, given):
     law = f"logit-normal({s.t_hat_mean:g}, {s.t_hat_std})"
     show("t̂", b.t_hat, f"3  the level of the re-noising, {law}")
     show("x̂_t̂", add_noise(x0_hat, b.noise_hat, b.t_hat), "   what the frozen teacher sees")
-    for block, f, r in zip(s.tapped, fake, real, strict=True):
+    for block, r, f in zip(s.tapped, real, fake, strict=True):
         show(f"f, block {block}", f, "4  image tokens of the fakes after this block")
         show(f"r, block {block}", r, "   and of the real ones")
     show("D(r)", on_real, "5  logits: one a head and position")

@@ -7,8 +7,10 @@ python ladd.py --preset sd3-8b --dry-run --gpus 128
 import dataclasses
 import math
 import sys
+import weakref
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,12 +18,35 @@ import ladd
 from discriminator import Discriminator
 from lib.errors import ENDS, Parser, exit_status
 from lib.lora import adapt
-from lib.memory import in_bytes, kept_by
 from lib.settings import refuse
 from mmdit import MMDiT
 from tools.train import given_settings
 
 NETWORK = 50e9  # bytes a second that one GPU exchanges with the others: 400 Gbit/s
+
+
+def kept_by(networks, function, *arguments):
+    """What autograd keeps of a call for a backward, but for what belongs to the networks.
+    -> what the call returns, {piece of memory: bytes}"""
+    own = [tensor for n in networks for tensor in (*n.parameters(), *n.buffers())]
+    own = {tensor.untyped_storage()._cdata for tensor in own}
+    kept = []
+
+    def keep(tensor):
+        tensor = tensor.detach()  # an object of its own: it goes with its part of the graph
+        kept.append(weakref.ref(tensor))
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = function(*arguments)
+    storages = [tensor().untyped_storage() for tensor in kept if tensor() is not None]
+    return result, {x._cdata: x.nbytes() for x in storages if x._cdata not in own}
+
+
+def in_bytes(n):
+    """A number of bytes for people: 1.7 GB."""
+    power = min(3, max(0, int(math.log10(max(n, 1)) / 3)))
+    return f"{n / 1000**power:,.3g} {('B', 'kB', 'MB', 'GB')[power]}"
 
 
 def meta_networks(s):
@@ -60,11 +85,11 @@ def meta_iteration(s, n, checkpointing):
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         ladd.student_predict(student, b.x0, b.text, b.t, b.noise)
     with FlopCounterMode(display=False) as flops:
-        (fake, real), passes = kept_by(networks, ladd.features_of_both, student, teacher, b, s)
+        (real, fake), passes = kept_by(networks, ladd.features_of_both, student, teacher, b, s)
         plain = dataclasses.replace(s, r1=0.0)  # a gradient of a gradient can't be counted here
-        (loss_d, *_), by_d = kept_by(networks, ladd.heads_loss, heads, fake, real, b, plain)
+        (loss_d, *_), by_d = kept_by(networks, ladd.heads_loss, heads, real, fake, b, plain)
         loss_d.backward()
-        (loss_g, distill), by_g = kept_by(networks, ladd.student_losses, heads, fake, real, b, s)
+        (loss_g, distill), by_g = kept_by(networks, ladd.student_losses, heads, real, fake, b, s)
         (loss_g + s.distill_weight * distill).backward()
         if s.accumulate > 1:  # all pass once more, for the heads alone
             with torch.no_grad():

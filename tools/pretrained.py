@@ -24,10 +24,7 @@ def rounded(path, kinds):
     exact = checkpoint["weights"].items()
     weights = {k: w.bfloat16() if w.is_floating_point() else w for k, w in exact}
     checkpoint.pop("optimizer", None)
-    settings = vars(checkpoint["settings"])
-    for name in ("out", "data_dir", "source"):  # paths of the machine, in an older version's
-        settings.pop(name, None)
-    return checkpoint | dict(weights=weights, settings=settings)
+    return checkpoint | dict(weights=weights, settings=vars(checkpoint["settings"]))
 
 
 def publish(run, out):

@@ -63,7 +63,8 @@ def method_of(name):
 def parse(argv, program):
     """-> the settings without what is swept, [Member], the command that makes this table, and
     whether it is of the second judge"""
-    parser = Parser(program, __doc__.splitlines()[0], epilog="All other flags are ladd.py's.")
+    about = "Students that differ in a setting or in the method, from one teacher and its samples."
+    parser = Parser(program, about, epilog="All other flags are ladd.py's.")
     add = parser.add_argument
     add("--sweep", action="append", required=True, metavar="NAME=A,B,…", help="may be repeated")
     add("--seeds", default="0,1,2", help="of the students; --seed is that of the one teacher")

@@ -122,7 +122,7 @@ def filled(text):
 
 
 def main(argv=None):
-    parser = Parser("tools/table.py", __doc__.splitlines()[0])
+    parser = Parser("tools/table.py", "Rebuilds the tables of the documents from docs/results.")
     parser.add_argument("--write", action="store_true", help="write the tables into the texts")
     write, stale = parser.parse_args(argv).write, 0
     for path in (DOCS / name for name in DOCUMENTS):

@@ -18,7 +18,7 @@ from lib.captions import known_words, unread_words
 from lib.checkpoints import is_ours, not_finite, same_network
 from lib.checks import check_captions, check_for_method
 from lib.errors import ENDS, NotFetched, Stop, UsageError, UserError, exit_status
-from lib.files import link, read_object, save, write_text
+from lib.files import link, save, write_text
 from lib.loop import Watch
 from lib.lora import merged
 from lib.machine import check_compiler, device_of, keep_memory
@@ -26,7 +26,7 @@ from lib.parallel import barrier, broadcast, processes, rank, world
 from lib.pictures import refuse_strangers
 from lib.report import read_metrics
 from lib.run import Run
-from lib.settings import bound, check_same, lasting, parse_settings, refuse
+from lib.settings import bound, check_same, lasting, parse_settings, read_config, refuse
 from mmdit import MMDiT
 from tools import report
 
@@ -42,7 +42,7 @@ def base_of(s):
 def given_settings(argv, program="ladd.py", kind=ladd.Settings):
     """The command line -> settings of that kind, and whether --data was given: a preset's row, with
     every flag replacing a field; then --smoke and --steps-scale are worked in."""
-    about = ladd.__doc__.splitlines()[0]
+    about = "LADD, latent adversarial diffusion distillation: all stages of a run."
     epilog = EPILOG if program == "ladd.py" else ""
     s, given = parse_settings(kind, ladd.PRESETS, argv, program, about, epilog)
     out = f"runs/{s.preset}"
@@ -105,7 +105,7 @@ def to_take(run, given=None):
         made, unread = sample_files(run), "iterations"
         if all((source / name).exists() for name in made):
             files += made
-    theirs = bound(run.base) | read_object(source / "config.json")  # it may be older than a setting
+    theirs = bound(run.base) | read_config(source / "config.json")  # it may be older than a setting
     check_same("--from", source, theirs, run.signature(), names[: names.index(unread)])
     if not run.path("teacher").exists():
         teacher = sample.read_checkpoint(source, ["teacher"])
