@@ -42,7 +42,7 @@ import sample
 from data import Text, parse_size
 from discriminator import Discriminator, hinge_d, hinge_g, r1
 from lib.checks import check_together
-from lib.health import commonest, diversity
+from lib.health import commonest, diversity, separation
 from lib.machine import moved
 from lib.optim import learning_rate, make_optimizers, split, step_all, update_ema
 from lib.parallel import fill, leave, my_share, rank, world
@@ -197,7 +197,7 @@ class Settings(HowToRun):
     targets: str = setting("synthetic", "what is real to the heads", choices=("synthetic", "real"))
     levels: tuple = setting((1.0, 0.75, 0.5, 0.25), "noise levels t of the student", above=0)
     level_p: tuple = setting((), "their probabilities; default: .4, and equal parts", low=0)
-    level_warmup: int = setting(0, "student's first updates, by level_warmup_p", low=0)
+    level_warmup: int = setting(0, "how many first updates draw by level_warmup_p", low=0)
     level_warmup_p: tuple = setting((0.0, 0.0, 0.5, 0.5), "the probabilities in them", low=0)
     t_hat_mean: float = setting(1.0, "m of t̂, the mean of its logit")
     t_hat_std: float = setting(2.0, "σ of t̂; wider than the paper's 1", above=0)
@@ -287,7 +287,7 @@ SD3 = dict(
     shift=3.0, adam_eps=1e-15,  # [P]
     level_p=(0.7, 0.1, 0.1, 0.1),  # [L], and the levels
     level_warmup=500, level_warmup_p=(0.0, 0.0, 0.5, 0.5),  # [L] above 512²
-    taps=(), distill_weight=0.0, t_hat_mean=1.0, t_hat_std=1.0,  # [L] all blocks; m of -1, 0, 1, 2
+    taps=(), distill_weight=0.0, t_hat_mean=1.0, t_hat_std=1.0,  # [L] all; tried m -1 to 2
     iterations=10_000,  # [L] of its ablations
     aspects=("1:1", "5:4", "4:5", "3:2", "2:3", "16:9", "9:16"), batch=128, synthetic=500_000,
     student_lr=1e-5, heads_lr=1e-4, student_ema=0.999, head_width=128, save_every=500, log_every=10,
@@ -516,9 +516,8 @@ def student_rate(s, step, heads_warmup=0):
 
 
 def distil(run):
-    """The updates of heads and student: the six lines, in `features_of_both`, `heads_loss` and
-    `student_losses`. Around them stand the parts of --accumulate, the first --heads-warmup updates,
-    in which the heads learn alone, and what is logged."""
+    """The updates: the six lines are `features_of_both`, `heads_loss` and `student_losses`. Around
+    them stand the parts of --accumulate, the heads' own first updates, and what is logged."""
     s = run.settings
     teacher = load(run, "teacher", frozen=True)
     student, ema, student_optimizers = start_student(run, teacher)
@@ -565,12 +564,6 @@ def distil(run):
             run.show("student", step + 1, ema)
     run.save("heads", heads, s.iterations, optimizer=heads_optimizers[0])
     run.save("student", ema, s.iterations)
-
-
-def separation(real, fake):
-    """How well the heads tell samples apart: real and fake logits (B, …) -> what is logged."""
-    real, fake = (logits.float().flatten(1).mean(1) for logits in (real, fake))  # bf16 has ties
-    return dict(d_real=real.mean(), d_fake=fake.mean(), ranked=(real > fake).float().mean())
 
 
 @torch.no_grad()

@@ -88,7 +88,7 @@ class VectorEmbed(nn.Module):
 
 def layer_norm(x):
     """LayerNorm without parameters, eps 1e-6; adaLN supplies shift and scale. In x's dtype: a GPU's
-    autocast would return float32, and all that follows would take twice the time."""
+    autocast would return float32, which doubles the time of each operation up to a product."""
     with torch.autocast("cuda", enabled=False) if x.is_cuda else nullcontext():
         return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 

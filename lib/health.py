@@ -1,5 +1,5 @@
 """Verdicts on a stage of training from its log: healthy, suspicious or failed, and why; and
-diversity, one of its numbers: whether samples of one caption are alike."""
+numbers of that log: how well the heads separate samples, and whether those of a caption differ."""
 
 import math
 from itertools import groupby
@@ -47,6 +47,12 @@ def judge_stages(log, signs, more):
         else:
             verdicts[stage] = "healthy"
     return verdicts
+
+
+def separation(real, fake):
+    """How well the heads tell samples apart: real and fake logits (B, …) -> what is logged."""
+    real, fake = (logits.float().flatten(1).mean(1) for logits in (real, fake))  # bf16 has ties
+    return dict(d_real=real.mean(), d_fake=fake.mean(), ranked=(real > fake).float().mean())
 
 
 def nearest_distance(features):

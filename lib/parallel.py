@@ -65,13 +65,16 @@ def processes(device, program):
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # without it, old addresses
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     patience = datetime.timedelta(minutes=10)  # until all have met
+    work = datetime.timedelta(hours=2)  # of rank 0 alone, which reads folders and writes files
     # While C++ waits no handler of Python's runs: by the system's own Ctrl-C ends it at once.
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         meeting = next(dist.rendezvous("env://", timeout=patience))[0]
         store = dist.PrefixStore(f"attempt {attempt}", meeting)
-        # what rank 0 does alone may take so long: it reads folders and writes files
-        options = dict(rank=rank(), world_size=world(), timeout=datetime.timedelta(hours=2))
+        store.set(f"process {rank()}", "is there")
+        store.wait([f"process {other}" for other in range(world())])
+        store.set_timeout(work)
+        options = dict(rank=rank(), world_size=world(), timeout=work)
         dist.init_process_group(backend, store=store, **options)
     except (ValueError, RuntimeError) as error:  # no such address, a port in use, nobody there
         where = ":".join(map(os.environ.get, TORCHRUN[1:]))

@@ -18,7 +18,8 @@ from torch import nn
 
 import ladd
 from discriminator import Discriminator, hinge_d, hinge_g
-from ladd import distillation_loss, draw_batch, separation, student_predict
+from ladd import distillation_loss, draw_batch, student_predict
+from lib.health import separation
 from lib.optim import make_optimizers, step_all, update_ema
 from lib.parallel import leave
 from methods.classifier import classifier_of, features, widths

@@ -31,6 +31,7 @@ import data
 import ladd
 import sample
 from discriminator import Discriminator
+from lib.health import separation
 from lib.loop import Loop
 from lib.streams import rng
 from mmdit import MMDiT
@@ -135,10 +136,10 @@ class Plain(Setting):
         return -self.logits(self.features(self.predict(), self.noise_hat)).mean()
 
     def distill(self):
-        both = (self.features(x0, self.noise_hat) for x0 in (self.predict(), self.x0))
-        fake, real = (torch.stack(fs) for fs in both)  # (taps, B, N, D)
-        fake, real = (
-            (f - f.mean(3, True)) / (f.var(3, False, True) + 1e-5).sqrt() for f in (fake, real)
+        both = (self.features(x0, self.noise_hat) for x0 in (self.x0, self.predict()))
+        real, fake = (torch.stack(fs) for fs in both)  # (taps, B, N, D)
+        real, fake = (
+            (f - f.mean(3, True)) / (f.var(3, False, True) + 1e-5).sqrt() for f in (real, fake)
         )
         each = (fake - real.detach()).square().mean(dim=(0, 2, 3))
         return (each[0] + each[2] + each[3]) / 4
@@ -299,7 +300,7 @@ def test_what_is_logged_of_the_heads_is_means_and_the_share_of_pairs_in_the_righ
     """A pair is ranked by its mean over heads and positions."""
     real = torch.tensor([[1.0, 3.0], [0.0, 2.0], [5.0, -9.0], [0.0, 0.0]]).view(4, 1, 1, 2)
     fake = torch.tensor([[1.0, 1.0], [0.0, 3.0], [0.0, -9.0], [-1.0, 0.0]]).view(4, 1, 1, 2)
-    told = {name: value.item() for name, value in ladd.separation(real, fake).items()}
+    told = {name: value.item() for name, value in separation(real, fake).items()}
     assert told == dict(d_real=0.25, d_fake=-0.625, ranked=0.75)
 
 
@@ -308,8 +309,8 @@ def test_logits_of_bf16_are_ranked_without_its_rounding():
     fake = torch.ones(3, 2, 8, 8, dtype=torch.bfloat16)
     real = fake.clone()
     real[:, 0, 0, 0] = 1.0078125  # the next number of bf16
-    assert ladd.separation(real, fake)["ranked"] == 1
-    assert ladd.separation(fake, real)["ranked"] == 0
+    assert separation(real, fake)["ranked"] == 1
+    assert separation(fake, real)["ranked"] == 0
 
 
 def test_one_iteration_costs_six_forwards():

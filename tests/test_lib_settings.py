@@ -52,7 +52,7 @@ class Own(HowToRun):
 # ---------------------------------------------------------------------------------------------
 
 VALUES = dict(
-    preset="tiny", data="photos", size=(20, 12), patch=4, heads=2, width=132, text_dim=66,
+    preset="tiny", data="photos", size=(20, 12), patch=4, attention_heads=2, width=132, text_dim=66,
     levels=(1.0, 0.8, 0.6, 0.2), level_p=(0.1, 0.2, 0.3, 0.4), level_warmup_p=(0.4, 0.3, 0.2, 0.1),
     targets="real", taps=(0, 2), out="elsewhere", data_dir="there", device="cpu", head_width=32,
     precision="fp32", stage="report", teacher="there.pt", steps_scale=0.5, drop=0.2,
@@ -204,8 +204,8 @@ BAD = {
     "no patch": ("--patch 0", "--patch"),
     "no channels": ("--channels 0", "--channels"),
     "odd width": ("--width 130", "--width"),
-    "width for other heads": ("--attention-heads 3", "--heads"),
-    "no heads": ("--attention-heads 0", "--heads"),
+    "width for other heads": ("--attention-heads 3", "--attention-heads"),
+    "no heads": ("--attention-heads 0", "--attention-heads"),
     "no blocks": ("--depth 0", "--depth"),
     "odd text": ("--text-dim 7", "--text-dim"),
     "no words": ("--text-length 0", "--text-length"),

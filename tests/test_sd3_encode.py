@@ -673,14 +673,14 @@ def test_latents_are_taught_distilled_and_decoded(sd3, images, prompts, tmp_path
 
 
 def test_features_reach_the_teacher_and_dropped_captions_are_empty(sd3, prompts, tmp_path):
-    """Run.text is the shards': what HashedText does with words, they do with rows."""
+    """Run.text_encoder is the shards': what HashedText does with words, they do with rows."""
     encode("--model", sd3, "--prompts", prompts, "--out", tmp_path / "shards")
     settings, _ = given_settings([*TINY.split(), "--data", str(tmp_path / "shards")])
     dataset = data.load(settings.data, settings.sizes)
     text = data.text_features(dataset, settings.text_dim, settings.text_length)
     run = Run(settings, dataset, text, watch=None)
-    words = run.text_encoder.ids(["prompt number 3", "prompt number 5"])
-    context, pooled = run.text_encoder.features(words * torch.tensor([[0], [1]]))
+    ids = run.text_encoder.ids(["prompt number 3", "prompt number 5"])
+    context, pooled = run.text_encoder.features(ids * torch.tensor([[0], [1]]))
     wanted = run.text_encoder(["", "prompt number 5"])
     assert torch.equal(context, wanted[0]) and torch.equal(pooled, wanted[1])
     generator = ladd.generator(run, "teacher", MMDiT(**settings.model()))
