@@ -204,7 +204,7 @@ class Settings(HowToRun):
     distill_weight: float = setting(10.0, "weight λ of the distillation loss at t < 1", low=0)
     heads_warmup: int = setting(100, "first updates: heads alone", low=0, scales=True, smoke=0)
     taps: tuple = setting((1, 2), "blocks whose tokens the heads see; empty: all", kind=int)
-    head_width: int = setting(64, "channels of a head", low=1, high=2**16)
+    head_width: int = setting(64, "channels of a head", low=2, high=2**16)
     lora: int = setting(0, "rank of adapters that learn in the student's place; 0: none", low=0)
     student_lr: float = setting(2e-4, "AdamW", above=0)
     heads_lr: float = setting(1e-3, "AdamW", above=0)

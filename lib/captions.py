@@ -11,7 +11,8 @@ from lib.files import read_lines
 
 MOST_WORDS = 4096  # of a caption: the highest --text-length
 # Where a word may break or its letters join, and which picture of a character is meant.
-UNSEEN = re.compile("[\u00ad\u200b-\u200f\u2060\ufe00-\ufe0f\ufeff]")
+UNSEEN = "\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069"
+UNSEEN = re.compile(f"[{UNSEEN}\ufe00-\ufe0f\ufeff\U000e0100-\U000e01ef]")
 
 
 def split_words(caption):
@@ -73,7 +74,8 @@ def word_attributes(captions, counts, most=16):
     bags = [set(split_words(c)) for c in captions]
     for bag, n in zip(bags, counts, strict=True):
         seen.update(dict.fromkeys(bag, n))
-    useful = [w for w, n in seen.items() if 0.05 <= n / total <= 0.95 and len(w) > 2]
+    telling = [w for w in seen if len(w) > 2 or unicodedata.category(w[0]) == "Lo"]  # 猫 is a word
+    useful = [w for w in telling if 0.05 <= seen[w] / total <= 0.95]
     useful = sorted(useful, key=lambda w: (abs(seen[w] / total - 0.5), w))[:most]
     attributes = {word: ("no", "yes") for word in useful}
     labels = [[int(word in bag) for word in useful] for bag in bags]

@@ -124,8 +124,10 @@ def check_settings(s, config):
     if s.text_dim != config["context_dim"] or (s.pooled_dim or s.text_dim) != config["pooled_dim"]:
         raise ValueError(f"text_dim {s.text_dim}")
     numbers = torch.tensor([s.cfg, s.shift, *s.levels])
-    if not numbers.isfinite().all() or s.shift <= 0 or not all(s.levels) or not 0 <= s.eta <= 1:
+    if not numbers.isfinite().all() or s.shift <= 0 or not 0 <= s.eta <= 1:
         raise ValueError("cfg, shift, levels or eta")
+    if not all(0 < t <= 1 for t in s.levels):
+        raise ValueError(f"levels {s.levels}")
     if not all(re.fullmatch(ASPECT, aspect) for aspect in s.aspects):
         raise ValueError(f"aspects {s.aspects}")
 

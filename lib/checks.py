@@ -12,7 +12,7 @@ from lib.captions import split_words
 from lib.parallel import world
 from lib.settings import refuse
 
-ASPECT = "[1-9][0-9]*:[1-9][0-9]*"  # width:height
+ASPECT = "[1-9][0-9]{0,3}:[1-9][0-9]{0,3}"  # width:height
 
 
 def check_together(s):

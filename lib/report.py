@@ -46,6 +46,8 @@ def markdown_table(rows):
 
 
 def accuracy_line(accuracy):
+    if not accuracy:
+        return "Captions have no words that tell images apart, so alignment is not measured"
     told = ", ".join(f"{name} {value:.3f}" for name, value in accuracy.items())
     return f"The judge reads held-out images right: {told}"
 

@@ -167,7 +167,8 @@ def compared(teacher, student, few=(8, 4, 2, 1)):
     rows, levels = [], (teacher or student).settings.levels
     if teacher is not None:
         steps, cfg = teacher.settings.teacher_steps, teacher.settings.cfg
-        rows.append((f"teacher, {steps} steps, CFG {cfg:g}", teacher, dict(steps=steps, cfg=cfg)))
+        name = f"teacher, {plural(steps, 'step')}, CFG {cfg:g}"
+        rows.append((name, teacher, dict(steps=steps, cfg=cfg)))
     for name, generator in (("untrained", teacher), ("student", student)):
         for steps in few:
             if generator is not None and steps <= len(levels):

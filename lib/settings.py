@@ -111,7 +111,7 @@ class HowToRun:
         for field in dataclasses.fields(self):
             value, rule = getattr(self, field.name), field.metadata
             if rule["scales"] and value > 0:
-                changes[field.name] = max(1, round(value * self.steps_scale))
+                changes[field.name] = max(rule["low"] or 1, round(value * self.steps_scale))
             if self.smoke and rule["smoke"] is not None:
                 changes[field.name] = rule["smoke"]
         return dataclasses.replace(self, **changes)

@@ -208,7 +208,7 @@ def read_tensors(file):
     if kind_of(file) == "torch":
         content = read(file, check=False, mmap=True)
         if isinstance(content, dict):
-            content = content.get("state_dict", content)
+            content = content.get("state_dict", content.get("model", content))
         if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
             raise ValueError(f"a {type(content).__name__} of torch.save, not weights by name")
         return content, None

@@ -73,6 +73,8 @@ HARMED = {
     "other captions": saved(checkpoint(settings=SETTINGS | dict(text_dim=8))),
     "endless sampling": saved(checkpoint(settings=SETTINGS | dict(teacher_steps=10**15))),
     "no levels": saved(checkpoint(settings=SETTINGS | dict(levels="high"))),
+    "a level below 0": saved(checkpoint(settings=SETTINGS | dict(levels=(-1.0,)))),
+    "an endless aspect": saved(checkpoint(settings=SETTINGS | dict(aspects=(f"1{'0' * 400}:1",)))),
     "guidance that is no number": saved(checkpoint(settings=SETTINGS | dict(cfg=float("nan")))),
     "in the old format": saved(checkpoint(), _use_new_zipfile_serialization=False),
     "text": b"hello",

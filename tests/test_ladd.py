@@ -389,6 +389,11 @@ def test_steps_scale_multiplies_the_work_of_every_stage():
         assert getattr(half, name) == round(getattr(whole, name) / 2)
 
 
+def test_no_scale_leaves_less_than_a_field_takes():
+    """Eight samples are the least that a row of scores has."""
+    assert given_settings(["--steps-scale", "0.0001"])[0].evaluation == 8
+
+
 def test_no_warm_up_of_the_heads_stays_none_at_any_scale():
     assert given_settings(["--heads-warmup", "0", "--steps-scale", "0.5"])[0].heads_warmup == 0
 

@@ -25,6 +25,7 @@ def test_what_is_not_seen_and_other_widths_make_no_other_word():
     """A soft hyphen, a joiner, the sign for a coloured picture; wide and narrow letters."""
     assert split_words("straw\u00adberry क\u094d\u200dष ❤\ufe0f") == ["strawberry", "क्ष"]
     assert split_words("ＲＥＤ ｶﾞ ﬁsh") == ["red", "ガ", "fish"]
+    assert split_words("葛\U000e0100城 re\u2066d") == ["葛城", "red"]
 
 
 def test_captions_that_are_not_read_to_their_end_or_read_alike_are_told():
@@ -70,6 +71,11 @@ def test_words_that_divide_free_captions_become_attributes():
     assert list(attributes) == ["runs", "sleeps", "cat", "the", "fox"]
     assert set(attributes.values()) == {("no", "yes")}
     assert labels.tolist() == [[1, 0, 1, 0, 0], [0, 1, 1, 0, 0], [1, 0, 0, 1, 1], [0, 0, 0, 1, 0]]
+
+
+def test_a_single_sign_of_a_script_whose_words_are_short_becomes_an_attribute():
+    attributes, _ = word_attributes(["红色 猫", "蓝色 狗", "à la fox"], [1, 1, 1])
+    assert attributes.keys() == {"红色", "猫", "蓝色", "狗", "fox"}
 
 
 def test_no_more_words_than_asked_for_become_attributes_the_most_even_first():

@@ -210,6 +210,8 @@ BAD = {
     "odd text": ("--text-dim 7", "--text-dim"),
     "no words": ("--text-length 0", "--text-length"),
     "ungroupable heads": ("--head-width 56", "--head-width"),
+    "a head of one channel": ("--head-width 1", "--head-width"),  # of one token: no norm
+    "an aspect ratio beyond all numbers": ("--aspects 1" + "0" * 400 + ":1", "--aspects"),
     "levels without probabilities": ("--levels 1,0.5 --level-p 1", "--level-p"),
     "rising levels": ("--levels 0.5,0.75,0.25,0.1", "--levels"),
     "no level of noise alone": ("--levels 0.9,0.75,0.25,0.1", "--levels"),
@@ -235,7 +237,6 @@ BAD = {
     "no teacher steps": ("--teacher-steps 0", "--teacher-steps"),
     "no judge": ("--judge-steps 0", "--judge-steps"),
     "an evaluation of 3": ("--evaluation 3", "--evaluation"),
-    "an evaluation scaled to 1": ("--steps-scale 0.001", "evaluation"),
     "no scale": ("--steps-scale 0", "--steps-scale"),
     "no learning rate": ("--student-lr 0", "--student-lr"),
     "more than all captions dropped": ("--drop 1.5", "--drop"),

@@ -221,7 +221,10 @@ def test_a_file_of_several_networks_is_refused(tmp_path):
         open_sd3(tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: dict(state_dict=w, step=torch.ones(1))])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda w: w, lambda w: dict(state_dict=w, step=torch.ones(1)), lambda w: dict(model=w)],
+)
 @pytest.mark.parametrize("name", ["model.ckpt", "model.bin", "model.pth"])
 def test_plain_weights_of_torch_save_are_read_whatever_their_name(name, wrap, tmp_path):
     torch.save(wrap({PREFIX + k: v for k, v in WEIGHTS.items()}), tmp_path / name)

@@ -253,7 +253,9 @@ def test_no_student_is_scored_from_the_noise_of_what_it_learned_from(monkeypatch
         ("taps=0 --sweep method=gan", "method=gan"), ("method=dpo --sweep out=a,b", "out"),
         ("batch=2 --sweep batch=4", "a name is there twice"),
         ("discriminator=no.pt", "no.pt: no such file"),
-        ("data=shapes,no.zip", "--data no.zip: no such folder or file"),
+        ("data=shapes,no.zip", "data: other images"), ("size=8/16", "size: other images"),
+        ("judge_width=8,16", "judge_width: other images or another judge"),
+        ("batch=2,4 --data no.zip", "--data no.zip: no such folder or file"),
         ("batch=2,4 --from elsewhere", "--from"), ("batch=2,4 --downscale 4 --size 32", "images"),
     ],
 )  # fmt: skip

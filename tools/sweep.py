@@ -40,6 +40,7 @@ from tools.table import STEPS, sweep_table
 from tools.train import base_of, given_settings, open_given, run_program, train
 
 UNITS = 6  # forwards of the network, an update of LADD; methods with other updates bring theirs
+COMPARED_BY = ("data", "size", "aspects", "judge_steps", "judge_width")  # a table's rows
 METHODS = ("ladd", "regression", "consistency", "add", "dmd", "hyper_sd", "dpo", "inpaint", "edit")
 
 
@@ -124,6 +125,8 @@ def members_of(s, args, words):
 def axis_of(name, text, methods):
     """The values of a setting that every method has -> [(name, value as text), …]"""
     wrong, mark = f"--sweep {name}={text}: must be", ","
+    if name in COMPARED_BY:
+        raise UsageError(f"--sweep {name}: other images or another judge, so no table can compare")
     for method in methods if name not in ("method", "units") else ():
         fields = dataclasses.fields(method_of(method)[2])
         known = {field.name: field.default for field in fields if not field.metadata["free"]}
@@ -150,7 +153,10 @@ def name_of(s, method="ladd"):
     own = bound(s) | dict(method=method, seed=base["seed"])
     paths = [s.teacher, f"{s.teacher}/teacher.pt", s.discriminator, f"{s.discriminator}/heads.pt"]
     files = [sha256(path) for path in paths if Path(path).is_file()]
-    digest = hashlib.sha256(json.dumps([own, *files]).encode()).hexdigest()[:8]
+    older = {
+        k.removeprefix("attention_"): v for k, v in own.items()
+    }  # as folders of before have it
+    digest = hashlib.sha256(json.dumps([older, *files]).encode()).hexdigest()[:8]
     differs = ",".join(f"{k}={v}" for k, v in own.items() if v != base[k])
     differs = re.sub(r"[^\w=.,-]+", "", differs.replace(", ", "-"), flags=re.ASCII)
     return f"{differs[:120] or s.preset}.{digest}"

@@ -35,8 +35,10 @@ EPILOG = "Also: --explain, --dry-run and --sweep, which are tools/explain.py, pl
 
 
 def base_of(s):
-    """The settings of the preset alone."""
-    return type(s)(preset=s.preset, **ladd.PRESETS[s.preset]).scaled()
+    """The settings of the preset alone, for names and defaults: they need not fit together, nor
+    this machine."""
+    unchecked = type("Base", (type(s),), dict(__post_init__=lambda _: None))
+    return unchecked(preset=s.preset, **ladd.PRESETS[s.preset]).scaled()
 
 
 def given_settings(argv, program="ladd.py", kind=ladd.Settings):
@@ -144,7 +146,7 @@ def check_folder(run, done):
     for stage in before:
         if not done[stage]:
             raise UsageError(f"--stage {wanted} needs the stage {stage} first.")
-    for name in ("samples", "synthetic"):
+    for name in ("samples", "synthetic", "tensorboard"):
         if (run.out / name).is_file():
             raise UsageError(f"{run.out / name} is a file: choose another folder with --out.")
     if not all(done.values()):
