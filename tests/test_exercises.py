@@ -83,8 +83,8 @@ def answers(beside):
     return beside(make_answers)
 
 
-def test_there_are_twelve_exercises_each_with_its_answer():
-    assert len(PATCHES) == 12 == len(re.findall(r"^## \d+\. ", TEXT, re.M))
+def test_there_are_thirteen_exercises_each_with_its_answer():
+    assert len(PATCHES) == 13 == len(re.findall(r"^## \d+\. ", TEXT, re.M))
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda p: p.stem)
