@@ -153,9 +153,8 @@ def name_of(s, method="ladd"):
     own = bound(s) | dict(method=method, seed=base["seed"])
     paths = [s.teacher, f"{s.teacher}/teacher.pt", s.discriminator, f"{s.discriminator}/heads.pt"]
     files = [sha256(path) for path in paths if Path(path).is_file()]
-    older = {
-        k.removeprefix("attention_"): v for k, v in own.items()
-    }  # as folders of before have it
+    # what is attention_heads now was heads: sweeps of before find their folders
+    older = {name.removeprefix("attention_"): value for name, value in own.items()}
     digest = hashlib.sha256(json.dumps([older, *files]).encode()).hexdigest()[:8]
     differs = ",".join(f"{k}={v}" for k, v in own.items() if v != base[k])
     differs = re.sub(r"[^\w=.,-]+", "", differs.replace(", ", "-"), flags=re.ASCII)
