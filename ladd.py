@@ -12,14 +12,15 @@ whose numbers stand again at the functions:
     4  f, r  = features of the frozen teacher on the noised x̂_0 and x_0
     5  L_D   = E[relu(1 - D(r))] + E[relu(1 + D(sg f))]    the heads learn
     6  L_G   = -E[D(f)]                                     the student learns, through the teacher
-             + λ·E[(LN(f) - LN(r))²]           0 at t = 1; ours, λ = 0 at the paper's sizes
+             + λ·E[(LN(f) - LN(r'))²]          r' = r at t < 1; ours, λ = 0 at the paper's sizes
 
 sg means stop-gradient, LN layer normalisation of a token. At t < 1 ε is the noise that the teacher
 made x_0 from, and the last term, the distillation loss, pulls the features of x̂_0 to those of x_0.
 At t = 1 ε is new noise and says nothing of x_0: the nearest to every possible x_0 would be their
-mean, which is a blur. So there the heads alone teach. The heads step first, and L_G is of the new
-heads, on the same features f; docs/passes.md says what an update costs. The paper published
-neither code nor learning rates, batch size, optimiser or EMA: those are ours (docs/log.md).
+mean, which is a blur. So there r' is of another picture: of what the student itself makes of x̂_0
+in one step more. The heads step first, and L_G is of the new heads, on the same features f;
+docs/passes.md says what an update costs. The paper published neither code nor learning rates, batch
+size, optimiser or EMA: those are ours (docs/log.md).
 
     python ladd.py --preset nano                  everything, on a laptop, with built-in data
     python ladd.py --preset tiny                  CIFAR-10 on one GPU
@@ -44,7 +45,7 @@ from discriminator import Discriminator, hinge_d, hinge_g, r1
 from lib.checks import check_together
 from lib.health import commonest, diversity, separation
 from lib.machine import moved
-from lib.optim import learning_rate, make_optimizers, split, step_all, update_ema
+from lib.optim import learning_rate, make_optimizers, split, step_all, take, update_ema
 from lib.parallel import fill, leave, my_share, rank, world
 from lib.report import SIGNS
 from lib.samples import read_samples, write_samples
@@ -75,6 +76,7 @@ class Batch(NamedTuple):
     t_hat: torch.Tensor  # (B,) t̂, the level of the re-noising
     noise_hat: torch.Tensor  # (B, C, H, W) the noise of line 3
     caption: torch.Tensor  # (B,) rows of `Samples.token_ids`: methods read it
+    first: torch.Tensor  # (B,) whether t is the first level; on the host, where it can be counted
 
 
 def student_predict(student, x0, text, t, noise):
@@ -93,12 +95,12 @@ def teacher_features(teacher, x0, text, t_hat, noise, taps):
 
 
 def features_of_both(student, teacher, b, s):
-    """Lines 1 to 4. -> r, and f with the graph to the student"""
+    """Lines 1 to 4. -> x̂_0, r and f; x̂_0 and f with the graph to the student"""
     x0_hat = student_predict(student, b.x0, b.text, b.t, b.noise)
     fake = teacher_features(teacher, x0_hat, b.text, b.t_hat, b.noise_hat, s.tapped)
     with torch.no_grad():
         real = teacher_features(teacher, b.x0, b.text, b.t_hat, b.noise_hat, s.tapped)
-    return real, fake
+    return x0_hat, real, fake
 
 
 def logits_of(heads, features, b, s):
@@ -118,27 +120,46 @@ def heads_loss(heads, real, fake, b, s):
     return loss, on_real.detach().float(), on_fake.detach().float()
 
 
-def student_losses(heads, real, fake, b, s):
+@torch.no_grad()
+def held_to(ema, teacher, x0_hat, real, b, s):
+    """r' of line 6, what f is held to: r where x_t can tell x_0. At the first level it is features
+    of the picture that the student's average makes of x̂_0 at the second level; ours, as in
+    consistency models. -> [(B, N, D)]; (B,) bool, which samples are held"""
+    if s.distill_weight == 0 or len(s.levels) == 1:
+        return real, b.paired
+    first = b.first.nonzero()[:, 0]
+    rows = first if len(first) else torch.tensor([0])  # all processes need equally many passes
+    some, x0 = take((b, x0_hat), rows)
+    # the noise of a pure-noise x_t, which `renoise` keeps, is ε
+    t_next = torch.full_like(some.t, s.levels[1])
+    x0 = student_predict(ema, x0, some.text, t_next, some.noise)
+    own = teacher_features(teacher, x0, some.text, some.t_hat, some.noise_hat, s.tapped)
+    first = moved(first, b.t.device)
+    targets = [r.index_copy(0, first, f[: len(first)]) for r, f in zip(real, own, strict=True)]
+    return targets, torch.ones_like(b.paired)
+
+
+def student_losses(heads, targets, held, fake, b, s):
     """Line 6. Gradient goes through heads and teacher to the student, and stays in neither.
     -> L_G, the distillation loss before its weight λ"""
     heads.requires_grad_(False)  # frozen while the graph of these logits is made
     loss_g = hinge_g(logits_of(heads, fake, b, s))
     heads.requires_grad_(True)
     with torch.set_grad_enabled(s.distill_weight > 0):  # at 0 it is only logged
-        distill = distillation_loss(real, fake, b.paired)
+        distill = distillation_loss(targets, fake, held)
     return loss_g, distill
 
 
-def distillation_loss(real, fake, paired):
-    """Beside L_G, ours: how far f is from r, E[(LN(f) - LN(r))²], where x_t can tell x_0.
+def distillation_loss(targets, fake, held):
+    """Beside L_G, ours: how far f is from its target, E[(LN(f) - LN(r'))²].
 
-    real, fake: [(B, N, D)] with the same t̂ and noise; paired (B,). -> scalar in [0, 4]: the mean
-    over the whole batch, in which samples that are not paired count as 0"""
+    targets, fake: [(B, N, D)] with the same t̂ and noise; held (B,). -> scalar in [0, 4]: the mean
+    over the whole batch, in which samples that are not held count as 0"""
     loss = 0
-    for r, f in zip(real, fake, strict=True):
+    for r, f in zip(targets, fake, strict=True):
         r, f = (F.layer_norm(tokens, tokens.shape[-1:]) for tokens in (r, f))
         loss = loss + (f - r).square().mean(dim=(1, 2)) / len(fake)
-    return (loss * paired).mean()
+    return (loss * held).mean()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -201,7 +222,7 @@ class Settings(HowToRun):
     level_warmup_p: tuple = setting((0.0, 0.0, 0.5, 0.5), "the probabilities in them", low=0)
     t_hat_mean: float = setting(1.0, "m of t̂, the mean of its logit")
     t_hat_std: float = setting(2.0, "σ of t̂; wider than the paper's 1", above=0)
-    distill_weight: float = setting(10.0, "weight λ of the distillation loss at t < 1", low=0)
+    distill_weight: float = setting(10.0, "weight λ of the distillation loss", low=0)
     heads_warmup: int = setting(100, "first updates: heads alone", low=0, scales=True, smoke=0)
     taps: tuple = setting((1, 2), "blocks whose tokens the heads see; empty: all", kind=int)
     head_width: int = setting(64, "channels of a head", low=2, high=2**16)
@@ -464,7 +485,8 @@ def draw_batch(run, samples, step, heads_warmup=0, own_noise="low"):
     x0 = data.to_float(moved(images, device))
     text = bucket.told(run.text_encoder.features(token_ids[caption]), index)
     since = max(0, step - heads_warmup)  # how many updates the student has had
-    t = moved(my_share(draw_levels(s, s.batch, since, random)), device)
+    t = my_share(draw_levels(s, s.batch, since, random))
+    first, t = t == s.levels[0], moved(t, device)
     m = s.t_hat_mean + s.logit_shift(x0.shape[2:])
     t_hat = moved(my_share(logit_normal(s.batch, m, s.t_hat_std, random)), device)
     noise, noise_hat = (
@@ -476,7 +498,7 @@ def draw_batch(run, samples, step, heads_warmup=0, own_noise="low"):
         # every synthetic sample has a caption of its own, so the caption's row is its number
         source = sample.noise_of(seed, SYNTHESIS, caption, x0.shape[1:], device=device)
         noise = torch.where(per_sample(paired, x0), source, noise)
-    return Batch(x0, text, t, noise, paired, t_hat, noise_hat, caption)
+    return Batch(x0, text, t, noise, paired, t_hat, noise_hat, caption, first)
 
 
 def start_as_teacher(run, teacher=None):
@@ -537,7 +559,7 @@ def distil(run):
         for b in parts:  # the heads learn
             shared = learning and one_pass  # the student learns from these features, too
             with run.autocast(), torch.set_grad_enabled(shared):
-                real, fake = features_of_both(student, teacher, b, s)
+                x0_hat, real, fake = features_of_both(student, teacher, b, s)
             with run.autocast():
                 loss_d, on_real, on_fake = heads_loss(heads, real, fake, b, s)
             (loss_d / s.accumulate).backward()
@@ -547,8 +569,9 @@ def distil(run):
         for b in parts if learning else ():  # the student learns, from the new heads
             with run.autocast():
                 if not one_pass:  # of several parts no graph was kept: computed once more
-                    real, fake = features_of_both(student, teacher, b, s)
-                loss_g, distill = student_losses(heads, real, fake, b, s)
+                    x0_hat, real, fake = features_of_both(student, teacher, b, s)
+                targets, held = held_to(ema, teacher, x0_hat, real, b, s)
+                loss_g, distill = student_losses(heads, targets, held, fake, b, s)
             ((loss_g + s.distill_weight * distill) / s.accumulate).backward()
             loop.add(loss_g=loss_g, loss_distill=distill)
         if learning:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch.utils._pytree import tree_map
 
+from lib.machine import moved
 from lib.parallel import average, full_tensor
 
 
@@ -101,6 +102,11 @@ def step_all(*players, after=()):
 def split(batch, n):
     """n equal parts of a batch: of every tensor in it."""
     return [tree_map(lambda x, i=i: x.chunk(n)[i], batch) for i in range(n)]
+
+
+def take(batch, rows):
+    """These rows of a batch: of every tensor in it. rows: on the host"""
+    return tree_map(lambda x: x.index_select(0, moved(rows, x.device)), batch)
 
 
 @torch.no_grad()

@@ -378,4 +378,4 @@ def test_an_adapter_beyond_all_scales_is_refused_at_the_start():
 def test_a_smoke_and_a_scale_shorten_the_tuning_and_a_sweep_knows_the_method():
     assert dpo.Settings(smoke=True).scaled().tuning_iterations == 2
     assert dpo.Settings(tuning_iterations=200, steps_scale=0.1).scaled().tuning_iterations == 20
-    assert sweep.method_of("dpo") == (dpo.distil, sweep.UNITS, dpo.Settings)
+    assert sweep.method_of("dpo") == (dpo.distil, None, dpo.Settings)

@@ -326,13 +326,14 @@ def test_a_method_is_what_a_student_is_named_by_and_made_with(swept, cache):
 @pytest.mark.parametrize(
     ("words", "count"),
     [
-        ("method=ladd", 1000), ("method=regression", 2000), ("method=dmd", 667),
+        ("method=ladd", 882), ("method=regression", 2000), ("method=dmd", 667),
+        ("method=ladd --distill-weight 0", 1000), ("method=ladd --levels 1", 1000),
         ("method=regression --steps-scale 0.5", 1000), ("method=consistency", 1000),
-        ("method=add", 1200), ("method=edit", 1000), ("batch=32", 1000),
+        ("method=add", 1200), ("method=edit", 882), ("batch=32", 882),
     ],
 )  # fmt: skip
 def test_a_budget_of_units_gives_every_method_the_same_work(words, count):
-    """Forwards of the network: LADD 6 an update, regression 3."""
+    """Forwards of the network: LADD 6 an update, 0.8 for its distillation loss; regression 3."""
     words = ["--sweep", *words.split(), "--units", "6000", "--seeds", "0"]
     _, (member,), *_ = sweep.parse(words, "ladd.py")
     assert member.settings[0].iterations == count

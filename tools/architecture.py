@@ -40,9 +40,9 @@ def read_code():
 
     for module in names:
         module.register_forward_hook(note)
-    real, fake = ladd.features_of_both(student, teacher, b, s)
+    _, real, fake = ladd.features_of_both(student, teacher, b, s)
     loss_d, *_ = ladd.heads_loss(heads, real, fake, b, s)
-    loss_g, _ = ladd.student_losses(heads, real, fake, b, s)
+    loss_g, _ = ladd.student_losses(heads, real, b.paired, fake, b, s)
     networks = dict(student=student, teacher=teacher, heads=heads)
     n |= {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     for loss, value in (("L_D", loss_d), ("L_G", loss_g)):
@@ -105,7 +105,7 @@ def draw_batch(d, n):
     heads = d.box(6.5, 2.8, VIOLET, f"heads D\n{n['heads'] / 1e6:.2f} M weights")
     on_real = d.box(7.5, 3.8, VIOLET, f"5   D(r), D(sg f)\n{n['logits']}\n$L_D$: hinge")
     on_fake = d.box(7.5, 1.8, VIOLET, f"6   D(f)\n{n['logits']}\n$L_G$: −mean")
-    beside = f"{n['weight']:g} · (LN f − LN r)²\nbeside $L_G$ at t < 1, ours"
+    beside = f"{n['weight']:g} · (LN f − LN r')²\nbeside $L_G$, ours; r' = r at t < 1"
     d.join(WHITE, start, noised, student, guess, fake, teacher, f, heads, on_fake)
     d.join(WHITE, start, real, teacher, r, heads, on_real)
     near = d.box(5.5, 2.8, WHITE, beside)

@@ -106,12 +106,13 @@ class Distillation:
     def iteration(self):
         s, student, ema, heads = self.s, *self.networks.values()
         with autocast(self.device, s.precision):
-            real, fake = ladd.features_of_both(student, self.teacher, self.batch, s)
+            x0_hat, real, fake = ladd.features_of_both(student, self.teacher, self.batch, s)
             loss_d, *_ = ladd.heads_loss(heads, real, fake, self.batch, s)
         loss_d.backward()
         step_all((self.heads_optimizers, heads, math.inf, 1.0))
         with autocast(self.device, s.precision):
-            loss_g, distill = ladd.student_losses(heads, real, fake, self.batch, s)
+            held = ladd.held_to(student, self.teacher, x0_hat, real, self.batch, s)
+            loss_g, distill = ladd.student_losses(heads, *held, fake, self.batch, s)
         (loss_g + s.distill_weight * distill).backward()
         step_all((self.optimizers, student, s.clip, 1.0))
         update_ema(ema, student, s.student_ema, step=10_000)

@@ -59,10 +59,10 @@ def explain(s, watch, given):
     step = s.heads_warmup + s.level_warmup  # the first that is like most
     b = ladd.draw_batch(run, images, step, s.heads_warmup)
     with run.autocast():
-        x0_hat = ladd.student_predict(student, b.x0, b.text, b.t, b.noise)
-        real, fake = ladd.features_of_both(student, teacher, b, s)
+        x0_hat, real, fake = ladd.features_of_both(student, teacher, b, s)
         loss_d, on_real, on_fake = ladd.heads_loss(heads, real, fake, b, s)
-        loss_g, distill = ladd.student_losses(heads, real, fake, b, s)
+        targets, held = ladd.held_to(student, teacher, x0_hat, real, b, s)
+        loss_g, distill = ladd.student_losses(heads, targets, held, fake, b, s)
 
     print(f"{'quantity':15}{'shape':18}{'from':>8}{'to':>8}{'mean':>8}  what it is")
     show("x_0", b.x0, "images")
@@ -83,7 +83,7 @@ def explain(s, watch, given):
     show_gradients(loss_d, "L_D", networks)
     show("L_G", loss_g, "6  -mean logit: the student's loss")
     show_gradients(loss_g, "L_G", networks)
-    show("(LN f - LN r)²", distill, f"   added {s.distill_weight:g} times")
+    show("(LN f - LN r')²", distill, f"   added {s.distill_weight:g} times")
     if not taught:
         print(f"The networks are untrained: {run.path('teacher')} is not there yet.")
 

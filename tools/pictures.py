@@ -73,7 +73,17 @@ def pass_table():
         ("teacher on fakes | student | frozen", ladd.teacher_features, teacher, x0_hat, *at_t_hat),
         ("teacher on reals | nobody | frozen", ladd.teacher_features, teacher, b.x0, *at_t_hat),
         ("heads, for L_D | heads | learn", ladd.heads_loss, heads, real, fake, b, s),
-        ("heads, for L_G | student | held", ladd.student_losses, heads, real, fake, b, s),
+        (
+            "average and teacher, one level on | nobody | held",
+            ladd.held_to,
+            student,
+            teacher,
+            x0_hat,
+            real,
+            b,
+            s,
+        ),
+        ("heads, for L_G | student | held", ladd.student_losses, heads, real, b.paired, fake, b, s),
     ]
     whole, _ = flops(teacher, b.x0, b.t, *b.text)
     costs = {name: flops(*words) / whole for name, *words in passes}

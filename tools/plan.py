@@ -66,7 +66,9 @@ def random_batch(s, n, device):
         context = torch.randn(n, s.text_length, s.text_dim)
         text = ladd.Text(context, torch.randn(n, s.pooled_dim or s.text_dim))
         t = torch.rand(n)
-        return ladd.Batch(x0, text, t, noise, t < 1, t, noise_hat, torch.arange(n))
+        paired, caption = t < 1, torch.arange(n)
+    first = torch.arange(n) < s.level_p[0] / sum(s.level_p) * n  # as many as in the mean
+    return ladd.Batch(x0, text, t, noise, paired, t, noise_hat, caption, first)
 
 
 def meta_iteration(s, n, checkpointing):
@@ -85,22 +87,25 @@ def meta_iteration(s, n, checkpointing):
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         ladd.student_predict(student, b.x0, b.text, b.t, b.noise)
     with FlopCounterMode(display=False) as flops:
-        (real, fake), passes = kept_by(networks, ladd.features_of_both, student, teacher, b, s)
+        (x0_hat, real, fake), passes = kept_by(
+            networks, ladd.features_of_both, student, teacher, b, s
+        )
         plain = dataclasses.replace(s, r1=0.0)  # a gradient of a gradient can't be counted here
         (loss_d, *_), by_d = kept_by(networks, ladd.heads_loss, heads, real, fake, b, plain)
         loss_d.backward()
-        (loss_g, distill), by_g = kept_by(networks, ladd.student_losses, heads, real, fake, b, s)
+        held = ladd.held_to(student, teacher, x0_hat, real, b, s)
+        (loss_g, distill), by_g = kept_by(networks, ladd.student_losses, heads, *held, fake, b, s)
         (loss_g + s.distill_weight * distill).backward()
         if s.accumulate > 1:  # all pass once more, for the heads alone
             with torch.no_grad():
                 ladd.features_of_both(student, teacher, b, s)
-    reals = sum(r.nbytes for r in real)
+    reals = sum(r.nbytes for r in {*real, *held[0]})
     most = reals + max(sum((passes | by_d).values()), sum((passes | by_g).values()))
     if checkpointing:  # the way back through the blocks holds one that it has computed again
         words = fake[0].new_empty(n, s.text_length, s.width)
         given = words, fake[0].detach(), words[:, 0]
         _, block = kept_by(networks, student.joint_blocks[0], *given)
-        most = max(most, sum(passes.values()) + sum(block.values()))
+        most = max(most, reals + sum(passes.values()) + sum(block.values()))
     return most, forward.get_total_flops(), flops.get_total_flops()
 
 

@@ -39,7 +39,6 @@ from tools.score import OTHER_JUDGE
 from tools.table import STEPS, sweep_table
 from tools.train import base_of, given_settings, open_given, run_program, train
 
-UNITS = 6  # forwards of the network, an update of LADD; methods with other updates bring theirs
 COMPARED_BY = ("data", "size", "aspects", "judge_steps", "judge_width")  # a table's rows
 METHODS = ("ladd", "regression", "consistency", "add", "dmd", "hyper_sd", "dpo", "inpaint", "edit")
 
@@ -53,12 +52,20 @@ class Member(NamedTuple):
 
 
 def method_of(name):
-    """A method's stage of distillation, its forwards of the network in an update, its settings."""
+    """A method's stage of distillation, its forwards of the network in an update, its settings.
+    Without a number of its own a method's updates are LADD's."""
     if name not in METHODS:
         raise UsageError(f"--sweep method={name}: must be one of {', '.join(METHODS)}")
     module = ladd if name == "ladd" else importlib.import_module(f"methods.{name}")
     own = vars(module)
-    return module.distil, own.get("UNITS", UNITS), own.get("Settings", ladd.Settings)
+    return module.distil, own.get("UNITS"), own.get("Settings", ladd.Settings)
+
+
+def units_of(s):
+    """Forwards of the network in an update of LADD: 6, and 2 for the share of the samples that is
+    held to the student's own next picture."""
+    held = s.distill_weight > 0 and len(s.levels) > 1
+    return 6 + (2 * s.level_p[0] / sum(s.level_p) if held else 0)
 
 
 def parse(argv, program):
@@ -105,6 +112,8 @@ def members_of(s, args, words):
         if units is not None and "iterations" in settings:
             raise UsageError("--sweep iterations: --units decides them")
         if units is not None:
+            own = [*words, *itertools.starmap(word_of, settings.items())]
+            cost = cost or units_of(given_settings(own, kind=kind)[0])
             settings["iterations"] = round(int(units) / cost)
         own = [*words, *itertools.starmap(word_of, settings.items())]
         member = Member(values, method, {})
