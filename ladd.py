@@ -17,10 +17,10 @@ whose numbers stand again at the functions:
 sg means stop-gradient, LN layer normalisation of a token. At t < 1 ε is the noise that the teacher
 made x_0 from, and the last term, the distillation loss, pulls the features of x̂_0 to those of x_0.
 At t = 1 ε is new noise and says nothing of x_0: the nearest to every possible x_0 would be their
-mean, which is a blur. So there r' is of another picture: of what the student itself makes of x̂_0
-in one step more. The heads step first, and L_G is of the new heads, on the same features f;
-docs/passes.md says what an update costs. The paper published neither code nor learning rates, batch
-size, optimiser or EMA: those are ours (docs/log.md).
+mean, which is a blur. So there r' is of another picture, and counts less: of what the student
+itself makes of x̂_0 in one step more. The heads step first, and L_G is of the new heads, on the same
+features f; docs/passes.md says what an update costs. The paper published neither code nor learning
+rates, batch size, optimiser or EMA: those are ours (docs/log.md).
 
     python ladd.py --preset nano                  everything, on a laptop, with built-in data
     python ladd.py --preset tiny                  CIFAR-10 on one GPU
@@ -120,11 +120,14 @@ def heads_loss(heads, real, fake, b, s):
     return loss, on_real.detach().float(), on_fake.detach().float()
 
 
+OWN = 0.3  # weight of the student's own next picture, beside a sample's 1 (docs/ablations.md)
+
+
 @torch.no_grad()
 def held_to(ema, teacher, x0_hat, real, b, s):
     """r' of line 6, what f is held to: r where x_t can tell x_0. At the first level it is features
     of the picture that the student's average makes of x̂_0 at the second level; ours, as in
-    consistency models. -> [(B, N, D)]; (B,) bool, which samples are held"""
+    consistency models. -> [(B, N, D)]; (B,) how much each counts"""
     if s.distill_weight == 0 or len(s.levels) == 1:
         return real, b.paired
     first = b.first.nonzero()[:, 0]
@@ -136,30 +139,30 @@ def held_to(ema, teacher, x0_hat, real, b, s):
     own = teacher_features(teacher, x0, some.text, some.t_hat, some.noise_hat, s.tapped)
     first = moved(first, b.t.device)
     targets = [r.index_copy(0, first, f[: len(first)]) for r, f in zip(real, own, strict=True)]
-    return targets, torch.ones_like(b.paired)
+    return targets, torch.ones_like(b.t_hat).index_fill(0, first, OWN)
 
 
-def student_losses(heads, targets, held, fake, b, s):
+def student_losses(heads, targets, weights, fake, b, s):
     """Line 6. Gradient goes through heads and teacher to the student, and stays in neither.
     -> L_G, the distillation loss before its weight λ"""
     heads.requires_grad_(False)  # frozen while the graph of these logits is made
     loss_g = hinge_g(logits_of(heads, fake, b, s))
     heads.requires_grad_(True)
     with torch.set_grad_enabled(s.distill_weight > 0):  # at 0 it is only logged
-        distill = distillation_loss(targets, fake, held)
+        distill = distillation_loss(targets, fake, weights)
     return loss_g, distill
 
 
-def distillation_loss(targets, fake, held):
+def distillation_loss(targets, fake, weights):
     """Beside L_G, ours: how far f is from its target, E[(LN(f) - LN(r'))²].
 
-    targets, fake: [(B, N, D)] with the same t̂ and noise; held (B,). -> scalar in [0, 4]: the mean
-    over the whole batch, in which samples that are not held count as 0"""
+    targets, fake: [(B, N, D)] with the same t̂ and noise; weights (B,), 0 where there is no target.
+    -> scalar in [0, 4]: the mean over the whole batch"""
     loss = 0
     for r, f in zip(targets, fake, strict=True):
         r, f = (F.layer_norm(tokens, tokens.shape[-1:]) for tokens in (r, f))
         loss = loss + (f - r).square().mean(dim=(1, 2)) / len(fake)
-    return (loss * held).mean()
+    return (loss * weights).mean()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -234,9 +237,7 @@ class Settings(HowToRun):
     student_ema: float = setting(0.995, "decay per update of its average", low=0, below=1)
     discriminator: str = setting("", "another run's heads.pt for the heads to start from")
     # report
-    evaluation: int = setting(
-        1000, "samples per table row", low=8, high=10**6, scales=True, smoke=32
-    )
+    evaluation: int = setting(1000, "samples a row", low=8, high=10**6, scales=True, smoke=32)
     teacher_steps: int = setting(32, "Euler steps of the teacher", low=1, high=10_000, smoke=4)
     cfg: float = setting(4.0, "guidance scale w of the teacher's samples", low=-1e3, high=1e3)
     eta: float = setting(0.0, "weight of fresh noise between the student's steps", low=0, high=1)
@@ -570,8 +571,8 @@ def distil(run):
             with run.autocast():
                 if not one_pass:  # of several parts no graph was kept: computed once more
                     x0_hat, real, fake = features_of_both(student, teacher, b, s)
-                targets, held = held_to(ema, teacher, x0_hat, real, b, s)
-                loss_g, distill = student_losses(heads, targets, held, fake, b, s)
+                targets, weights = held_to(ema, teacher, x0_hat, real, b, s)
+                loss_g, distill = student_losses(heads, targets, weights, fake, b, s)
             ((loss_g + s.distill_weight * distill) / s.accumulate).backward()
             loop.add(loss_g=loss_g, loss_distill=distill)
         if learning:

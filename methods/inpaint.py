@@ -9,7 +9,7 @@ start at zero, so that the teacher starts as it was. Two trainings:
        samples of the teacher are filled the same way. So the distillation loss is needed, too
 
 The paper's: the condition on channels, a tuned teacher, real targets with a distillation loss.
-Ours: where that loss stands (LADD's own, t < 1), the masks (lib/conditions.py), sizes, budgets.
+Ours: what that loss is (LADD's own), the masks (lib/conditions.py), sizes, budgets.
 Pixels only, of one size; a sample's known ones are put back at the end: M·x̂_0 + (1 - M)·x_0. In
 the run's folder teacher.pt is the tuned teacher.
 

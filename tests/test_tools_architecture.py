@@ -32,7 +32,7 @@ def test_who_receives_gradient_is_read_off_the_code(monkeypatch):
     """Were the heads to learn from L_G too, the picture would say so."""
     assert read_code()["L_G"] == ["student"]
 
-    def careless(heads, targets, held, fake, b, s):
+    def careless(heads, targets, weights, fake, b, s):
         return ladd.hinge_g(ladd.logits_of(heads, fake, b, s)), None
 
     monkeypatch.setattr(ladd, "student_losses", careless)

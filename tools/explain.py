@@ -61,8 +61,8 @@ def explain(s, watch, given):
     with run.autocast():
         x0_hat, real, fake = ladd.features_of_both(student, teacher, b, s)
         loss_d, on_real, on_fake = ladd.heads_loss(heads, real, fake, b, s)
-        targets, held = ladd.held_to(student, teacher, x0_hat, real, b, s)
-        loss_g, distill = ladd.student_losses(heads, targets, held, fake, b, s)
+        targets, weights = ladd.held_to(student, teacher, x0_hat, real, b, s)
+        loss_g, distill = ladd.student_losses(heads, targets, weights, fake, b, s)
 
     print(f"{'quantity':15}{'shape':18}{'from':>8}{'to':>8}{'mean':>8}  what it is")
     show("x_0", b.x0, "images")
