@@ -131,15 +131,14 @@ def held_to(ema, teacher, x0_hat, real, b, s):
     if s.distill_weight == 0 or len(s.levels) == 1:
         return real, b.paired
     first = b.first.nonzero()[:, 0]
-    rows = first if len(first) else torch.tensor([0])  # all processes need equally many passes
-    some, x0 = take((b, x0_hat), rows)
-    # the noise of a pure-noise x_t, which `renoise` keeps, is ε
-    t_next = torch.full_like(some.t, s.levels[1])
-    x0 = student_predict(ema, x0, some.text, t_next, some.noise)
-    own = teacher_features(teacher, x0, some.text, some.t_hat, some.noise_hat, s.tapped)
-    first = moved(first, b.t.device)
-    targets = [r.index_copy(0, first, f[: len(first)]) for r, f in zip(real, own, strict=True)]
-    return targets, torch.ones_like(b.t_hat).index_fill(0, first, OWN)
+    n = len(first)  # with none the passes are made, too: all processes need equally many
+    rows = moved(first if n else torch.tensor([0]), b.t.device)
+    x0, text, noise, t_hat, noise_hat = take((x0_hat, b.text, b.noise, b.t_hat, b.noise_hat), rows)
+    t_next = torch.full_like(t_hat, s.levels[1])
+    x0 = student_predict(ema, x0, text, t_next, noise)  # as `renoise`: its noise at t = 1 is ε
+    own = teacher_features(teacher, x0, text, t_hat, noise_hat, s.tapped)
+    targets = [r.index_copy(0, rows[:n], f[:n]) for r, f in zip(real, own, strict=True)]
+    return targets, torch.ones_like(b.t_hat).index_fill(0, rows[:n], OWN)
 
 
 def student_losses(heads, targets, weights, fake, b, s):

@@ -5,7 +5,6 @@ import math
 import torch
 from torch.utils._pytree import tree_map
 
-from lib.machine import moved
 from lib.parallel import average, full_tensor
 
 
@@ -105,8 +104,8 @@ def split(batch, n):
 
 
 def take(batch, rows):
-    """These rows of a batch: of every tensor in it. rows: on the host"""
-    return tree_map(lambda x: x.index_select(0, moved(rows, x.device)), batch)
+    """These rows of a batch: of every tensor in it."""
+    return tree_map(lambda x: x.index_select(0, rows), batch)
 
 
 @torch.no_grad()
