@@ -111,8 +111,8 @@ class Distillation:
         loss_d.backward()
         step_all((self.heads_optimizers, heads, math.inf, 1.0))
         with autocast(self.device, s.precision):
-            held = ladd.held_to(student, self.teacher, x0_hat, real, self.batch, s)
-            loss_g, distill = ladd.student_losses(heads, *held, fake, self.batch, s)
+            targets, weights = ladd.held_to(ema, self.teacher, x0_hat, real, self.batch, s)
+            loss_g, distill = ladd.student_losses(heads, targets, weights, fake, self.batch, s)
         (loss_g + s.distill_weight * distill).backward()
         step_all((self.optimizers, student, s.clip, 1.0))
         update_ema(ema, student, s.student_ema, step=10_000)

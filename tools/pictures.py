@@ -68,21 +68,13 @@ def pass_table():
     x0_hat = b.x0.clone().requires_grad_()
     real = ladd.teacher_features(teacher, b.x0, *at_t_hat)
     fake = [f.clone().requires_grad_() for f in real]
+    held = student, teacher, x0_hat, real, b, s
     passes = [
         ("student on x_t | student | learn", ladd.student_predict, student, b.x0, *at_t),
         ("teacher on fakes | student | frozen", ladd.teacher_features, teacher, x0_hat, *at_t_hat),
         ("teacher on reals | nobody | frozen", ladd.teacher_features, teacher, b.x0, *at_t_hat),
         ("heads, for L_D | heads | learn", ladd.heads_loss, heads, real, fake, b, s),
-        (
-            "average and teacher, one level on | nobody | held",
-            ladd.held_to,
-            student,
-            teacher,
-            x0_hat,
-            real,
-            b,
-            s,
-        ),
+        ("average and teacher, one level on | nobody | held", ladd.held_to, *held),
         ("heads, for L_G | student | held", ladd.student_losses, heads, real, b.paired, fake, b, s),
     ]
     whole, _ = flops(teacher, b.x0, b.t, *b.text)

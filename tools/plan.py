@@ -93,13 +93,14 @@ def meta_iteration(s, n, checkpointing):
         plain = dataclasses.replace(s, r1=0.0)  # a gradient of a gradient can't be counted here
         (loss_d, *_), by_d = kept_by(networks, ladd.heads_loss, heads, real, fake, b, plain)
         loss_d.backward()
-        held = ladd.held_to(student, teacher, x0_hat, real, b, s)
-        (loss_g, distill), by_g = kept_by(networks, ladd.student_losses, heads, *held, fake, b, s)
+        targets, weights = ladd.held_to(student, teacher, x0_hat, real, b, s)
+        given = heads, targets, weights, fake, b, s
+        (loss_g, distill), by_g = kept_by(networks, ladd.student_losses, *given)
         (loss_g + s.distill_weight * distill).backward()
         if s.accumulate > 1:  # all pass once more, for the heads alone
             with torch.no_grad():
                 ladd.features_of_both(student, teacher, b, s)
-    reals = sum(r.nbytes for r in {*real, *held[0]})
+    reals = sum(r.nbytes for r in {*real, *targets})
     most = reals + max(sum((passes | by_d).values()), sum((passes | by_g).values()))
     if checkpointing:  # the way back through the blocks holds one that it has computed again
         words = fake[0].new_empty(n, s.text_length, s.width)
